@@ -1,0 +1,1 @@
+"""Numbers: dtypes, policies and casts. Depends on JAX alone."""
