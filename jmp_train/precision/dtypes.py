@@ -1,54 +1,137 @@
-"""Names of floating-point dtypes and the dtypes they stand for."""
+"""Floating-point formats by name, and which of them a device computes natively.
+
+A *name* is what a user types (`"bf16"`, `"float16"`, `"full"`, `"half"`); a *dtype* is always a
+`numpy.dtype`, which hashes, compares equal to `jnp.bfloat16` and friends, and is static under jit.
+"""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ALIASES = {
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "fp16": "float16",
-    "f32": "float32",
-    "fp32": "float32",
-    "f64": "float64",
-    "fp64": "float64",
-    "full": "float32",
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # for Policy(...) and str(policy); spelt in full only
+
+_SHORT_NAMES: dict[str, tuple[str, ...]] = {
+    "bfloat16": ("bf16", "bfloat16"),
+    "float16": ("f16", "float16", "fp16"),
+    "float32": ("full", "f32", "float32", "fp32"),
+    "float64": ("f64", "float64", "fp64"),
+    **{name: (name,) for name in _FLOAT8},
 }
-_NAMES = ("bfloat16", "float16", "float32", "float64")
+
+_DTYPES = {
+    alias: np.dtype(getattr(jnp, name)) for name, names in _SHORT_NAMES.items() for alias in names
+}
+
+#: Every spelling of each dtype, the short one that `str(policy)` prints first. As in jmp, a key may
+#: be `jnp.float16`, `numpy.float16` or `numpy.dtype("float16")`.
+dtype_to_names: dict[Any, tuple[str, ...]] = {
+    key: names
+    for name, names in _SHORT_NAMES.items()
+    for key in (getattr(jnp, name), np.dtype(getattr(jnp, name)), np.dtype(getattr(jnp, name)).type)
+}
+
+#: Every word that `parse_dtype` takes.
+DTYPE_NAMES: tuple[str, ...] = (*_DTYPES, "half")
 
 
 def half_dtype() -> np.dtype:
-    """The 16-bit floating dtype of the default backend: bfloat16, but float16 on a GPU (as jmp)."""
-    return np.dtype(jnp.float16 if jax.default_backend() == "gpu" else jnp.bfloat16)
+    """The 16-bit dtype that `"half"` stands for: bfloat16 on a TPU, float16 elsewhere (as in jmp).
+
+    float16 overflows at 65,504 and needs a loss scale; a GPU since Ampere runs bfloat16 as fast.
+    To choose by what the device does best, see `fastest_dtype` and the policy `"auto"`.
+    """
+    return np.dtype(jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16)
 
 
-def parse_dtype(name: Any, *, context: str = "") -> np.dtype:
-    """The floating dtype that a name or dtype-like stands for.
+def fastest_dtype(device: Any = None) -> np.dtype:
+    """The dtype that a device multiplies matrices in fastest without emulation.
+
+    | device | dtype |
+    | --- | --- |
+    | TPU | bfloat16 |
+    | NVIDIA GPU, compute capability 8.0 (Ampere) and later | bfloat16 |
+    | NVIDIA GPU, compute capability 7.x (Volta, Turing) | float16 |
+    | AMD GPU, gfx908 (CDNA) and later | bfloat16 |
+    | CPU, older GPU | float32: XLA converts 16-bit operands to float32 and gains nothing |
+
+    Args:
+      device: a `jax.Device`; the first default device when None.
+
+    >>> fastest_dtype(jax.devices("cpu")[0])
+    dtype('float32')
+    """
+    device = jax.devices()[0] if device is None else device
+    if device.platform == "tpu":
+        return np.dtype(jnp.bfloat16)
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform in ("gpu", "cuda", "rocm"):
+        if capability.startswith("gfx"):
+            cdna = capability.split(":")[0] in ("gfx908", "gfx90a", "gfx940", "gfx942", "gfx950")
+            return np.dtype(jnp.bfloat16 if cdna else jnp.float16)
+        major = float(capability or 0)
+        if major >= 8.0:
+            return np.dtype(jnp.bfloat16)
+        if major >= 7.0:
+            return np.dtype(jnp.float16)
+    return np.dtype(jnp.float32)
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether a dtype is a real floating one (PRNG key dtypes, integers and booleans are not)."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid word, or all of them where none is near.
+
+    >>> nearest("float17", ["float16", "bfloat16"])
+    "did you mean 'float16'?"
+    """
+    valid = list(valid)
+    by_lower = {v.lower(): v for v in reversed(valid)}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
+    if close:
+        return f"did you mean {by_lower[close[0]]!r}?"
+    return "expected one of " + ", ".join(valid)
+
+
+def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
+    """The floating dtype that a name, a scalar type or a dtype stands for.
+
+    Args:
+      name: one of `DTYPE_NAMES`, or anything that `numpy.dtype` takes.
+      policy: the policy string that the name came from, for the error message.
 
     Raises:
-      ValueError: if the name stands for no known floating dtype; names the nearest valid one.
+      ValueError: for an unknown name, with the nearest known one; for a dtype that is not floating.
 
-    >>> parse_dtype("bf16")
-    dtype(bfloat16)
+    >>> parse_dtype("bf16"), parse_dtype(jnp.float16)
+    (dtype(bfloat16), dtype('float16'))
     """
-    if not isinstance(name, str):
-        dtype = np.dtype(name)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"expected a floating dtype, got {dtype.name!r}")
-        return dtype
-    key = name.strip().lower()
-    if key == "half":
-        return half_dtype()
-    key = _ALIASES.get(key, key)
-    if key in _NAMES:
-        return np.dtype(getattr(jnp, key))
-    where = f" in policy {context!r}" if context else ""
-    valid = (*_NAMES, *_ALIASES, "half")
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "expected one of " + ", ".join(sorted(valid))
-    raise ValueError(f"unknown dtype {name!r}{where}; {hint}")
+    if isinstance(name, str):
+        if name == "half":
+            return half_dtype()
+        if name in _DTYPES:
+            return _DTYPES[name]
+        where = "" if policy is None else f" in policy {policy!r}"
+        raise ValueError(f"Unknown dtype {name!r}{where}; {nearest(name, DTYPE_NAMES)}")
+    dtype = np.dtype(name)
+    if not is_floating(dtype):
+        raise ValueError(f"expected a floating dtype such as bfloat16 or float32, got {dtype}")
+    return dtype
+
+
+def dtype_name(dtype: Any) -> str:
+    """The short name of a dtype, which `parse_dtype` takes back.
+
+    >>> dtype_name(jnp.float32), dtype_name(jnp.bfloat16)
+    ('full', 'bf16')
+    """
+    dtype = np.dtype(dtype)
+    return dtype_to_names.get(dtype, (dtype.name,))[0]

@@ -1,73 +1,106 @@
-"""A precision policy: which dtype parameters are stored in, computed in, and returned in."""
+"""A precision policy: the dtypes that parameters are stored in, computed in and returned in.
+
+A `Policy` is three dtypes and nothing else: hashable, static under jit, printable and parseable
+back. Its casts touch floating arrays only. `get_policy` reads the grammar of google-deepmind/jmp
+and the names that Keras and Lightning users type.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jmp_train.precision.dtypes import half_dtype, parse_dtype
+from jmp_train.precision.dtypes import (
+    DTYPE_NAMES,
+    dtype_name,
+    fastest_dtype,
+    half_dtype,
+    is_floating,
+    nearest,
+    parse_dtype,
+)
 
 T = TypeVar("T")
 
 
-def _cast_leaf(x: Any, dtype: np.dtype) -> Any:
-    # Only arrays are cast; strings, None, Python scalars and opaque objects are left alone.
-    # A PRNG key array's dtype is an extended dtype, which is not a floating one.
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return x
-    if x.dtype == dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return x.astype(dtype)
-
-
 def cast_floating(tree: T, dtype: Any) -> T:
-    """Casts the floating array leaves of a pytree; every other leaf is returned as it is."""
-    dtype = np.dtype(dtype)
-    return jax.tree_util.tree_map(lambda x: _cast_leaf(x, dtype), tree)
+    """Casts the floating array leaves of a pytree to `dtype`.
+
+    A cast rounds to the nearest representable value, ties to even; in float16 a magnitude of
+    65,520 and above becomes infinite. Integers, booleans, PRNG keys, None, strings, Python numbers
+    and any other object come back as the same object, and so does an array already in `dtype`.
+    NumPy arrays stay NumPy arrays.
+
+    >>> import jax.numpy as jnp
+    >>> cast_floating({"w": jnp.ones(2), "n": jnp.arange(2), "s": "id"}, jnp.bfloat16)["w"].dtype
+    dtype(bfloat16)
+    """
+    dtype = parse_dtype(dtype)
+
+    def cast(x: Any) -> Any:
+        if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+            return x
+        if x.dtype == dtype or not is_floating(x.dtype):
+            return x
+        return x.astype(dtype)
+
+    return jax.tree.map(cast, tree)
 
 
 def cast_to_full(tree: T) -> T:
-    """Casts floating leaves to float32."""
-    return cast_floating(tree, jnp.float32)
+    """Casts floating leaves to float32; see `cast_floating`."""
+    return cast_floating(tree, np.float32)
 
 
 def cast_to_half(tree: T) -> T:
-    """Casts floating leaves to `half_dtype()`."""
+    """Casts floating leaves to `half_dtype()`; see `cast_floating`."""
     return cast_floating(tree, half_dtype())
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Dtypes for parameters, compute and outputs; hashable, so static under jit.
+    """The dtypes of parameters, compute and outputs.
 
-    >>> str(get_policy("mixed_bfloat16"))
-    'params=float32,compute=bfloat16,output=float32'
+    Attributes:
+      param_dtype: what parameters are stored in.
+      compute_dtype: what the forward and the backward pass run in.
+      output_dtype: what a model's outputs are cast to before the loss.
+
+    Each is given as a name (`"bf16"`), a scalar type (`jnp.bfloat16`) or a dtype, and kept as a
+    `numpy.dtype`.
+
+    Raises:
+      ValueError: for an unknown or non-floating dtype.
+
+    >>> policy = Policy("float32", "bfloat16", "float32")
+    >>> print(policy)
+    p=full,c=bf16,o=full
+    >>> get_policy(str(policy)) == policy == get_policy("mixed_bfloat16")
+    True
     """
 
     param_dtype: Any
     compute_dtype: Any
     output_dtype: Any
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, parse_dtype(getattr(self, field.name)))
 
-    def cast_to_param(self, x: T) -> T:
-        """Casts floating leaves to the parameter dtype."""
-        return cast_floating(x, self.param_dtype)
+    def cast_to_param(self, tree: T) -> T:
+        """Casts floating leaves to the parameter dtype; see `cast_floating`."""
+        return cast_floating(tree, self.param_dtype)
 
-    def cast_to_compute(self, x: T) -> T:
-        """Casts floating leaves to the compute dtype."""
-        return cast_floating(x, self.compute_dtype)
+    def cast_to_compute(self, tree: T) -> T:
+        """Casts floating leaves to the compute dtype; see `cast_floating`."""
+        return cast_floating(tree, self.compute_dtype)
 
-    def cast_to_output(self, x: T) -> T:
-        """Casts floating leaves to the output dtype."""
-        return cast_floating(x, self.output_dtype)
+    def cast_to_output(self, tree: T) -> T:
+        """Casts floating leaves to the output dtype; see `cast_floating`."""
+        return cast_floating(tree, self.output_dtype)
 
     def with_output_dtype(self, output_dtype: Any) -> Policy:
         """The same policy with another output dtype."""
@@ -75,54 +108,86 @@ class Policy:
 
     def __str__(self) -> str:
         return (
-            f"params={self.param_dtype.name},compute={self.compute_dtype.name},"
-            f"output={self.output_dtype.name}"
+            f"p={dtype_name(self.param_dtype)},c={dtype_name(self.compute_dtype)},"
+            f"o={dtype_name(self.output_dtype)}"
         )
 
 
 _PRESETS = {
-    "mixed_bfloat16": ("float32", "bfloat16", "float32"),
-    "mixed_float16": ("float32", "float16", "float32"),
-    "bf16-mixed": ("float32", "bfloat16", "float32"),
-    "16-mixed": ("float32", "float16", "float32"),
+    "mixed_bfloat16": "p=f32,c=bf16,o=f32",
+    "mixed_float16": "p=f32,c=f16,o=f32",
+    "bf16-mixed": "p=f32,c=bf16,o=f32",
+    "16-mixed": "p=f32,c=f16,o=f32",
+    "bf16-true": "bf16",
+    "16-true": "f16",
+    "32-true": "f32",
+    "64-true": "f64",
 }
-_KEYS = {"p": 0, "param": 0, "params": 0, "c": 1, "compute": 1, "o": 2, "output": 2}
-_KEYS |= {"param_dtype": 0, "compute_dtype": 1, "output_dtype": 2}
+_KEYS = {
+    "p": "param_dtype",
+    "params": "param_dtype",
+    "c": "compute_dtype",
+    "compute": "compute_dtype",
+    "o": "output_dtype",
+    "output": "output_dtype",
+}
+POLICY_NAMES: tuple[str, ...] = ("auto", *_PRESETS, *DTYPE_NAMES)
 
 
-def get_policy(name: str | Policy) -> Policy:
-    """Parses a policy in jmp's grammar or by preset name.
+def get_policy(policy: str | Policy) -> Policy:
+    """The policy that a string stands for.
 
-    `"bf16"` puts all three in bfloat16; `"c=f16"` sets compute and output alone, as in jmp the
-    output follows compute where it is not named; parameters default to float32.
+    | string | parameters | compute | output |
+    | --- | --- | --- | --- |
+    | `"bf16"`, any one dtype | bf16 | bf16 | bf16 |
+    | `"c=f16"` | f32 | f16 | f16 |
+    | `"p=bf16"` | bf16 | bf16 | bf16 |
+    | `"params=float32,compute=bfloat16,output=float32"` | f32 | bf16 | f32 |
+    | `"mixed_bfloat16"`, `"bf16-mixed"` | f32 | bf16 | f32 |
+    | `"mixed_float16"`, `"16-mixed"` | f32 | f16 | f32 |
+    | `"bf16-true"`, `"16-true"`, `"32-true"`, `"64-true"` | all in that dtype | | |
+    | `"auto"` | f32 | `fastest_dtype()` | f32 |
+
+    In the `key=value` form parameters default to float32, compute to the parameters' dtype, and
+    output to the compute dtype (the grammar of google-deepmind/jmp). A dtype is one of `bf16`,
+    `bfloat16`, `f16`, `float16`, `f32`, `float32`, `full`, `f64`, `float64`, `half`.
+
+    Args:
+      policy: the string; a `Policy` comes back as it is.
 
     Raises:
-      ValueError: on an unknown name, key or dtype; names the nearest valid one.
+      ValueError: for an unknown name, key or dtype, with the nearest valid one.
+      TypeError: for what is neither a string nor a `Policy`.
+
+    >>> print(get_policy("c=bf16"))
+    p=full,c=bf16,o=bf16
+    >>> get_policy("c=float17")
+    Traceback (most recent call last):
+    ValueError: Unknown dtype 'float17' in policy 'c=float17'; did you mean 'float16'?
     """
-    if isinstance(name, Policy):
-        return name
-    key = name.strip()
-    if key in _PRESETS:
-        return Policy(*_PRESETS[key])
-    if "=" not in key:
-        try:
-            dtype = parse_dtype(key)
-        except ValueError:
-            valid = (*_PRESETS, "bfloat16", "float16", "float32", "half", "full")
-            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {valid}"
-            raise ValueError(f"unknown policy {name!r}{hint}") from None
+    if isinstance(policy, Policy):
+        return policy
+    if not isinstance(policy, str):
+        raise TypeError(f"expected a policy string such as 'mixed_bfloat16', got {policy!r}")
+    text = policy.strip()
+    if text == "auto":
+        return Policy(np.float32, fastest_dtype(), np.float32)
+    text = _PRESETS.get(text, text)
+    if "=" not in text:
+        if text not in DTYPE_NAMES:
+            raise ValueError(f"Unknown dtype or policy {text!r}; {nearest(text, POLICY_NAMES)}")
+        dtype = parse_dtype(text)
         return Policy(dtype, dtype, dtype)
-    found: list[Any] = [None, None, None]
-    for part in key.split(","):
-        field, _, value = (s.strip() for s in part.partition("="))
-        if field not in _KEYS:
-            near = difflib.get_close_matches(field, _KEYS, n=1, cutoff=0.0)
-            raise ValueError(f"unknown key {field!r} in policy {name!r}; did you mean {near[0]!r}?")
-        if found[_KEYS[field]] is not None:
-            raise ValueError(f"{field!r} is given twice in policy {name!r}")
-        found[_KEYS[field]] = parse_dtype(value, context=name)
-    param, compute, output = found
-    param = param if param is not None else np.dtype(jnp.float32)
-    compute = compute if compute is not None else param
-    return Policy(param, compute, output if output is not None else compute)
+    given: dict[str, np.dtype] = {}
+    for item in text.split(","):
+        key, equals, value = (word.strip() for word in item.partition("="))
+        if key not in _KEYS:
+            raise ValueError(f"Unknown key {key!r} in policy {policy!r}; {nearest(key, _KEYS)}")
+        if not equals:
+            raise ValueError(f"Key {key!r} in policy {policy!r} has no dtype; write {key}=bf16")
+        if _KEYS[key] in given:
+            raise ValueError(f"Key {key!r} is given twice in policy {policy!r}")
+        given[_KEYS[key]] = parse_dtype(value, policy=policy)
+    param = given.get("param_dtype", np.dtype(np.float32))
+    compute = given.get("compute_dtype", param)
+    return Policy(param, compute, given.get("output_dtype", compute))

@@ -1,0 +1,346 @@
+"""Loss scaling as pure state machines: none, static, dynamic.
+
+float16 flushes gradients below 2^-24 to zero. Multiplying the loss by a scale moves every gradient
+up by the same factor, and dividing the gradients by it in float32 moves them back (Micikevicius et
+al. 2018, "Mixed Precision Training", section 3.2). A dynamic scale grows while gradients stay
+finite and backs off when they do not.
+
+The three classes have one interface: `scale(tree)`, `unscale(tree)`, `adjust(grads_finite)`, each
+pure. Moving numbers are pytree leaves, hyper-parameters are static, and all of them survive jit,
+`tree_map` and `scan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jmp_train.precision.dtypes import is_floating
+from jmp_train.precision.policy import Policy
+
+T = TypeVar("T")
+
+
+def _widen(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _scale_tree(tree: T, operation: Any, scale: Any) -> T:
+    """Applies `operation(x, scale)` to floating leaves, in float32 or wider."""
+
+    def apply(x: Any) -> Any:
+        x = jnp.asarray(x)
+        return operation(_widen(x), scale) if is_floating(x.dtype) else x
+
+    return jax.tree.map(apply, tree)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no array of a pytree has an infinity or a NaN: a bool of shape ().
+
+    >>> bool(all_finite({"a": jnp.ones(3)})), bool(all_finite({"a": jnp.array(jnp.inf)}))
+    (True, False)
+    """
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _can_be_infinite(x)]
+    return jnp.stack(finite).all() if finite else jnp.array(True)
+
+
+def _can_be_infinite(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return isinstance(x, (float, complex)) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+
+
+def select_tree(pred: Any, on_true: T, on_false: T) -> T:
+    """`on_true` where `pred` holds, else `on_false`, leaf by leaf and bit by bit.
+
+    Args:
+      pred: bool of shape ().
+      on_true: a pytree of arrays.
+      on_false: a pytree of the same structure, shapes and dtypes.
+
+    Raises:
+      AssertionError: if `pred` is not a boolean scalar.
+
+    >>> select_tree(jnp.array(True), {"a": 1}, {"a": 2})
+    {'a': Array(1, dtype=int32, weak_type=True)}
+    """
+    pred = jnp.asarray(pred)
+    assert pred.ndim == 0 and pred.dtype == jnp.bool_, "expected boolean scalar"
+    return jax.tree.map(
+        lambda a, b: jax.lax.select(pred, *map(jnp.asarray, (a, b))), on_true, on_false
+    )
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class NoOpLossScale:
+    """No loss scaling: for float32 and bfloat16, whose exponents have the same 8 bits."""
+
+    @property
+    def loss_scale(self) -> int:
+        """The scale: always 1."""
+        return 1
+
+    def scale(self, tree: T) -> T:
+        """The tree itself."""
+        return tree
+
+    def unscale(self, tree: T) -> T:
+        """The tree itself."""
+        return tree
+
+    def adjust(self, grads_finite: Any) -> NoOpLossScale:
+        """The same state."""
+        del grads_finite
+        return self
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class StaticLossScale:
+    """A constant loss scale.
+
+    Attributes:
+      loss_scale: the factor, a number; kept static, so it has no pytree leaves.
+
+    >>> StaticLossScale(2.0**10).unscale({"g": jnp.float16(2.0)})
+    {'g': Array(0.00195312, dtype=float32)}
+    """
+
+    loss_scale: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss_scale", _static_number(self.loss_scale, "loss_scale"))
+
+    def scale(self, tree: T) -> T:
+        """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
+        return _scale_tree(tree, jnp.multiply, self.loss_scale)
+
+    def unscale(self, tree: T) -> T:
+        """Divides floating leaves, in float32 or wider; the result has that dtype."""
+        return _scale_tree(tree, jnp.divide, self.loss_scale)
+
+    def adjust(self, grads_finite: Any) -> StaticLossScale:
+        """The same state."""
+        del grads_finite
+        return self
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class DynamicLossScale:
+    """A loss scale that follows the gradients.
+
+    After `period` finite steps in a row the scale is multiplied by `factor`; a non-finite step
+    multiplies it by `backoff_factor` at once and starts the count again:
+
+        if grads_finite:
+            counter += 1
+            if counter == period:
+                counter = 0
+                hysteresis_left = hysteresis
+                if loss_scale * factor is finite:
+                    loss_scale = min(loss_scale * factor, max_loss_scale)
+        else:
+            counter = 0
+            hysteresis_left = max(hysteresis_left - 1, 0)
+            if hysteresis_left == 0:
+                loss_scale = max(loss_scale * backoff_factor, min_loss_scale)
+
+    With the same numbers this is the trajectory of PyTorch's `GradScaler` (init_scale,
+    growth_factor = factor, backoff_factor, growth_interval = period), of Megatron-LM's
+    `DynamicGradScaler` (hysteresis), and of jmp. Flax's `DynamicScale` grows one step later:
+    its `growth_interval=N` is `period=N + 1` here.
+
+    Attributes:
+      loss_scale: the scale; shape=(), float32.
+      counter: finite steps since the scale last moved or a step was skipped; shape=(), int32.
+      period: finite steps before the scale grows.
+      factor: what it grows by.
+      min_loss_scale: it never backs off below this.
+      backoff_factor: what a non-finite step multiplies the scale by; `1 / factor` when None.
+      max_loss_scale: it never grows above this; when None, float32 is the only limit.
+      hysteresis: the number of non-finite steps on which the scale first backs off. The budget is
+        refilled when the scale's growth is due. 1 backs off at once.
+      hysteresis_left: what is left of that budget; shape=(), int32; None when hysteresis is 1.
+
+    Raises:
+      ValueError: for a period, factor, backoff factor, limit or hysteresis that cannot work.
+      TypeError: for a hyper-parameter that is traced; hyper-parameters are static.
+
+    >>> state = DynamicLossScale(2.0**15, period=2)
+    >>> for finite in (True, True, False):
+    ...     state = state.adjust(jnp.array(finite))
+    ...     print(float(state.loss_scale), int(state.counter))
+    32768.0 1
+    65536.0 0
+    32768.0 0
+    """
+
+    loss_scale: Any
+    counter: Any = dataclasses.field(default_factory=lambda: np.zeros([], np.int32))
+    period: Any = 2000
+    factor: Any = 2
+    min_loss_scale: Any = 1.0
+    backoff_factor: Any = None
+    max_loss_scale: Any = None
+    hysteresis: int = 1
+    hysteresis_left: Any = None
+
+    _STATIC = (
+        "period",
+        "factor",
+        "min_loss_scale",
+        "backoff_factor",
+        "max_loss_scale",
+        "hysteresis",
+    )
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("loss_scale", _float32_scalar(self.loss_scale, "loss_scale"))
+        _warn_if_not_floating(self.min_loss_scale, "min_loss_scale")
+        for name in self._STATIC:
+            if getattr(self, name) is not None:
+                put(name, _static_number(getattr(self, name), name))
+        if self.hysteresis > 1 and self.hysteresis_left is None:
+            put("hysteresis_left", np.asarray(self.hysteresis, np.int32))
+        self._check()
+
+    def _check(self) -> None:
+        if not 1 <= self.period < 2**31:  # the counter is an int32 and never wraps
+            raise ValueError(f"period is {self.period}; expected 1 to 2147483647 finite steps")
+        if self.factor < 1:
+            raise ValueError(f"factor is {self.factor}; expected at least 1, such as 2")
+        if self.backoff_factor is not None and not 0 < self.backoff_factor <= 1:
+            raise ValueError(f"backoff_factor is {self.backoff_factor}; expected 0 < it <= 1")
+        if self.hysteresis < 1:
+            raise ValueError(f"hysteresis is {self.hysteresis}; expected at least 1")
+        if self.max_loss_scale is not None and self.max_loss_scale < self.min_loss_scale:
+            raise ValueError(
+                f"max_loss_scale {self.max_loss_scale} is below min_loss_scale {self.min_loss_scale}"
+            )
+
+    def scale(self, tree: T) -> T:
+        """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
+        return _scale_tree(tree, jnp.multiply, self.loss_scale)
+
+    def unscale(self, tree: T) -> T:
+        """Divides floating leaves, in float32 or wider; the result has that dtype."""
+        return _scale_tree(tree, jnp.divide, self.loss_scale)
+
+    def adjust(self, grads_finite: Any) -> DynamicLossScale:
+        """The next state.
+
+        Args:
+          grads_finite: whether every gradient of the step was finite; bool of shape ().
+        """
+        finite = jnp.asarray(grads_finite)
+        assert finite.ndim == 0, "expected boolean scalar"
+        finite = finite.astype(jnp.bool_)
+        scale = jnp.asarray(self.loss_scale)
+
+        due = self.counter >= self.period - 1
+        grown = scale * self.factor
+        if self.max_loss_scale is not None:
+            grown = jnp.minimum(grown, jnp.maximum(scale, self.max_loss_scale))
+        grown = jnp.where(due & jnp.isfinite(grown), grown, scale)
+
+        if self.backoff_factor is None:
+            reduced = scale / self.factor
+        else:
+            reduced = scale * self.backoff_factor
+        # A scale that starts below the minimum is raised to it by the first overflow, as in jmp.
+        reduced = jnp.maximum(reduced, self.min_loss_scale)
+
+        left = self.hysteresis_left
+        if left is not None:
+            left_after_skip = jnp.maximum(left - 1, 0)
+            reduced = jnp.where(left_after_skip == 0, reduced, scale)
+            left_after_step = jnp.where(due, self.hysteresis, left)
+            left = jnp.where(finite, left_after_step, left_after_skip).astype(jnp.int32)
+
+        counter = jnp.where(finite & ~due, jnp.asarray(self.counter) + 1, 0).astype(jnp.int32)
+        return dataclasses.replace(
+            self,
+            loss_scale=jnp.where(finite, grown, reduced),
+            counter=counter,
+            hysteresis_left=left,
+        )
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        leaves = ("loss_scale", "counter", "hysteresis_left")
+        children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in leaves]
+        return children, tuple(getattr(self, name) for name in self._STATIC)
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, leaves: Any) -> DynamicLossScale:
+        # Leaves may be anything (tracers, shapes, object()), so nothing is checked or converted.
+        self = object.__new__(cls)
+        names = ("loss_scale", "counter", "hysteresis_left", *cls._STATIC)
+        for name, value in zip(names, (*leaves, *static), strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+
+LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
+
+
+def default_loss_scale(policy: Policy) -> LossScale:
+    """What a policy needs: dynamic from 2^16 where it computes in float16, else none.
+
+    The numbers are GradScaler's: 65,536, doubled every 2,000 finite steps, halved on overflow.
+
+    >>> from jmp_train.precision.policy import get_policy
+    >>> default_loss_scale(get_policy("mixed_bfloat16"))
+    NoOpLossScale()
+    >>> float(default_loss_scale(get_policy("mixed_float16")).loss_scale)
+    65536.0
+    """
+    if np.dtype(np.float16) in (policy.param_dtype, policy.compute_dtype):
+        return DynamicLossScale(2.0**16)
+    return NoOpLossScale()
+
+
+def _static_number(value: Any, name: str) -> Any:
+    """A hashable Python number out of a number or a concrete scalar array."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is traced; expected a number, because it is static under jit")
+    return np.asarray(value).item()
+
+
+def _float32_scalar(value: Any, name: str) -> Any:
+    """Python and NumPy numbers as a float32 array: a weakly typed scale would multiply a float16
+    loss in float16, where 65,536 is infinite."""
+    if isinstance(value, (bool, int, float, np.generic, np.ndarray, jax.Array)):
+        _warn_if_not_floating(value, name)
+        if isinstance(value, jax.Array):
+            return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        return np.asarray(value, np.float32)
+    return value
+
+
+def _warn_if_not_floating(value: Any, name: str) -> None:
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and not is_floating(dtype):
+        warnings.warn(f"Expected floating type for {name}, got {dtype}", stacklevel=4)
+
+
+def largest_power_of_two(dtype: Any) -> float:
+    """The largest power of two that a floating dtype represents.
+
+    >>> largest_power_of_two(jnp.float16)
+    32768.0
+    """
+    return 2.0 ** math.floor(math.log2(float(jnp.finfo(dtype).max)))
