@@ -1,0 +1,239 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+from rich.console import Console
+
+from jmp_train.experiment import Experiment, UsageError, experiment_names, find_experiment
+from jmp_train.precision.dtypes import nearest
+
+E = TypeVar("E")
+
+_USAGE = """\
+usage: jmp-train COMMAND ...
+
+  train NAME [--run-dir DIR] [--FIELD VALUE ...]    train an experiment, or go on with a run
+  eval RUN_DIR                                      evaluate a run's newest checkpoint
+  list                                              the experiments
+  compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR] [--FIELD VALUE ...]
+                                                    one family across precisions and seeds
+
+jmp-train train NAME --help explains every field of an experiment.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+      0 done; 2 the words are off; 3 training diverged; 4 no usable checkpoint; 130 or 143 stopped by
+      SIGINT or SIGTERM, with the state saved.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0 if words else 2
+    try:
+        if words[0] not in _COMMANDS:
+            raise UsageError(f"unknown command {words[0]!r}; {nearest(words[0], _COMMANDS)}")
+        return _COMMANDS[words[0]](words[1:])
+    except UsageError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(error: Exception, status: int) -> int:
+    print(f"jmp-train: {error}", file=sys.stderr)
+    return status
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments(Generic[E]):
+    """Train an experiment."""
+
+    experiment: Annotated[E, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Folder of the run, which goes on if it holds one; default runs/NAME/TIME."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """Train one family across precisions and seeds, and compare."""
+
+    precisions: str = "fp32,fp16,bf16"
+    """Which of the family's experiments; @highest behind one sets its matmul precision."""
+    seeds: int = 5
+    """Runs of each, with the seeds 0 to N - 1."""
+    out: Path | None = None
+    """Folder of the results; default runs/compare/FAMILY/TIME."""
+
+
+def _train(words: list[str]) -> int:
+    from jmp_train.run import Stopped, train
+    from jmp_train.training.checkpoints import NoUsableCheckpoint
+    from jmp_train.training.loop import Diverged
+
+    name, words = _positional(words, "train NAME", "the name of an experiment")
+    experiment = find_experiment(name)
+    arguments = _parse(
+        TrainArguments[_typed(experiment)],
+        TrainArguments(experiment),
+        words,
+        f"jmp-train train {name}",
+    )
+    run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
+    try:
+        summary = train(name, arguments.experiment, run_dir, Console())
+    except Diverged as error:
+        return _fail(error, 3)
+    except NoUsableCheckpoint as error:
+        return _fail(error, 4)
+    except Stopped as error:
+        return _fail(error, 128 + error.signum)
+    results = ", ".join(f"{k} {v:.4f}" for k, v in summary["eval"].items())
+    print(
+        f"{name}: {results} on held-out data after {summary['steps']} steps in "
+        f"{summary['train_time_s']:.1f} s (and {summary['compile_time_s']:.1f} s to compile)\n"
+        f"{run_dir}"
+    )
+    return 0
+
+
+def _eval(words: list[str]) -> int:
+    from jmp_train.run import evaluate_run, read_config
+    from jmp_train.training.checkpoints import NoUsableCheckpoint
+
+    folder, words = _positional(words, "eval RUN_DIR", "the directory of a run")
+    run_dir = Path(folder)
+    name, values = read_config(run_dir)
+    default = find_experiment(name)
+    stored = [word for item in values.items() for word in _as_words(*item)]
+    try:
+        experiment = _parse(_typed(default), default, stored, "")
+    except UsageError as error:
+        raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
+    experiment = _parse(_typed(default), experiment, words, f"jmp-train eval {folder}")
+    try:
+        result = evaluate_run(run_dir, experiment)
+    except NoUsableCheckpoint as error:
+        return _fail(error, 4)
+    step = result.pop("step")
+    print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
+    return 0
+
+
+def _list(words: list[str]) -> int:
+    from rich.table import Table
+
+    if words:
+        raise UsageError(f"unexpected {words[0]!r}; jmp-train list takes no argument")
+    table = Table("experiment", "policy", "data", "metric", box=None, header_style="bold")
+    for name in experiment_names():
+        experiment = find_experiment(name)
+        table.add_row(name, experiment.policy, experiment.data.name, experiment.model.metric)
+    Console().print(table)
+    return 0
+
+
+def _compare(words: list[str]) -> int:
+    from jmp_train.compare import compare, variants_of
+    from jmp_train.training.loop import Diverged
+
+    family, words = _positional(words, "compare FAMILY", "the name of a family")
+    prog = f"jmp-train compare {family}"
+    options, fields = _parse(CompareOptions, CompareOptions(), words, prog, known_only=True)
+    variants = {}
+    for label, default in variants_of(family, options.precisions).items():
+        variants[label] = _parse(_typed(default), default, fields, prog)
+    out = options.out or _new_folder(Path("runs") / "compare" / family)
+    try:
+        compare(family, variants, seeds=options.seeds, out=out, console=Console())
+    except Diverged as error:
+        return _fail(error, 3)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "compare": _compare,
+    "eval": _eval,
+    "list": _list,
+    "train": _train,
+}
+
+
+def _positional(words: list[str], form: str, what: str) -> tuple[str, list[str]]:
+    if words and words[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        raise SystemExit(0)
+    if not words or words[0].startswith("-"):
+        names = ", ".join(experiment_names())
+        raise UsageError(f"expected {what}: jmp-train {form}; experiments are {names}")
+    return words[0], words[1:]
+
+
+def _typed(experiment: Experiment[Any, Any]) -> Any:
+    """The experiment's type with its own model and data, whose fields become options."""
+    return Experiment[type(experiment.model), type(experiment.data)]
+
+
+def _as_words(path: str, value: Any) -> list[str]:
+    """A stored value as the words that set it."""
+    values = value if isinstance(value, list) else [value]
+    return [f"--{path.replace('_', '-')}", *map(str, values)]
+
+
+def _parse(
+    kind: Any, default: Any, words: list[str], prog: str, *, known_only: bool = False
+) -> Any:
+    """Reads options into a dataclass; what is off becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                default=default,
+                args=words,
+                prog=prog,
+                config=(tyro.conf.FlagConversionOff,),
+                return_unknown_args=known_only,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(one_line(complaint.getvalue())) from None
+
+
+def one_line(complaint: str) -> str:
+    """Tyro's framed message in one line: what is off, then the nearest option.
+
+    >>> one_line("╭─ Unrecognized options ─╮\\n│ Unrecognized options: --lr, 1 │\\n│ ──── │\\n"
+    ...          "│ Perhaps you meant: │\\n│     --learning-rate FLOAT │\\n╰───╯")
+    'Unrecognized options: --lr, 1; did you mean --learning-rate?'
+    """
+    rows = [row.strip("│╭╮╰╯ ") for row in complaint.splitlines()]
+    rows = [row for row in rows if row and not row.startswith("─ ")]
+    rules = [i for i, row in enumerate(rows) if set(row) == {"─"}]
+    first = rules[0] if rules else len(rows)
+    message = " ".join(rows[:first])
+    options = [row.split()[0] for row in rows[first:] if row.startswith("--")]
+    if message.startswith("Unrecognized options") and options:
+        return f"{message}; did you mean {options[0]}?"
+    return message
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder named after the time that is not there yet."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = (stamp, *(f"{stamp}-{n}" for n in range(2, 1000)))
+    return next(parent / name for name in names if not (parent / name).exists())

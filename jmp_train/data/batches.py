@@ -1,0 +1,110 @@
+"""Batches of arrays held in memory, through Grain.
+
+The shuffle is drawn for a whole epoch at once and a batch is gathered in one indexing operation,
+so that Grain handles one record a batch; with Grain's own per-example shuffle and collation a batch
+of 128 digits takes some twenty times as long (4.1 ms against 0.2 ms on two CPU cores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+Augment = Callable[[dict[str, np.ndarray], np.random.Generator], dict[str, np.ndarray]]
+
+_SHUFFLE, _AUGMENT = 0, 1  # what a stream of random numbers is for
+
+
+class _ShuffledBatches:
+    """Batch i of an endless reshuffled pass over the data, as a pure function of (seed, i)."""
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        batch_size: int,
+        *,
+        seed: int,
+        count: int,
+        augment: Augment | None,
+    ):
+        self._arrays = dict(arrays)
+        self._size = len(next(iter(self._arrays.values())))
+        self._batch_size = batch_size
+        self._seed = seed
+        self._count = count
+        self._augment = augment
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        position = np.arange(self._batch_size) + int(index) * self._batch_size
+        epochs, within = np.divmod(position, self._size)
+        rows = np.concatenate([self._order(e)[within[epochs == e]] for e in np.unique(epochs)])
+        batch = {name: array[rows] for name, array in self._arrays.items()}
+        if self._augment is None:
+            return batch
+        return self._augment(batch, _generator(self._seed, index, _AUGMENT))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        orders = self._orders  # replaced whole and never changed: Grain reads from several threads
+        if epoch not in orders:
+            rng = _generator(self._seed, epoch, _SHUFFLE)
+            recent = {e: order for e, order in orders.items() if abs(e - epoch) <= 1}
+            orders = self._orders = {**recent, epoch: rng.permutation(self._size)}
+        return orders[epoch]
+
+
+def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, count, purpose])))
+
+
+def train_batches(
+    arrays: Mapping[str, np.ndarray],
+    batch_size: int,
+    *,
+    seed: int,
+    steps: int,
+    steps_per_call: int = 1,
+    augment: Augment | None = None,
+) -> Any:
+    """An iterator over the batches of a run: every example once an epoch, reshuffled each epoch.
+
+    Args:
+      arrays: by name, the first axis counting examples.
+      batch_size: examples in a batch; an epoch's last batch is filled up from the next epoch.
+      seed: of the order.
+      steps: batches in the run.
+      augment: changes a batch with the random numbers of the generator that it is given, which
+        depend on the seed and on the batch's number alone.
+      steps_per_call: above 1, so many batches are stacked along a new first axis.
+
+    Returns:
+      A Grain iterator over dicts of arrays; its `get_state()` is a small dict from which
+      `set_state` goes on exactly there.
+    """
+    source = _ShuffledBatches(arrays, batch_size, seed=seed, count=steps, augment=augment)
+    dataset = grain.MapDataset.source(source)
+    if steps_per_call > 1:
+        dataset = dataset.batch(steps_per_call)
+    # One worker thread and a short buffer: a record is a whole batch, which is cheap to make.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:
+    """Every example once, in order, in batches of one shape.
+
+    The last batch is filled up with copies of its first example; `"mask"`, bool (batch,), is false
+    for those.
+    """
+    size = len(next(iter(arrays.values())))
+    for start in range(0, size, batch_size):
+        rows = np.arange(start, start + batch_size)
+        mask = rows < size
+        rows = np.where(mask, rows, start)
+        yield {**{name: array[rows] for name, array in arrays.items()}, "mask": mask}

@@ -1,0 +1,56 @@
+"""Handwritten digits: the 1,797 real images of 8 by 8 pixels that scikit-learn bundles."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from jmp_train.task import Dataset, DataSpec
+
+_SPLIT_SEED = 0  # the held-out images are the same in every run, whatever the run's seed
+
+
+@dataclasses.dataclass(frozen=True)
+class DigitsConfig:
+    """Handwritten digits (scikit-learn's bundled images)."""
+
+    name: ClassVar[str] = "digits"
+
+    eval_share: float = 0.2
+    """Share of the images that is held out, the same ones in every run."""
+
+    noise: float = 0.2
+    """Standard deviation of the Gaussian noise added to training images; pixels go from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
+        if not 0 <= self.noise < float("inf"):
+            raise ValueError(f"noise is {self.noise}; expected a number of 0 or more")
+
+    def load(self) -> Dataset:
+        """Images, float32 (n, 64) from 0 to 1, and labels, int32 (n,)."""
+        from sklearn.datasets import load_digits  # 1.5 s to import, so only where used
+
+        images, labels = load_digits(return_X_y=True)
+        order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(len(images))
+        arrays = {
+            "image": (images[order] / 16).astype(np.float32),
+            "label": labels[order].astype(np.int32),
+        }
+        held_out = min(max(round(self.eval_share * len(images)), 1), len(images) - 1)
+        return Dataset(
+            train={k: v[held_out:] for k, v in arrays.items()},
+            eval={k: v[:held_out] for k, v in arrays.items()},
+            spec=DataSpec(features=images.shape[1], classes=10),
+            augment=self._add_noise if self.noise else None,
+        )
+
+    def _add_noise(
+        self, batch: dict[str, np.ndarray], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        image = batch["image"]
+        noise = rng.standard_normal(image.shape, np.float32) * np.float32(self.noise)
+        return {**batch, "image": image + noise}

@@ -1,0 +1,193 @@
+"""What an experiment is: plain data that says everything about a run, found by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from jmp_train.optim.optimizers import OptimizerConfig, make_schedule
+from jmp_train.precision.dtypes import nearest
+from jmp_train.precision.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    default_loss_scale,
+)
+from jmp_train.precision.policy import get_policy
+
+ModelConfig = TypeVar("ModelConfig")
+DataConfig = TypeVar("DataConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossScaleConfig:
+    """Loss scale; float16 compute needs one."""
+
+    kind: Literal["auto", "none", "static", "dynamic"] = "auto"
+    """auto: dynamic where the policy computes in float16, else none."""
+    initial: float = 2.0**16
+    """First scale (dynamic), or the scale (static)."""
+    growth_interval: int = 2000
+    """Finite steps in a row before the scale grows."""
+    growth_factor: float = 2.0
+    """What it is multiplied by then."""
+    backoff_factor: float = 0.5
+    """What it is multiplied by on a non-finite step."""
+    minimum: float = 1.0
+    """It never backs off below this."""
+    maximum: float | None = None
+    """It never grows above this; None: float32 is the limit."""
+    hysteresis: int = 1
+    """The number of non-finite steps on which it first backs off; 1 backs off at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.initial < float("inf"):
+            raise ValueError(f"initial is {self.initial}; expected a finite number above 0")
+        self._dynamic()  # it validates the rest
+
+    def _dynamic(self) -> DynamicLossScale:
+        return DynamicLossScale(
+            self.initial,
+            period=self.growth_interval,
+            factor=self.growth_factor,
+            min_loss_scale=self.minimum,
+            backoff_factor=self.backoff_factor,
+            max_loss_scale=self.maximum,
+            hysteresis=self.hysteresis,
+        )
+
+    def make(self, policy: str) -> LossScale:
+        """The first state of the loss scale under a policy."""
+        if self.kind == "none":
+            return NoOpLossScale()
+        if self.kind == "static":
+            return StaticLossScale(self.initial)
+        needed = not isinstance(default_loss_scale(get_policy(policy)), NoOpLossScale)
+        return self._dynamic() if self.kind == "dynamic" or needed else NoOpLossScale()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Generic[ModelConfig, DataConfig]):
+    """Everything that a run is made from."""
+
+    model: ModelConfig
+    data: DataConfig
+    policy: str = "float32"
+    """Precision policy, such as mixed_bfloat16 or params=float32,compute=float16,output=float32."""
+    steps: int = 1000
+    """Training steps in the whole run."""
+    batch_size: int = 128
+    """Examples in a batch."""
+    seed: int = 0
+    """Of the initial parameters, the order of the data and dropout."""
+    log_every: int = 100
+    """Steps between two lines of metrics."""
+    eval_every: int = 500
+    """Steps between two evaluations on the held-out data."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step is always saved."""
+    steps_per_call: int = 1
+    """Steps in one dispatch to the device; divides the four numbers of steps above."""
+    skip_nonfinite: bool | None = None
+    """Skip steps whose gradients are not finite; None: where there is a loss scale."""
+    matmul_precision: Literal["default", "high", "highest"] = "default"
+    """Precision of float32 matrix products: on a recent GPU default is TF32, highest is float32."""
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
+
+    def __post_init__(self) -> None:
+        get_policy(self.policy)
+        for field in (
+            "steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "steps_per_call",
+        ):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**63 - 1}")
+        for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, field) % self.steps_per_call:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)}; expected a multiple of steps_per_call "
+                    f"({self.steps_per_call})"
+                )
+        make_schedule(self.optimizer, self.steps)
+
+
+class UsageError(Exception):
+    """The user's words are off: which, what was expected, and the nearest valid choice."""
+
+
+def experiment_folders() -> list[Path]:
+    """Where experiments are looked for: `experiments/` here, then the one beside the package."""
+    roots = [Path.cwd(), Path(__file__).resolve().parents[1]]
+    folders = [root / "experiments" for root in dict.fromkeys(roots)]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def experiment_names() -> list[str]:
+    """The names of all experiments, sorted; a file whose name has no precision is a family."""
+    files = {path.stem for folder in experiment_folders() for path in folder.glob("[a-z]*.py")}
+    return sorted(files - family_names(files))
+
+
+def family_names(files: Iterable[str]) -> set[str]:
+    """Of some file names those that others extend: `mlp` for `mlp_fp32` and `mlp_bf16`."""
+    files = set(files)
+    return {name for name in files if any(other.startswith(name + "_") for other in files)}
+
+
+def find_experiment(name: str) -> Experiment[Any, Any]:
+    """The experiment of a name.
+
+    Args:
+      name: a file of an `experiments/` folder, without its folder and ending.
+
+    Raises:
+      UsageError: for a name that is none, with the nearest that is; for a file that defines none.
+    """
+    names = experiment_names()
+    if name not in names:
+        family = [n for n in names if n.startswith(name + "_")]
+        if family and re.fullmatch(r"\w+", name):
+            raise UsageError(f"{name!r} is a family; its experiments are {', '.join(family)}")
+        hint = nearest(name, names) if names else "there is no experiments/ folder here"
+        raise UsageError(f"unknown experiment {name!r}; {hint} (jmp-train list shows all)")
+    roots = [str(folder.parent) for folder in experiment_folders()]
+    sys.path[:0] = [root for root in roots if root not in sys.path]
+    experiment = getattr(importlib.import_module(f"experiments.{name}"), "EXPERIMENT", None)
+    if not isinstance(experiment, Experiment):
+        raise UsageError(
+            f"experiment {name!r} defines no EXPERIMENT; expected one of type Experiment"
+        )
+    return experiment
+
+
+def to_dict(experiment: Experiment[Any, Any]) -> dict[str, Any]:
+    """Every value of an experiment, nested, as JSON can hold it."""
+    return dataclasses.asdict(experiment)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path.
+
+    >>> flatten({"steps": 3, "optimizer": {"name": "sgd"}})
+    {'steps': 3, 'optimizer.name': 'sgd'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

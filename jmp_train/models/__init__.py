@@ -1,0 +1,5 @@
+"""The networks that the experiments share; each takes the policy as an argument."""
+
+from jmp_train.models.mlp import Mlp, MlpConfig
+
+__all__ = ["Mlp", "MlpConfig"]

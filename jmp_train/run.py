@@ -1,0 +1,361 @@
+"""One run of an experiment: its directory, its resume, its records and its summary."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from jmp_train.data.batches import eval_batches, train_batches
+from jmp_train.experiment import Experiment, UsageError, flatten, to_dict
+from jmp_train.optim.optimizers import make_optimizer
+from jmp_train.precision.policy import get_policy
+from jmp_train.report.plots import plot_run
+from jmp_train.task import Dataset, Task
+from jmp_train.training.checkpoints import Checkpoints
+from jmp_train.training.evaluation import make_evaluate
+from jmp_train.training.loop import Every, run_loop
+from jmp_train.training.metrics import MetricsWriter, read_metrics, write_json
+from jmp_train.training.progress import RunProgress
+from jmp_train.training.state import TrainState
+from jmp_train.training.step import Stepper, make_step
+
+_MAY_CHANGE = ("steps", "log_every", "eval_every", "checkpoint_every", "optimizer.learning_rate")
+
+
+class Stopped(Exception):
+    """A signal ended the run; its state is saved."""
+
+    def __init__(self, signum: int, step: int, run_dir: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}; {run_dir}")
+        self.signum = signum
+
+
+class _Parts(NamedTuple):
+    """What an experiment becomes."""
+
+    dataset: Dataset
+    task: Task
+    stepper: Stepper
+    evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
+
+
+def train(
+    name: str, experiment: Experiment[Any, Any], run_dir: Path, console: Console
+) -> dict[str, Any]:
+    """Trains an experiment in a run directory, from where that directory stands.
+
+    Args:
+      name: the experiment's.
+      experiment: what to train.
+      run_dir: a folder that holds a run of the same experiment, which goes on, or none yet.
+      console: where to show progress.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      UsageError: if the directory cannot be written, or holds a run of another experiment or with
+        other settings.
+      NoUsableCheckpoint: if it holds checkpoints and none can be loaded.
+      Diverged: if training diverges.
+      Stopped: if SIGTERM or SIGINT ended the run, after saving.
+    """
+    began = time.perf_counter()
+    with _matmul_precision(experiment.matmul_precision):
+        _claim(run_dir, name, experiment, console)
+        parts = _build(experiment)
+        metric, highest = experiment.model.metric, getattr(experiment.model, "highest", True)
+        checkpoints = Checkpoints(run_dir / "checkpoints", best=metric, highest=highest)
+        try:
+            return _train(name, experiment, run_dir, console, parts, checkpoints, began)
+        finally:
+            checkpoints.close()
+
+
+def _train(
+    name: str,
+    experiment: Experiment[Any, Any],
+    run_dir: Path,
+    console: Console,
+    parts: _Parts,
+    checkpoints: Checkpoints,
+    began: float,
+) -> dict[str, Any]:
+    state = _first_state(experiment, parts)
+    batches = train_batches(
+        parts.dataset.train,
+        experiment.batch_size,
+        seed=experiment.seed,
+        steps=experiment.steps,
+        steps_per_call=experiment.steps_per_call,
+        augment=parts.dataset.augment,
+    )
+    start, before = 0, {"wall_time_s": 0.0, "train_time_s": 0.0}
+    restored = checkpoints.restore_latest(state)
+    if restored is not None:
+        start, state, before = restored.step, restored.state, restored.extra
+        batches.set_state(before["data"])
+        console.print(f"resuming {run_dir} at step {start}", highlight=False, soft_wrap=True)
+    if start > experiment.steps:
+        raise UsageError(f"{run_dir} is at step {start}; expected --steps of at least that")
+
+    compiled, compile_time = _compile(experiment, parts, state)
+    writer = MetricsWriter(run_dir, resume_step=start)
+    progress = RunProgress(console, start=start, total=experiment.steps, name=name)
+    last_eval: dict[int, dict[str, float]] = {}
+    clock = time.perf_counter
+
+    def log(step: int, values: dict[str, Any]) -> None:
+        writer.write(step, "train", values)
+        progress.train(step, values)
+
+    def evaluate(step: int, state: TrainState) -> None:
+        last_eval.clear()
+        last_eval[step] = parts.evaluate(state.params)
+        writer.write(step, "eval", last_eval[step])
+        progress.evaluation(step, last_eval[step])
+
+    def checkpoint(step: int, state: TrainState) -> None:
+        extra = {
+            "data": batches.get_state(),
+            "wall_time_s": before["wall_time_s"] + clock() - began,
+            "train_time_s": before["train_time_s"],
+        }
+        checkpoints.save(step, state, extra=extra, metrics=last_eval.get(step))
+
+    with _stop_signals() as stopped, contextlib.closing(writer), contextlib.closing(progress):
+        result = run_loop(
+            compiled,
+            state,
+            batches,
+            start=start,
+            stop=experiment.steps,
+            steps_per_call=experiment.steps_per_call,
+            every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
+            log=log,
+            evaluate=evaluate,
+            checkpoint=checkpoint,
+            should_stop=lambda: bool(stopped),
+        )
+        if not last_eval and not stopped:
+            evaluate(result.step, result.state)
+    checkpoints.wait()
+    summary = _summary(
+        name=name,
+        experiment=experiment,
+        result=result,
+        evaluation=next(iter(last_eval.values()), {}),
+        compile_time_s=compile_time,
+        train_time_s=before["train_time_s"] + result.seconds,
+        wall_time_s=before["wall_time_s"] + clock() - began,
+        memory=compiled.memory_analysis(),
+    )
+    write_json(run_dir / "summary.json", summary)
+    if stopped:
+        raise Stopped(stopped[0], result.step, run_dir)
+    plot_run(
+        read_metrics(run_dir / "metrics.jsonl"),
+        run_dir / "plots",
+        title=f"{name}, policy {experiment.policy}",
+    )
+    return summary
+
+
+def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run on its held-out data.
+
+    Args:
+      run_dir: holds the run.
+      experiment: what was trained, as `read_config` gives it.
+
+    Returns:
+      `{"step": ..., metric: ...}`.
+
+    Raises:
+      UsageError: if there is no checkpoint.
+      NoUsableCheckpoint: if none can be loaded.
+    """
+    if not (run_dir / "checkpoints").is_dir():
+        raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
+    with _matmul_precision(experiment.matmul_precision):
+        parts = _build(experiment)
+        checkpoints = Checkpoints(run_dir / "checkpoints")
+        try:
+            restored = checkpoints.restore_latest(_first_state(experiment, parts))
+        finally:
+            checkpoints.close()
+        if restored is None:
+            raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
+        return {"step": restored.step, **parts.evaluate(restored.state.params)}
+
+
+def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """The name of a run's experiment, and its settings by dotted path.
+
+    Raises:
+      UsageError: if the directory holds no run, or its config.json cannot be read.
+    """
+    path = run_dir / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values.pop("experiment"), flatten(values)
+    except FileNotFoundError:
+        raise UsageError(f"{run_dir} holds no run; expected a directory with config.json") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def _claim(run_dir: Path, name: str, experiment: Experiment[Any, Any], console: Console) -> None:
+    """Writes config.json, or compares with the one that is there."""
+    fields = json.loads(json.dumps(to_dict(experiment)))
+    if (run_dir / "config.json").exists():
+        there, values = read_config(run_dir)
+        if there != name:
+            raise UsageError(f"{run_dir} holds a run of {there!r}; expected one of {name!r}")
+        ours = flatten(fields)
+        keys = sorted(k for k in {*ours, *values} if ours.get(k) != values.get(k))
+        changed = {k: f"{k} {values.get(k)} -> {ours.get(k)}" for k in keys}
+        refused = [text for k, text in changed.items() if k not in _MAY_CHANGE]
+        if refused:
+            raise UsageError(
+                f"{run_dir} holds a run with other settings: {', '.join(refused)}; expected the "
+                "same ones, or another --run-dir"
+            )
+        if changed:
+            console.print(f"changed: {', '.join(changed.values())}", highlight=False)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "config.json", {"experiment": name, **fields})
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be written: {error.strerror}") from None
+
+
+def _build(experiment: Experiment[Any, Any]) -> _Parts:
+    dataset = experiment.data.load()
+    policy = get_policy(experiment.policy)
+    task = experiment.model.task(dataset.spec, policy)
+    stepper = make_step(
+        task.loss_fn,
+        make_optimizer(experiment.optimizer, experiment.steps),
+        policy,
+        loss_scale=experiment.loss_scale.make(experiment.policy),
+        skip_nonfinite=experiment.skip_nonfinite,
+        grad_norm=True,
+    )
+    run = make_evaluate(task.metrics_fn, policy)
+    size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
+    return _Parts(
+        dataset, task, stepper, lambda params: run(params, eval_batches(dataset.eval, size))
+    )
+
+
+def _first_state(experiment: Experiment[Any, Any], parts: _Parts) -> TrainState:
+    init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
+    return parts.stepper.init(jax.jit(parts.task.init)(init_key), key=step_key)
+
+
+def _compile(
+    experiment: Experiment[Any, Any], parts: _Parts, state: TrainState
+) -> tuple[Any, float]:
+    """The compiled step for this run's shapes, and the seconds that took."""
+    calls = experiment.steps_per_call
+    leading = (experiment.batch_size,) if calls == 1 else (calls, experiment.batch_size)
+    batch = {
+        name: jax.ShapeDtypeStruct((*leading, *array.shape[1:]), array.dtype)
+        for name, array in parts.dataset.train.items()
+    }
+    step = parts.stepper.step if calls == 1 else parts.stepper.scan
+    began = time.perf_counter()
+    compiled = step.lower(state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    return compiled, time.perf_counter() - began
+
+
+def _summary(
+    *,
+    name: str,
+    experiment: Experiment[Any, Any],
+    result: Any,
+    evaluation: dict[str, float],
+    compile_time_s: float,
+    train_time_s: float,
+    wall_time_s: float,
+    memory: Any,
+) -> dict[str, Any]:
+    state = jax.device_get((result.state.loss_scale, result.state.skipped))
+    device = jax.devices()[0]
+    return {
+        "experiment": name,
+        "policy": experiment.policy,
+        "seed": experiment.seed,
+        "steps": result.step,
+        "wall_time_s": wall_time_s,
+        "compile_time_s": compile_time_s,
+        "train_time_s": train_time_s,
+        "steps_per_second": result.step / train_time_s if train_time_s else 0.0,
+        "eval": evaluation,
+        "loss_scale": float(state[0].loss_scale),
+        "skipped_steps": int(state[1]),
+        "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
+        # What the compiled step needs at once: its arguments, results and temporaries.
+        "peak_memory_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "count": jax.device_count(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{
+                package: _version(package)
+                for package in ("jmp-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+            },
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # used from a folder, not installed
+        return "not installed"
+
+
+def _matmul_precision(precision: str) -> Any:
+    if precision == "default":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT while it is open; the second one of a kind ends at once."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handle(signum: int, frame: Any) -> None:
+        caught.append(signum)
+        signal.signal(signum, before[signum])
+
+    try:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            before[signum] = signal.signal(signum, handle)
+    except ValueError:  # not the main thread, which alone may handle signals
+        pass
+    try:
+        yield caught
+    finally:
+        for signum, previous in before.items():
+            signal.signal(signum, previous)

@@ -1,0 +1,36 @@
+"""The contracts between data, models and training: what each hands to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class DataSpec(NamedTuple):
+    """What a model must know of its data."""
+
+    features: int  # numbers in one example
+    classes: int  # labels are 0 to classes - 1
+
+
+class Dataset(NamedTuple):
+    """Arrays by name, the first axis counting examples."""
+
+    train: dict[str, np.ndarray]
+    eval: dict[str, np.ndarray]
+    spec: DataSpec
+    augment: Any = None  # (batch, numpy Generator) -> batch, for training; None does nothing
+
+
+class Task(NamedTuple):
+    """A model and what it is trained for, as pure functions."""
+
+    init: Callable[[jax.Array], Any]
+    """`init(key) -> params`."""
+    loss_fn: Callable[..., Any]
+    """`loss_fn(params, batch, *, key)`, for `training.make_step`."""
+    metrics_fn: Callable[..., dict[str, jax.Array]]
+    """`metrics_fn(params, batch)`, for `training.make_evaluate`."""

@@ -1,0 +1,58 @@
+"""Metrics over a whole data set, from one compiled program and per-example values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmp_train.precision.policy import Policy, get_policy
+
+
+def make_evaluate(
+    metrics_fn: Callable[..., dict[str, jax.Array]], policy: str | Policy = "float32"
+) -> Callable[..., dict[str, float]]:
+    """Makes `evaluate(params, batches, model_state=None) -> {name: mean over the examples}`.
+
+    Args:
+      metrics_fn: `metrics_fn(params, batch)`, called with `model_state=` too where there is one,
+        returns one value per example for each metric: shape (batch,), floating or bool. It sees
+        parameters and batch in the policy's compute dtype.
+      policy: a `Policy` or a string for `get_policy`.
+
+    Returns:
+      The function. A batch may hold `"mask"`, bool of shape (batch,): false marks padding, so that
+      every batch has one shape and the program compiles once. Sums over a batch are float32, the
+      sum over batches is float64 on the host.
+
+    Raises:
+      ValueError: when called, if no example is left to average over.
+
+    >>> evaluate = make_evaluate(lambda params, batch: {"positive": batch["x"] > params})
+    >>> batches = [{"x": jnp.array([1.0, 2.0, -5.0]), "mask": jnp.array([True, True, False])}]
+    >>> evaluate(0.0, batches)
+    {'positive': 1.0}
+    """
+    policy = get_policy(policy)
+
+    @jax.jit
+    def sums(params: Any, batch: Any, **extras: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        batch = policy.cast_to_compute(batch)
+        values = metrics_fn(policy.cast_to_compute(params), batch, **extras)
+        values = {name: value.astype(jnp.float32) for name, value in values.items()}
+        mask = batch.get("mask", jnp.ones_like(next(iter(values.values())), bool))
+        # Padding is selected away, not multiplied: 0 times a NaN would be a NaN.
+        return mask.sum(), {k: jnp.where(mask, v, 0.0).sum() for k, v in values.items()}
+
+    def evaluate(params: Any, batches: Iterable[Any], model_state: Any = None) -> dict[str, float]:
+        extras = {} if model_state is None else {"model_state": model_state}
+        parts = [sums(params, batch, **extras) for batch in batches]
+        parts = jax.device_get(parts)
+        count = sum(int(n) for n, _ in parts)
+        if count == 0:
+            raise ValueError("the evaluation data holds no example; expected at least one")
+        return {name: sum(float(v[name]) for _, v in parts) / count for name in parts[0][1]}
+
+    return evaluate

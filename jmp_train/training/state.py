@@ -1,0 +1,34 @@
+"""What a train step carries from one step to the next, and what it tells about one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from jmp_train.precision.loss_scale import LossScale
+
+
+class TrainState(NamedTuple):
+    """Everything that changes during training: a pytree of arrays."""
+
+    step: jax.Array  # shape=(), int32: steps taken, skipped ones included
+    params: Any  # in the policy's parameter dtype
+    opt_state: Any  # float32
+    model_state: Any  # batch statistics and the like, float32; None without
+    loss_scale: LossScale
+    skipped: jax.Array  # shape=(), int32: steps skipped because something was not finite
+    skipped_in_row: jax.Array  # shape=(), int32: of those, the ones since the last good step
+    key: Any  # a PRNG key, the same all along: step n uses fold_in(key, n); None without
+
+
+class StepInfo(NamedTuple):
+    """What one step tells."""
+
+    loss: jax.Array  # shape=(), float32: unscaled
+    aux: Any  # what the loss function returned beside the loss
+    finite: jax.Array  # shape=(), bool: all gradients finite; the loss alone where none is skipped
+    grad_norm: (
+        Any  # shape=(), float32: global norm, unscaled and before clipping; None if not asked
+    )
+    loss_scale: jax.Array  # shape=(), float32: the scale that this step was taken under
