@@ -60,6 +60,9 @@ def _can_be_infinite(x: Any) -> bool:
 def select_tree(pred: Any, on_true: T, on_false: T) -> T:
     """`on_true` where `pred` holds, else `on_false`, leaf by leaf and bit by bit.
 
+    One exception: on a CPU, XLA selects bfloat16 through float32, which keeps every number, -0.0
+    among them, but gives every NaN the same payload.
+
     Args:
       pred: bool of shape ().
       on_true: a pytree of arrays.
