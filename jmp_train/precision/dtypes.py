@@ -88,6 +88,17 @@ def is_floating(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
+def at_least_float32(dtype: Any) -> np.dtype:
+    """float32 for a narrower floating dtype, else the dtype itself (float64 and complex too).
+
+    JAX has no implicit promotion for 8-bit floats, so `jnp.promote_types` cannot say this.
+
+    >>> at_least_float32(jnp.float8_e5m2), at_least_float32(jnp.complex64)
+    (dtype('float32'), dtype('complex64'))
+    """
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid word, or all of them where none is near.
 

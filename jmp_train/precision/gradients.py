@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmp_train.precision.dtypes import at_least_float32
 from jmp_train.precision.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -107,7 +108,7 @@ def value_and_grad(
         grads = _unscale(_widen(grads, params), loss_scale, seed)
         finite = all_finite(grads)
         return GradResult(
-            loss=loss.astype(jnp.promote_types(loss.dtype, jnp.float32)),
+            loss=loss.astype(at_least_float32(loss.dtype)),
             grads=grads,
             finite=finite,
             loss_scale=loss_scale.adjust(finite),
@@ -157,8 +158,4 @@ def _unscale(grads: Any, loss_scale: LossScale, seed: jax.Array) -> Any:
 
 def _widen(grads: Any, params: Any) -> Any:
     """Gradients in float32, or in the parameters' own dtype where that is wider."""
-    return jax.tree.map(
-        lambda g, p: g.astype(jnp.promote_types(jnp.result_type(g, p), jnp.float32)),
-        grads,
-        params,
-    )
+    return jax.tree.map(lambda g, p: g.astype(at_least_float32(jnp.result_type(p))), grads, params)

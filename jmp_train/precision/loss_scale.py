@@ -22,14 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jmp_train.precision.dtypes import is_floating
+from jmp_train.precision.dtypes import at_least_float32, is_floating
 from jmp_train.precision.policy import Policy
 
 T = TypeVar("T")
-
-
-def _widen(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _scale_tree(tree: T, operation: Any, scale: Any) -> T:
@@ -37,7 +33,9 @@ def _scale_tree(tree: T, operation: Any, scale: Any) -> T:
 
     def apply(x: Any) -> Any:
         x = jnp.asarray(x)
-        return operation(_widen(x), scale) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return operation(x.astype(at_least_float32(x.dtype)), scale)
 
     return jax.tree.map(apply, tree)
 
@@ -370,4 +368,4 @@ def largest_power_of_two(dtype: Any) -> float:
     >>> largest_power_of_two(jnp.float16)
     32768.0
     """
-    return 2.0 ** math.floor(math.log2(float(jnp.finfo(dtype).max)))
+    return 2.0 ** (math.frexp(float(jnp.finfo(dtype).max))[1] - 1)

@@ -58,12 +58,12 @@ def main() -> None:
 
     written = []
     for finite, (init_scale, growth_factor, backoff_factor, growth_interval) in cases():
-        numbers = dict(
-            init_scale=init_scale,
-            growth_factor=growth_factor,
-            backoff_factor=backoff_factor,
-            growth_interval=growth_interval,
-        )
+        numbers = {
+            "init_scale": init_scale,
+            "growth_factor": growth_factor,
+            "backoff_factor": backoff_factor,
+            "growth_interval": growth_interval,
+        }
         trajectory = gradscaler_trajectory(finite, **numbers)
         scales = [init_scale, *(scale for scale, _ in trajectory)]
         written.append(

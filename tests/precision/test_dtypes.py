@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 import jmp_train as jt
-from jmp_train.precision.dtypes import DTYPE_NAMES, dtype_name, is_floating, nearest, parse_dtype
+from jmp_train.precision.dtypes import (
+    DTYPE_NAMES,
+    at_least_float32,
+    dtype_name,
+    is_floating,
+    nearest,
+    parse_dtype,
+)
 
 FORMATS = {
     "bf16": ml_dtypes.bfloat16,
@@ -92,6 +99,13 @@ def test_a_misspelt_dtype_names_the_nearest(misspelt, meant):
 
 def test_a_word_near_to_nothing_lists_what_is_valid():
     assert nearest("qqqq", ["full", "half"]) == "expected one of full, half"
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32"])
+def test_widening_reaches_float32_and_leaves_what_is_wider(name):
+    assert at_least_float32(getattr(jnp, name)) == np.float32
+    assert at_least_float32(np.float64) == np.float64
+    assert at_least_float32(np.complex64) == np.complex64
 
 
 @pytest.mark.parametrize(

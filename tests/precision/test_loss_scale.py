@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from make_gradscaler_trajectories import PATH, gradscaler_trajectory
 
 import jmp_train as jt
+from jmp_train.precision.loss_scale import largest_power_of_two
 
 LENGTH = 64  # every hypothesis sequence is padded to this, so that each machine compiles once
-BOTH = dict(with_jit=True, without_jit=True)
+BOTH = {"with_jit": True, "without_jit": True}
 SMALLEST_NORMAL = 2.0**-126
 LARGEST_POWER = 2.0**127
 
@@ -156,12 +157,12 @@ def test_trajectory_is_that_of_a_live_gradscaler(period, factor, backoff):
     @settings(max_examples=25, deadline=None)
     @given(finite=sequences, exponent=st.sampled_from([-30, 0, 16, 120]))
     def check(finite, exponent):
-        numbers = dict(
-            init_scale=2.0**exponent,
-            growth_factor=factor,
-            backoff_factor=backoff,
-            growth_interval=period,
-        )
+        numbers = {
+            "init_scale": 2.0**exponent,
+            "growth_factor": factor,
+            "backoff_factor": backoff,
+            "growth_interval": period,
+        }
         theirs = gradscaler_trajectory(finite, **numbers)
         scale, counter = trajectory(from_gradscaler(**numbers), finite)
         assert scale.tolist() == [scale for scale, _ in theirs]
@@ -179,7 +180,7 @@ def test_trajectory_is_that_of_a_recorded_gradscaler(case):
     state = from_gradscaler(*(case[name] for name in names))
     first = case["first_run_is_finite"]
     alternating = itertools.cycle((first, not first))
-    finite = np.array([f for f, n in zip(alternating, case["runs"]) for _ in range(n)])  # noqa: B905
+    finite = np.array([f for f, n in zip(alternating, case["runs"]) for _ in range(n)])
 
     want = np.full(len(finite), case["init_scale"])
     for step, scale in case["changes"]:
@@ -330,6 +331,15 @@ class ScaleTest(chex.TestCase):
         assert self.variant(kind(4.0).unscale)(out)["c"] == 1 + 2j
 
     @chex.variants(**BOTH)
+    @parameterized.parameters("float8_e4m3fn", "float8_e5m2")
+    def test_8_bit_leaves_are_scaled_in_float32(self, name):
+        x = jnp.array([0.5, 2.0], getattr(jnp, name))
+        scaled = self.variant(jt.DynamicLossScale(2.0**10).scale)(x)
+        assert scaled.dtype == jnp.float32
+        np.testing.assert_array_equal(scaled, [512, 2048])
+        np.testing.assert_array_equal(self.variant(jt.StaticLossScale(2.0).unscale)(x), [0.25, 1])
+
+    @chex.variants(**BOTH)
     def test_no_scale_leaves_everything(self):
         tree = {"g": jnp.float16(3)}
         assert self.variant(jt.NoOpLossScale().scale)(tree)["g"].dtype == jnp.float16
@@ -455,6 +465,23 @@ def test_a_float64_scale_stays_float64():
         assert state.loss_scale.dtype == jnp.float64 and state.loss_scale == 2.0**201
 
 
+@pytest.mark.parametrize(
+    "dtype,largest",
+    [
+        ("float8_e4m3fn", 256.0),
+        ("float8_e5m2", 2.0**15),
+        ("float16", 2.0**15),
+        ("bfloat16", 2.0**127),
+        ("float32", 2.0**127),
+        ("float64", 2.0**1023),
+    ],
+)
+def test_the_largest_power_of_two_of_a_format(dtype, largest):
+    assert largest_power_of_two(getattr(jnp, dtype)) == largest
+    with np.errstate(over="ignore"):  # the next is not representable
+        assert np.dtype(getattr(ml_dtypes, dtype, dtype)).type(largest) == largest
+
+
 # Validation.
 
 NAN, INF = math.nan, math.inf
@@ -463,34 +490,34 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize(
     "wrong,message",
     [
-        (dict(loss_scale=-0.0), "loss_scale is -0.0; expected 0 < it < inf"),
-        (dict(loss_scale=0.0), "loss_scale is 0.0; expected 0 < it < inf"),
-        (dict(loss_scale=-1.0), "loss_scale is -1.0; expected 0 < it < inf"),
-        (dict(loss_scale=NAN), "loss_scale is nan; expected 0 < it < inf"),
-        (dict(loss_scale=np.float32(INF)), "loss_scale is inf; expected 0 < it < inf"),
-        (dict(loss_scale=1e39), "loss_scale is inf; expected 0 < it < inf"),
-        (dict(period=0), "period is 0; expected 1 to 2147483647 finite steps"),
-        (dict(period=2**31), "period is 2147483648; expected 1 to 2147483647"),
-        (dict(period=2.5), "period is 2.5; expected a whole number of steps"),
-        (dict(period=NAN), "period is nan; expected a whole number of steps"),
-        (dict(factor=0.5), "factor is 0.5; expected at least 1, such as 2"),
-        (dict(factor=NAN), "factor is nan; expected at least 1, such as 2"),
-        (dict(factor=INF), "factor is inf; expected at least 1, such as 2"),
-        (dict(backoff_factor=0.0), "backoff_factor is 0.0; expected 0 < it <= 1"),
-        (dict(backoff_factor=2.0), "backoff_factor is 2.0; expected 0 < it <= 1"),
-        (dict(backoff_factor=NAN), "backoff_factor is nan; expected 0 < it <= 1"),
-        (dict(min_loss_scale=-1.0), "min_loss_scale is -1.0; expected 0 <= it < inf"),
-        (dict(min_loss_scale=NAN), "min_loss_scale is nan; expected 0 <= it < inf"),
-        (dict(max_loss_scale=0.5), "max_loss_scale 0.5 is below min_loss_scale 1.0"),
-        (dict(max_loss_scale=NAN), "max_loss_scale nan is below min_loss_scale 1.0"),
-        (dict(hysteresis=0), "hysteresis is 0; expected at least 1"),
-        (dict(hysteresis=1.5), "hysteresis is 1.5; expected a whole number of steps"),
+        ({"loss_scale": -0.0}, "loss_scale is -0.0; expected 0 < it < inf"),
+        ({"loss_scale": 0.0}, "loss_scale is 0.0; expected 0 < it < inf"),
+        ({"loss_scale": -1.0}, "loss_scale is -1.0; expected 0 < it < inf"),
+        ({"loss_scale": NAN}, "loss_scale is nan; expected 0 < it < inf"),
+        ({"loss_scale": np.float32(INF)}, "loss_scale is inf; expected 0 < it < inf"),
+        ({"loss_scale": 1e39}, "loss_scale is inf; expected 0 < it < inf"),
+        ({"period": 0}, "period is 0; expected 1 to 2147483647 finite steps"),
+        ({"period": 2**31}, "period is 2147483648; expected 1 to 2147483647"),
+        ({"period": 2.5}, "period is 2.5; expected a whole number of steps"),
+        ({"period": NAN}, "period is nan; expected a whole number of steps"),
+        ({"factor": 0.5}, "factor is 0.5; expected at least 1, such as 2"),
+        ({"factor": NAN}, "factor is nan; expected at least 1, such as 2"),
+        ({"factor": INF}, "factor is inf; expected at least 1, such as 2"),
+        ({"backoff_factor": 0.0}, "backoff_factor is 0.0; expected 0 < it <= 1"),
+        ({"backoff_factor": 2.0}, "backoff_factor is 2.0; expected 0 < it <= 1"),
+        ({"backoff_factor": NAN}, "backoff_factor is nan; expected 0 < it <= 1"),
+        ({"min_loss_scale": -1.0}, "min_loss_scale is -1.0; expected 0 <= it < inf"),
+        ({"min_loss_scale": NAN}, "min_loss_scale is nan; expected 0 <= it < inf"),
+        ({"max_loss_scale": 0.5}, "max_loss_scale 0.5 is below min_loss_scale 1.0"),
+        ({"max_loss_scale": NAN}, "max_loss_scale nan is below min_loss_scale 1.0"),
+        ({"hysteresis": 0}, "hysteresis is 0; expected at least 1"),
+        ({"hysteresis": 1.5}, "hysteresis is 1.5; expected a whole number of steps"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_number_that_cannot_work_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        jt.DynamicLossScale(**(dict(loss_scale=1.0) | wrong))
+        jt.DynamicLossScale(**({"loss_scale": 1.0} | wrong))
 
 
 @pytest.mark.parametrize("name", ["period", "factor", "min_loss_scale", "backoff_factor"])

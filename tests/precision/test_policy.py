@@ -21,7 +21,7 @@ HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 FORMATS = ("float16", "bfloat16", "float32", "float64", *FLOAT8)
 PATTERNS = np.arange(2**16, dtype=np.uint16)
-BOTH = dict(with_jit=True, without_jit=True, with_device=True, without_device=True)
+BOTH = {"with_jit": True, "without_jit": True, "with_device": True, "without_device": True}
 
 
 def assert_same_numbers(got, want):
