@@ -135,10 +135,10 @@ def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
         where = "" if policy is None else f" in policy {policy!r}"
         raise ValueError(f"Unknown dtype {name!r}{where}; {nearest(name, DTYPE_NAMES)}")
     try:
-        dtype = None if name is None else np.dtype(name)
+        dtype = np.dtype(name)
     except TypeError:
         dtype = None
-    if dtype not in dtype_to_names:
+    if name is None or dtype is None or dtype not in dtype_to_names:
         raise ValueError(f"expected a floating dtype such as bfloat16 or float32, got {name!r}")
     return dtype
 

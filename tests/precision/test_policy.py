@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from functools import partial
+from typing import Any
 
 import chex
 import jax
@@ -21,7 +22,8 @@ HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 FORMATS = ("float16", "bfloat16", "float32", "float64", *FLOAT8)
 PATTERNS = np.arange(2**16, dtype=np.uint16)
-BOTH = {"with_jit": True, "without_jit": True, "with_device": True, "without_device": True}
+with_and_without_jit: Any = partial(chex.variants, with_jit=True, without_jit=True)
+everywhere: Any = partial(with_and_without_jit, with_device=True, without_device=True)
 
 
 def assert_same_numbers(got, want):
@@ -52,7 +54,7 @@ def ties(half):
 
 
 class CastTest(chex.TestCase):
-    @chex.variants(**BOTH)
+    @everywhere
     @parameterized.product(half=HALVES, to=(*HALVES, np.dtype(np.float32)))
     def test_every_16_bit_pattern_casts_as_numpy_does(self, half, to):
         values = PATTERNS.view(half)
@@ -60,7 +62,7 @@ class CastTest(chex.TestCase):
             got = self.variant(partial(cast_floating, dtype=to))(values)
             assert_same_numbers(got, values.astype(np.float32).astype(to))
 
-    @chex.variants(**BOTH)
+    @everywhere
     @parameterized.product(half=HALVES, sign=(1, -1))
     def test_float32_rounds_to_nearest_and_ties_to_even(self, half, sign):
         x, patterns = ties(half)
@@ -71,7 +73,7 @@ class CastTest(chex.TestCase):
             np.testing.assert_array_equal(got.view(np.uint16), patterns)
             assert_same_numbers(x.astype(half), patterns.view(half))  # the oracles agree
 
-    @chex.variants(**BOTH)
+    @everywhere
     @parameterized.parameters(*HALVES)
     def test_float32_patterns_cast_as_numpy_does(self, half):
         rng = np.random.default_rng(0)
@@ -80,7 +82,7 @@ class CastTest(chex.TestCase):
             got = self.variant(partial(cast_floating, dtype=half))(x)
             assert_same_numbers(got, x.astype(half))
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @with_and_without_jit
     def test_only_floating_leaves_change_dtype(self):
         tree = {
             "w": jnp.ones(2),
