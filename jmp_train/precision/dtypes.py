@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")  # for Policy(...) and str(policy); spelt in full only
+# For Policy(...) and str(policy); spelt in full only. The fnuz pair is AMD's (CDNA 3).
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 _SHORT_NAMES: dict[str, tuple[str, ...]] = {
     "bfloat16": ("bf16", "bfloat16"),
@@ -87,6 +88,17 @@ def is_floating(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
+def at_least_float32(dtype: Any) -> np.dtype:
+    """float32 for a narrower floating dtype, else the dtype itself (float64 and complex too).
+
+    JAX has no implicit promotion for 8-bit floats, so `jnp.promote_types` cannot say this.
+
+    >>> at_least_float32(jnp.float8_e5m2), at_least_float32(jnp.complex64)
+    (dtype('float32'), dtype('complex64'))
+    """
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid word, or all of them where none is near.
 
@@ -105,11 +117,12 @@ def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
     """The floating dtype that a name, a scalar type or a dtype stands for.
 
     Args:
-      name: one of `DTYPE_NAMES`, or anything that `numpy.dtype` takes.
+      name: one of `DTYPE_NAMES`, or what `numpy.dtype` takes for a dtype that has such a name.
       policy: the policy string that the name came from, for the error message.
 
     Raises:
-      ValueError: for an unknown name, with the nearest known one; for a dtype that is not floating.
+      ValueError: for an unknown name, with the nearest known one; for anything that is not one of
+        these dtypes, None (NumPy's float64) among it.
 
     >>> parse_dtype("bf16"), parse_dtype(jnp.float16)
     (dtype(bfloat16), dtype('float16'))
@@ -121,9 +134,12 @@ def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
             return _DTYPES[name]
         where = "" if policy is None else f" in policy {policy!r}"
         raise ValueError(f"Unknown dtype {name!r}{where}; {nearest(name, DTYPE_NAMES)}")
-    dtype = np.dtype(name)
-    if not is_floating(dtype):
-        raise ValueError(f"expected a floating dtype such as bfloat16 or float32, got {dtype}")
+    try:
+        dtype = np.dtype(name)
+    except TypeError:
+        dtype = None
+    if name is None or dtype is None or dtype not in dtype_to_names:
+        raise ValueError(f"expected a floating dtype such as bfloat16 or float32, got {name!r}")
     return dtype
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmp_train.precision.dtypes import at_least_float32
 from jmp_train.precision.loss_scale import (
     DynamicLossScale,
     LossScale,
@@ -104,10 +105,10 @@ def value_and_grad(
         loss_scale = _fit(loss_scale, loss.dtype)
         seed = jnp.asarray(loss_scale.loss_scale, loss.dtype)
         (grads,) = backward(seed)
-        grads = loss_scale.unscale(_widen(grads, params))
+        grads = _unscale(_widen(grads, params), loss_scale, seed)
         finite = all_finite(grads)
         return GradResult(
-            loss=loss.astype(jnp.promote_types(loss.dtype, jnp.float32)),
+            loss=loss.astype(at_least_float32(loss.dtype)),
             grads=grads,
             finite=finite,
             loss_scale=loss_scale.adjust(finite),
@@ -148,10 +149,13 @@ def _fit(loss_scale: LossScale, dtype: Any) -> LossScale:
     return dataclasses.replace(loss_scale, loss_scale=min(loss_scale.loss_scale, limit))
 
 
+def _unscale(grads: Any, loss_scale: LossScale, seed: jax.Array) -> Any:
+    """Divides by what the loss was really multiplied by: bfloat16 holds 1.1 * 2^16 to three digits."""
+    if isinstance(loss_scale, NoOpLossScale):
+        return grads
+    return jax.tree.map(lambda g: g / seed.astype(jnp.finfo(g.dtype).dtype), grads)
+
+
 def _widen(grads: Any, params: Any) -> Any:
     """Gradients in float32, or in the parameters' own dtype where that is wider."""
-    return jax.tree.map(
-        lambda g, p: g.astype(jnp.promote_types(jnp.promote_types(g.dtype, p.dtype), jnp.float32)),
-        grads,
-        params,
-    )
+    return jax.tree.map(lambda g, p: g.astype(at_least_float32(jnp.result_type(p))), grads, params)

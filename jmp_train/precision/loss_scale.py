@@ -22,22 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jmp_train.precision.dtypes import is_floating
+from jmp_train.precision.dtypes import at_least_float32, is_floating
 from jmp_train.precision.policy import Policy
 
 T = TypeVar("T")
 
 
-def _widen(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _scale_tree(tree: T, operation: Any, scale: Any) -> T:
-    """Applies `operation(x, scale)` to floating leaves, in float32 or wider."""
+    """Applies `operation(x, scale)` to floating and complex leaves, in float32 or wider."""
 
     def apply(x: Any) -> Any:
         x = jnp.asarray(x)
-        return operation(_widen(x), scale) if is_floating(x.dtype) else x
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        return operation(x.astype(at_least_float32(x.dtype)), scale)
 
     return jax.tree.map(apply, tree)
 
@@ -59,6 +57,9 @@ def _can_be_infinite(x: Any) -> bool:
 
 def select_tree(pred: Any, on_true: T, on_false: T) -> T:
     """`on_true` where `pred` holds, else `on_false`, leaf by leaf and bit by bit.
+
+    One exception: on a CPU, XLA selects bfloat16 through float32, which keeps every number, -0.0
+    among them, but gives every NaN the same payload.
 
     Args:
       pred: bool of shape ().
@@ -156,15 +157,19 @@ class DynamicLossScale:
 
     With the same numbers this is the trajectory of PyTorch's `GradScaler` (init_scale,
     growth_factor = factor, backoff_factor, growth_interval = period), of Megatron-LM's
-    `DynamicGradScaler` (hysteresis), and of jmp. Flax's `DynamicScale` grows one step later:
-    its `growth_interval=N` is `period=N + 1` here.
+    `DynamicGradScaler` (hysteresis), and of jmp. GradScaler multiplies in float64, so a factor that
+    float32 rounds, such as 1.1, may differ from it by a rounding at each move, and it has no
+    minimum, so the two part at `min_loss_scale`. Flax's `DynamicScale` grows one step later: its
+    `growth_interval=N` is `period=N + 1` here; and where growth would overflow it goes to the
+    largest float32, which is no power of two, and the others stay.
 
     Attributes:
       loss_scale: the scale; shape=(), float32.
       counter: finite steps since the scale last moved or a step was skipped; shape=(), int32.
       period: finite steps before the scale grows.
       factor: what it grows by.
-      min_loss_scale: it never backs off below this.
+      min_loss_scale: it never backs off below this; where this is 0, not below float32's smallest
+        normal number, which XLA would flush to a scale of zero.
       backoff_factor: what a non-finite step multiplies the scale by; `1 / factor` when None.
       max_loss_scale: it never grows above this; when None, float32 is the only limit.
       hysteresis: the number of non-finite steps on which the scale first backs off. The budget is
@@ -212,20 +217,29 @@ class DynamicLossScale:
         for name in self._STATIC:
             if getattr(self, name) is not None:
                 put(name, _static_number(getattr(self, name), name))
+        for name in ("period", "hysteresis"):
+            put(name, _whole_number(getattr(self, name), name))
+        if isinstance(self.counter, int):  # weakly typed, it would make the second step recompile
+            put("counter", np.asarray(self.counter, np.int32))
         if self.hysteresis > 1 and self.hysteresis_left is None:
             put("hysteresis_left", np.asarray(self.hysteresis, np.int32))
         self._check()
 
     def _check(self) -> None:
+        # Written as `not (valid)`, which a NaN fails.
+        if isinstance(self.loss_scale, np.ndarray) and not 0 < self.loss_scale < math.inf:
+            raise ValueError(f"loss_scale is {self.loss_scale}; expected 0 < it < inf")
         if not 1 <= self.period < 2**31:  # the counter is an int32 and never wraps
             raise ValueError(f"period is {self.period}; expected 1 to 2147483647 finite steps")
-        if self.factor < 1:
+        if not 1 <= self.factor < math.inf:
             raise ValueError(f"factor is {self.factor}; expected at least 1, such as 2")
         if self.backoff_factor is not None and not 0 < self.backoff_factor <= 1:
             raise ValueError(f"backoff_factor is {self.backoff_factor}; expected 0 < it <= 1")
         if self.hysteresis < 1:
             raise ValueError(f"hysteresis is {self.hysteresis}; expected at least 1")
-        if self.max_loss_scale is not None and self.max_loss_scale < self.min_loss_scale:
+        if not 0 <= self.min_loss_scale < math.inf:
+            raise ValueError(f"min_loss_scale is {self.min_loss_scale}; expected 0 <= it < inf")
+        if self.max_loss_scale is not None and not self.max_loss_scale >= self.min_loss_scale:
             raise ValueError(
                 f"max_loss_scale {self.max_loss_scale} is below min_loss_scale {self.min_loss_scale}"
             )
@@ -260,7 +274,8 @@ class DynamicLossScale:
         else:
             reduced = scale * self.backoff_factor
         # A scale that starts below the minimum is raised to it by the first overflow, as in jmp.
-        reduced = jnp.maximum(reduced, self.min_loss_scale)
+        smallest_normal = float(np.finfo(np.float32).tiny)
+        reduced = jnp.maximum(reduced, max(self.min_loss_scale, smallest_normal))
 
         left = self.hysteresis_left
         if left is not None:
@@ -311,13 +326,23 @@ def default_loss_scale(policy: Policy) -> LossScale:
     return NoOpLossScale()
 
 
-def _static_number(value: Any, name: str) -> Any:
-    """A hashable Python number out of a number or a concrete scalar array."""
-    if isinstance(value, (int, float)):
-        return value
+def _static_number(value: Any, name: str) -> float:
+    """A hashable Python number out of a number or a concrete scalar array.
+
+    A float, because JAX reads a Python integer as an int32 and refuses 2**32.
+    """
     if isinstance(value, Tracer):
         raise TypeError(f"{name} is traced; expected a number, because it is static under jit")
-    return np.asarray(value).item()
+    array = np.asarray(value)
+    if array.size != 1 or not (is_floating(array.dtype) or array.dtype.kind in "iub"):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    return float(array.item())
+
+
+def _whole_number(value: float, name: str) -> int:
+    if not value.is_integer():
+        raise ValueError(f"{name} is {value}; expected a whole number of steps")
+    return int(value)
 
 
 def _float32_scalar(value: Any, name: str) -> Any:
@@ -343,4 +368,4 @@ def largest_power_of_two(dtype: Any) -> float:
     >>> largest_power_of_two(jnp.float16)
     32768.0
     """
-    return 2.0 ** math.floor(math.log2(float(jnp.finfo(dtype).max)))
+    return 2.0 ** (math.frexp(float(jnp.finfo(dtype).max))[1] - 1)
