@@ -1,21 +1,60 @@
 .DEFAULT_GOAL := help
+.PHONY: help install train compare test test-all test-gpu lint format bench clean
 PY := .venv/bin/python
-.PHONY: help install lint test
+
+# The hardware decides what is installed: make install ACCELERATOR=cpu|cuda|cuda12|tpu overrides it.
+# CUDA 13 wants a driver of 580 or newer; an older one gets CUDA 12.
+NVIDIA_DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | grep -oE '^[0-9]+')
+TPU := $(wildcard /dev/accel0 /dev/vfio/0)
+ACCELERATOR ?= $(if $(NVIDIA_DRIVER),$(shell test $(NVIDIA_DRIVER) -ge 580 && echo cuda || echo cuda12),$(if $(TPU),tpu,cpu))
+EXTRAS := dev$(if $(filter-out cpu,$(ACCELERATOR)),$(comma)$(ACCELERATOR))
+comma := ,
+UV := $(shell command -v uv 2>/dev/null)
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@echo '  ARGS="..." adds options: make train EXP=mlp_bf16 ARGS="--steps 500"'
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "installing for $(ACCELERATOR) into .venv"
+ifdef UV
+	test -x $(PY) || uv venv -q .venv
+	uv pip install -q -p $(PY) -c constraints.txt -e '.[$(EXTRAS)]'
+else
 	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q -e '.[dev]'
-	touch $@
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+endif
+	@touch $@
 
-install: .venv/.installed  ## make .venv and install
+install: .venv/.installed  ## make .venv and install, for the hardware that is here
+
+train: .venv/.installed  ## train an experiment: make train EXP=mlp_bf16
+	@$(PY) -m jmp_train train $(if $(EXP),'$(EXP)') $(ARGS)
+
+compare: .venv/.installed  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
+	@$(PY) -m jmp_train compare $(if $(EXP),'$(EXP)') $(ARGS)
+
+test: .venv/.installed  ## the tests, on the CPU, in under 6 minutes
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 $(ARGS)
+
+test-all: .venv/.installed  ## the slow ones too
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m 'slow or not slow' $(ARGS)
+
+test-gpu: .venv/.installed  ## the same tests on the GPU
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest $(ARGS)
 
 lint: .venv/.installed  ## ruff and pyright
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
-test: .venv/.installed  ## the tests
-	$(PY) -m pytest
+format: .venv/.installed  ## ruff, writing
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/.installed  ## the benchmarks; results go to benchmarks/results/
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
+
+clean:  ## remove caches and build products, not runs/ and not .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,8 +1,6 @@
 """`python -m jmp_train`: the command line."""
 
-import sys
-
-from jmp_train.cli import main
+from jmp_train.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def run() -> None:
+    """The console script: `main`, then exit with its status."""
+    sys.exit(main())
+
+
 def _fail(error: Exception, status: int) -> int:
     print(f"jmp-train: {error}", file=sys.stderr)
     return status
