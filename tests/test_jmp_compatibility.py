@@ -72,7 +72,7 @@ def test_the_runner_reports_a_test_that_fails(tmp_path):
     assert len(outcome["failed"]) == 1 and "test_wrong" in outcome["failed"][0]
 
 
-def public_names():
+def public_names() -> dict[str, Any]:
     jmp = pytest.importorskip("jmp")
     return {name: getattr(jmp, name) for name in jmp.__all__}
 
@@ -106,9 +106,8 @@ def test_every_public_name_of_jmp_takes_what_it_takes_in_jmp():
 
 
 def test_the_classes_have_jmps_fields_in_jmps_order_and_its_methods():
-    theirs: Any
     for name, theirs in public_names().items():
-        if not inspect.isclass(theirs):
+        if not isinstance(theirs, type):
             continue
         ours: Any = getattr(jmp_train, name)
         their_fields = list(theirs.__dataclass_fields__)

@@ -248,6 +248,7 @@ def test_every_string_of_jmps_grammar_means_what_it_means_to_jmp():
         ("64-true", "float64", "float64", "float64"),
         ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
         ("  c = bf16 , o = f32 ", "float32", "bfloat16", "float32"),
+        (" bf16\n", "bfloat16", "bfloat16", "bfloat16"),
     ],
 )
 def test_presets_and_the_names_that_keras_and_lightning_users_type(name, p, c, o):
