@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -217,6 +218,15 @@ def _parse(
         if not stop.code:
             raise
         raise UsageError(one_line(complaint.getvalue())) from None
+    except ValueError as error:  # an experiment's own check of its values
+        raise UsageError(str(error)) from None
+
+
+_PLAIN_WORDS = {
+    r"^Error parsing (experiment\.)?(--)?": "--",
+    r"invalid literal for int\(\) with base 10: (.*)": r"expected an integer, got \1",
+    r"could not convert string to float: (.*)": r"expected a number, got \1",
+}
 
 
 def one_line(complaint: str) -> str:
@@ -226,12 +236,20 @@ def one_line(complaint: str) -> str:
     ...          "│ Perhaps you meant: │\\n│     --learning-rate FLOAT │\\n╰───╯")
     'Unrecognized options: --lr, 1; did you mean --learning-rate?'
     """
-    rows = [row.strip("│╭╮╰╯ ") for row in complaint.splitlines()]
-    rows = [row for row in rows if row and not row.startswith("─ ")]
-    rules = [i for i, row in enumerate(rows) if set(row) == {"─"}]
-    first = rules[0] if rules else len(rows)
-    message = " ".join(rows[:first])
-    options = [row.split()[0] for row in rows[first:] if row.startswith("--")]
+    sections: list[list[str]] = [[]]
+    for row in complaint.splitlines():
+        text = row.strip("│ ")
+        if set(text) <= set("╭╮╰╯─-") or text.startswith("╭"):  # a rule, or the frame
+            sections.append([])
+        else:
+            sections[-1].append(text)
+    if "╭" not in complaint:  # without a frame, which ASCII lacks, the title is a section
+        sections = sections[1:]
+    first, *rest = [section for section in sections if any(section)]
+    message = " ".join(first).strip()
+    options = [row.split()[0] for section in rest for row in section if row.startswith("--")]
+    for pattern, words in _PLAIN_WORDS.items():
+        message = re.sub(pattern, words, message)
     if message.startswith("Unrecognized options") and options:
         return f"{message}; did you mean {options[0]}?"
     return message

@@ -25,6 +25,15 @@ ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
 
 
+#: The fields of `LossScaleConfig` that `DynamicLossScale` knows by jmp's names.
+_FIELD_OF = {
+    "period": "growth_interval",
+    "factor": "growth_factor",
+    "min_loss_scale": "minimum",
+    "max_loss_scale": "maximum",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class LossScaleConfig:
     """Loss scale; float16 compute needs one."""
@@ -49,7 +58,13 @@ class LossScaleConfig:
     def __post_init__(self) -> None:
         if not 0 < self.initial < float("inf"):
             raise ValueError(f"initial is {self.initial}; expected a finite number above 0")
-        self._dynamic()  # it validates the rest
+        try:
+            self._dynamic()
+        except ValueError as error:
+            message = str(error)
+            for theirs, ours in _FIELD_OF.items():
+                message = re.sub(rf"\b{theirs}\b", ours, message)
+            raise ValueError(message) from None
 
     def _dynamic(self) -> DynamicLossScale:
         return DynamicLossScale(

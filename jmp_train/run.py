@@ -104,10 +104,10 @@ def _train(
     restored = checkpoints.restore_latest(state)
     if restored is not None:
         start, state, before = restored.step, restored.state, restored.extra
+        if start > experiment.steps:
+            raise UsageError(f"{run_dir} is at step {start}; expected --steps of at least that")
         batches.set_state(before["data"])
         console.print(f"resuming {run_dir} at step {start}", highlight=False, soft_wrap=True)
-    if start > experiment.steps:
-        raise UsageError(f"{run_dir} is at step {start}; expected --steps of at least that")
 
     compiled, compile_time = _compile(experiment, parts, state)
     writer = MetricsWriter(run_dir, resume_step=start)
@@ -125,11 +125,11 @@ def _train(
         writer.write(step, "eval", last_eval[step])
         progress.evaluation(step, last_eval[step])
 
-    def checkpoint(step: int, state: TrainState) -> None:
+    def checkpoint(step: int, state: TrainState, seconds: float) -> None:
         extra = {
             "data": batches.get_state(),
             "wall_time_s": before["wall_time_s"] + clock() - began,
-            "train_time_s": before["train_time_s"],
+            "train_time_s": before["train_time_s"] + seconds,
         }
         checkpoints.save(step, state, extra=extra, metrics=last_eval.get(step))
 
@@ -276,7 +276,7 @@ def _compile(
     }
     step = parts.stepper.step if calls == 1 else parts.stepper.scan
     began = time.perf_counter()
-    compiled = step.lower(state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    compiled = step.lower(state, batch).compile()
     return compiled, time.perf_counter() - began
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from jmp_train.precision.dtypes import is_floating
+from jmp_train.precision.policy import widen_to_full
 
 
 def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -31,6 +29,7 @@ def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     Returns:
       A transformation with the same arguments.
 
+    >>> import jax.numpy as jnp
     >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
     >>> optax.adam(0.1).init(params)[0].mu["w"].dtype
     dtype(bfloat16)
@@ -43,18 +42,10 @@ def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> Any:
-        return inner.init(_widen(params))
+        return inner.init(widen_to_full(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        params = None if params is None else _widen(params)
-        return inner.update(_widen(updates), state, params, **extra_args)
+        params = None if params is None else widen_to_full(params)
+        return inner.update(widen_to_full(updates), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _widen(tree: Any) -> Any:
-    def widen(x: Any) -> Any:
-        x = jnp.asarray(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_floating(x.dtype) else x
-
-    return jax.tree.map(widen, tree)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jmp_train.precision.dtypes import (
     DTYPE_NAMES,
+    at_least_float32,
     dtype_name,
     fastest_dtype,
     half_dtype,
@@ -53,6 +54,21 @@ def cast_floating(tree: T, dtype: Any) -> T:
 def cast_to_full(tree: T) -> T:
     """Casts floating leaves to float32; see `cast_floating`."""
     return cast_floating(tree, np.float32)
+
+
+def widen_to_full(tree: T) -> T:
+    """Casts floating leaves narrower than float32 to float32 and leaves float64 alone.
+
+    >>> import jax.numpy as jnp
+    >>> widen_to_full({"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype
+    dtype('float32')
+    """
+
+    def widen(x: Any) -> Any:
+        floating = isinstance(x, (jax.Array, np.ndarray, np.generic)) and is_floating(x.dtype)
+        return cast_floating(x, at_least_float32(x.dtype)) if floating else x
+
+    return jax.tree.map(widen, tree)
 
 
 def cast_to_half(tree: T) -> T:

@@ -45,7 +45,7 @@ def run_loop(
     every: Every,
     log: Callable[[int, dict[str, Any]], None],
     evaluate: Callable[[int, TrainState], None],
-    checkpoint: Callable[[int, TrainState], None],
+    checkpoint: Callable[[int, TrainState, float], None],
     should_stop: Callable[[], bool] = lambda: False,
     max_skipped_in_row: int = 100,
 ) -> LoopResult:
@@ -63,7 +63,8 @@ def run_loop(
       every: when to log, evaluate and save.
       log: gets the step and the values of the train record.
       evaluate: gets the step and the state.
-      checkpoint: gets the step and the state; it must have copied what it needs on return.
+      checkpoint: gets the step, the state and the seconds spent in steps so far; it must have
+        copied what it needs on return.
       should_stop: asked between calls; true ends the loop after a checkpoint.
       max_skipped_in_row: so many skipped steps in a row end the run.
 
@@ -93,7 +94,7 @@ def run_loop(
         if evaluate_due and not stopped:
             evaluate(at, state)
         if checkpoint_due:
-            checkpoint(at, state)
+            checkpoint(at, state, seconds)
         began = time.perf_counter()
     return LoopResult(state, at, seconds)
 

@@ -12,6 +12,7 @@ from typing import Any
 def strict_json(value: Any) -> Any:
     """A value that standard JSON can hold: arrays to numbers and lists, a NaN to "nan".
 
+    >>> import numpy as np
     >>> strict_json({"loss": np.float32("nan"), "n": np.int32(3), "x": (1.5, float("-inf"))})
     {'loss': 'nan', 'n': 3, 'x': [1.5, '-inf']}
     """
@@ -93,7 +94,8 @@ class MetricsWriter:
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", float(value), step)
+            if math.isfinite(value):
+                self._events.add_scalar(f"{split}/{name}", float(value), step)
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -1,0 +1,76 @@
+"""Batches: every example once an epoch, reshuffled, resumable, and a pure function of the seed."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmp_train.data import eval_batches, train_batches
+
+
+def arrays(size):
+    return {"x": np.arange(size), "y": np.arange(size) * 10.0}
+
+
+def take(iterator, n):
+    return [next(iterator) for _ in range(n)]
+
+
+@settings(deadline=None, max_examples=25)
+@given(size=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**63 - 1))
+def test_each_epoch_holds_every_example_once(size, batch_size, seed):
+    epochs = 3
+    steps = -(-epochs * size // batch_size)
+    seen = take(train_batches(arrays(size), batch_size, seed=seed, steps=steps), steps)
+    assert all(batch["x"].shape == (batch_size,) for batch in seen)
+    order = np.concatenate([batch["x"] for batch in seen])[: epochs * size].reshape(epochs, size)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(size), (epochs, 1)))
+    for batch in seen:
+        np.testing.assert_array_equal(batch["y"], batch["x"] * 10.0)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    runs = [take(train_batches(arrays(100), 100, seed=s, steps=2), 2) for s in (0, 0, 1)]
+    orders = [[tuple(batch["x"]) for batch in run] for run in runs]
+    assert orders[0] == orders[1]
+    assert len({orders[0][0], orders[0][1], orders[2][0], orders[2][1]}) == 4
+
+
+@pytest.mark.parametrize("per_call", [1, 3])
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_restored_iterator_goes_on_bitwise_noise_included(at, per_call):
+    def augment(batch, rng):
+        return {**batch, "y": batch["y"] + rng.normal(size=batch["y"].shape)}
+
+    def make():
+        return train_batches(
+            arrays(10), 4, seed=5, steps=60, steps_per_call=per_call, augment=augment
+        )
+
+    first = make()
+    take(first, at)
+    state = first.get_state()
+    second = make()
+    second.set_state(state)
+    for a, b in zip(take(first, 10), take(second, 10), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_several_steps_a_call_are_the_same_batches_stacked():
+    one = take(train_batches(arrays(10), 4, seed=1, steps=6), 6)
+    stacked = take(train_batches(arrays(10), 4, seed=1, steps=6, steps_per_call=3), 2)
+    got = list(itertools.chain(*(batch["x"] for batch in stacked)))
+    np.testing.assert_array_equal(got, [batch["x"] for batch in one])
+
+
+def test_evaluation_batches_have_one_shape_and_mark_the_padding():
+    batches = list(eval_batches(arrays(10), 4))
+    assert [batch["mask"].tolist() for batch in batches] == [[True] * 4] * 2 + [
+        [True, True, False, False]
+    ]
+    kept = np.concatenate([batch["x"][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(kept, np.arange(10))
+    assert {batch["x"].shape for batch in batches} == {(4,)}

@@ -1,0 +1,73 @@
+"""Schedules against closed forms, clipping against float64, and refused settings."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jmp_train.optim import OptimizerConfig, make_optimizer, make_schedule
+
+
+def test_warmup_then_cosine_is_the_closed_form():
+    config = OptimizerConfig(learning_rate=0.3, warmup_steps=20)
+    schedule = make_schedule(config, steps=220)
+    n = np.arange(221)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.clip((n - 20) / 200, 0, 1)))
+    expected = 0.3 * np.where(n < 20, n / 20, cosine)
+    np.testing.assert_allclose([float(schedule(i)) for i in n], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule,end", [("constant", 0.3), ("linear", 0.0), ("cosine", 0.0)])
+def test_the_ends_of_each_schedule(schedule, end):
+    made = make_schedule(OptimizerConfig(learning_rate=0.3, schedule=schedule), steps=100)
+    assert float(made(0)) == pytest.approx(0.3)
+    assert float(made(100)) == pytest.approx(end, abs=1e-7)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(
+        name="sgd", learning_rate=1.0, schedule="constant", momentum=0.0, max_grad_norm=2.0
+    )
+    optimizer = make_optimizer(config, steps=10)
+    grads = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([12.0])}  # norm 13
+    updates, _ = optimizer.update(grads, optimizer.init(grads), grads)
+    np.testing.assert_allclose(updates["a"], [-6 / 13, -8 / 13], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], [-24 / 13], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "lion", "muon"])
+def test_every_optimizer_walks_down_a_quadratic(name):
+    config = OptimizerConfig(name=name, learning_rate=0.05, max_grad_norm=None)
+    optimizer = make_optimizer(config, steps=100)
+    params = {"w": jnp.full((4, 4), 2.0) + jnp.eye(4)}
+    state = optimizer.init(params)
+    first = float(jnp.sum(params["w"] ** 2))
+    for _ in range(100):
+        updates, state = optimizer.update({"w": 2 * params["w"]}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(jnp.sum(params["w"] ** 2)) < 0.7 * first
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("eps", -1.0),
+        ("b1", 1.0),
+        ("b2", -0.1),
+        ("momentum", 1.5),
+        ("weight_decay", -1.0),
+        ("warmup_steps", -1),
+        ("max_grad_norm", 0.0),
+    ],
+)
+def test_an_impossible_setting_is_refused_by_its_name(field, value):
+    with pytest.raises(ValueError, match=f"{field} is .*expected"):
+        OptimizerConfig(**{field: value})
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(ValueError, match="warmup_steps is 10; expected fewer than steps"):
+        make_schedule(OptimizerConfig(warmup_steps=10), steps=10)

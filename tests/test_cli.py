@@ -1,0 +1,129 @@
+"""The command line: what it prints, and one clear line with status 2 for what is off."""
+
+import json
+
+import pytest
+
+from jmp_train.cli import main
+
+
+def run(capsys, *words):
+    try:
+        status = main(words)
+    except SystemExit as stop:
+        status = stop.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
+
+
+@pytest.mark.parametrize(
+    "words,expected",
+    [
+        (["train", "mlp_bf17"], "unknown experiment 'mlp_bf17'; did you mean 'mlp_bf16'?"),
+        (["train", "../../etc/passwd"], "unknown experiment '../../etc/passwd'"),
+        (["train"], "expected the name of an experiment"),
+        (["train", "mlp"], "is a family; its experiments are"),
+        (["train", "mlp_bf16", "--optimizer.lernrate", "1"], "did you mean --optimizer.learning-rate?"),
+        (["train", "mlp_bf16", "--policy", "c=float17"], "did you mean 'float16'?"),
+        (["train", "mlp_bf16", "--policy", "mixed_bf16"], "did you mean 'mixed_bfloat16'?"),
+        (["train", "mlp_bf16", "--steps", "ten"], "--steps: expected an integer, got 'ten'"),
+        (["train", "mlp_bf16", "--steps", "0"], "steps is 0; expected at least 1"),
+        (["train", "mlp_bf16", "--optimizer.b1", "x"], "--optimizer.b1: expected a number, got 'x'"),
+        (["train", "mlp_bf16", "--optimizer.name", "adamx"], "Expected one of"),
+        (["train", "mlp_bf16", "--optimizer.warmup-steps", "9999"], "expected fewer than steps"),
+        (["train", "mlp_bf16", "--loss-scale.growth-factor", "0"], "growth_factor is 0"),
+        (["train", "mlp_bf16", "--model.hidden", "-3"], "hidden is (-3,)"),
+        (["train", "mlp_bf16", "stray"], "Unrecognized options: stray"),
+        (["train", "mlp_bf16", "--run-dir"], "--run-dir"),
+        (["eval"], "expected the directory of a run"),
+        (["eval", "/nowhere"], "/nowhere holds no run"),
+        (["compare", "mlq"], "unknown family 'mlq'; did you mean 'mlp'?"),
+        (["compare", "mlp", "--precisions", "fp17"], "did you mean 'fp16'?"),
+        (["compare", "mlp", "--precisions", "fp32@higest"], "did you mean 'highest'?"),
+        (["compare", "mlp", "--precisions", ","], "no precision in ','"),
+        (["compare", "mlp", "--seeds", "0"], "seeds is 0"),
+        (["compare", "mlp", "--stesp", "3"], "did you mean --steps?"),
+        (["list", "x"], "unexpected 'x'"),
+        (["trian", "mlp_bf16"], "unknown command 'trian'; did you mean 'train'?"),
+    ],
+)  # fmt: skip
+def test_what_is_off_gets_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    assert expected in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_then_eval_and_the_default_run_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "train", "linear_bf16", *FEW)
+    assert status == 0
+    assert "step 10/20" in out and "linear_bf16: accuracy" in out
+    (run_dir,) = (tmp_path / "runs" / "linear_bf16").iterdir()
+    assert out.splitlines()[-1] == str(run_dir.relative_to(tmp_path))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["steps"] == 20 and config["optimizer"]["warmup_steps"] == 5
+    status, out, _ = run(capsys, "eval", str(run_dir))
+    assert status == 0
+    assert f"step 20  accuracy {summary['eval']['accuracy']:.4f}" in out.replace("loss", "\n") or (
+        f"accuracy {summary['eval']['accuracy']:.4f}" in out
+    )
+
+
+def test_a_config_that_was_tampered_with_is_refused(capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run(capsys, "train", "linear_bf16", *FEW, "--run-dir", str(run_dir))[0] == 0
+    config = json.loads((run_dir / "config.json").read_text())
+    for change in ({"steps": "many"}, {"nonsense": 1}, {"experiment": "../x"}):
+        (run_dir / "config.json").write_text(json.dumps({**config, **change}))
+        status, _, err = run(capsys, "eval", str(run_dir))
+        assert status == 2 and err.count("\n") == 1, err
+
+
+def test_a_diverging_run_has_status_3(capsys, tmp_path):
+    words = ("--optimizer.name", "sgd", "--optimizer.learning-rate", "1e38")
+    run_dir = ("--run-dir", str(tmp_path / "run"), "--optimizer.max-grad-norm", "None")
+    status, _, err = run(capsys, "train", "mlp_fp32", *FEW, *words, *run_dir)
+    assert status == 3 and "the loss is nan" in err and err.count("\n") == 1
+
+
+def test_no_usable_checkpoint_has_status_4(capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run(capsys, "train", "linear_bf16", *FEW, "--run-dir", str(run_dir))[0] == 0
+    for file in (run_dir / "checkpoints" / "20" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    for words in (
+        ("eval", str(run_dir)),
+        ("train", "linear_bf16", *FEW, "--run-dir", str(run_dir)),
+    ):
+        status, _, err = run(capsys, *words)
+        assert status == 4 and "none of the checkpoints at steps 20" in err, err
+
+
+def test_list_has_a_line_for_each_experiment(capsys):
+    status, out, _ = run(capsys, "list")
+    assert status == 0
+    (line,) = (line.split() for line in out.splitlines() if "mlp_fp16" in line)
+    assert line == ["mlp_fp16", "mixed_float16", "digits", "accuracy"]
+
+
+def test_help_explains_every_field(capsys):
+    assert run(capsys, "--help")[:2] == run(capsys, "help")[:2]
+    status, out, _ = run(capsys, "train", "mlp_bf16", "--help")
+    assert status == 0
+    for word in ("--policy", "--optimizer.learning-rate", "--loss-scale.initial", "--model.hidden",
+                 "--data.noise", "--run-dir", "--steps-per-call"):  # fmt: skip
+        assert word in out
+    assert "Precision policy" in out
+
+
+def test_no_word_at_all_shows_the_usage_with_status_2(capsys):
+    status, out, _ = run(capsys)
+    assert status == 2 and out.startswith("usage: jmp-train")

@@ -1,0 +1,65 @@
+"""Comparing precisions: the table's numbers are those of the runs."""
+
+import dataclasses
+import io
+import json
+import statistics
+
+import pytest
+from rich.console import Console
+
+from jmp_train.compare import compare, variants_of
+
+
+def shortened(variants):
+    return {
+        label: dataclasses.replace(
+            e, steps=60, eval_every=60, optimizer=dataclasses.replace(e.optimizer, warmup_steps=5)
+        )
+        for label, e in variants.items()
+    }
+
+
+def test_the_comparison_holds_what_the_runs_say(tmp_path):
+    out = io.StringIO()
+    variants = shortened(variants_of("mlp", "fp32,fp16,bf16"))
+    result = compare("mlp", variants, seeds=2, out=tmp_path, console=Console(file=out, width=120))
+    assert json.loads((tmp_path / "compare.json").read_text()) == result
+    for label in variants:
+        runs = [
+            json.loads((tmp_path / "runs" / f"{label}-seed{seed}" / "summary.json").read_text())
+            for seed in (0, 1)
+        ]
+        row = result["rows"][label]
+        assert [run["seed"] for run in runs] == [0, 1]
+        assert row["accuracy"]["values"] == [run["eval"]["accuracy"] for run in runs]
+        assert row["accuracy"]["mean"] == statistics.fmean(row["accuracy"]["values"])
+        assert row["accuracy"]["std"] == statistics.stdev(row["accuracy"]["values"])
+        assert row["speed_up"] == pytest.approx(
+            result["rows"]["fp32"]["seconds"]["mean"] / row["seconds"]["mean"]
+        )
+    assert result["rows"]["fp16"]["loss_scale"] == [65536.0, 65536.0]
+    table = (tmp_path / "compare.md").read_text()
+    assert table.startswith("| precision | time (s) | speed-up | accuracy |")
+    assert "| fp16 |" in table and "65536" in out.getvalue()
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_precision_may_ask_for_the_highest_matmul_precision():
+    variants = variants_of("mlp", "fp32@highest, fp32,bf16")
+    assert list(variants) == ["fp32@highest", "fp32", "bf16"]
+    assert [e.matmul_precision for e in variants.values()] == ["highest", "default", "default"]
+
+
+@pytest.mark.slow
+def test_the_three_precisions_agree_within_their_spread(tmp_path):
+    # Five seeds each. The held-out set has 359 images, so one accuracy has a binomial deviation of
+    # sqrt(0.98 * 0.02 / 359) = 0.0074; differences of means are held to one of those.
+    variants = variants_of("mlp", "fp32,fp16,bf16")
+    result = compare("mlp", variants, seeds=5, out=tmp_path, console=Console(quiet=True))
+    means = [row["accuracy"]["mean"] for row in result["rows"].values()]
+    assert min(means) >= 0.97
+    assert max(means) - min(means) < 0.0074
+    for row in result["rows"].values():
+        assert min(row["accuracy"]["values"]) >= 0.97
+        assert row["skipped_steps"] == [0] * 5

@@ -1,0 +1,213 @@
+"""Runs as a user sees them: the directory, resume to the bit, signals, and what is refused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from jmp_train.experiment import UsageError, find_experiment
+from jmp_train.run import Stopped, evaluate_run, read_config, train
+from jmp_train.training.checkpoints import Checkpoints
+from jmp_train.training.loop import Diverged
+from jmp_train.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+QUIET = Console(quiet=True)
+
+
+def small(name="mlp_fp16", **fields):
+    """An experiment cut short, with dropout, and an interval of everything within it."""
+    experiment = find_experiment(name)
+    fields = {"steps": 40, "log_every": 10, "eval_every": 20, "checkpoint_every": 10, **fields}
+    return dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, hidden=(16,), dropout=0.25),
+        optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=5),
+        loss_scale=dataclasses.replace(experiment.loss_scale, growth_interval=7),
+        **fields,
+    )
+
+
+def final_arrays(run_dir):
+    """Every array of the newest checkpoint by path, read by Orbax without our state classes."""
+    from orbax.checkpoint import v1 as ocp
+
+    step = Checkpoints(run_dir / "checkpoints").steps()[-1]
+    tree = ocp.load_checkpointables(str((run_dir / "checkpoints" / str(step)).resolve()))["state"]
+    numbers = lambda x: (
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
+    return {
+        jax.tree_util.keystr(path): np.asarray(numbers(x))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_same_arrays(a, b):
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_a_finished_run_directory_is_complete(tmp_path):
+    summary = train("mlp_fp16", small(), tmp_path / "run", QUIET)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "plots",
+    }  # fmt: skip
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert set(summary) >= {
+        "experiment", "policy", "seed", "steps", "wall_time_s", "compile_time_s",
+        "steps_per_second", "eval", "loss_scale", "skipped_steps", "parameters",
+        "peak_memory_bytes", "device", "versions",
+    }  # fmt: skip
+    assert summary["parameters"] == 64 * 16 + 16 + 16 * 10 + 10
+    assert summary["steps"] == 40 and summary["experiment"] == "mlp_fp16"
+    # The parameters, two moments, and a batch at the very least.
+    assert summary["peak_memory_bytes"] > 3 * 4 * summary["parameters"] + 128 * 64 * 4
+    records = read_metrics(run / "metrics.jsonl")
+    assert [(r["step"], r["split"]) for r in records] == [
+        (10, "train"), (20, "train"), (20, "eval"), (30, "train"), (40, "train"), (40, "eval"),
+    ]  # fmt: skip
+    assert set(records[0]) >= {
+        "loss", "accuracy", "loss_scale", "skipped_steps", "grad_norm", "steps_per_second",
+    }  # fmt: skip
+    name, values = read_config(run)
+    assert name == "mlp_fp16" and values["optimizer.warmup_steps"] == 5
+    assert {p.name for p in (run / "plots").iterdir()} == {
+        "loss.png", "accuracy.png", "loss_scale.png",
+    }  # fmt: skip
+    assert evaluate_run(run, small()) == {"step": 40, **summary["eval"]}
+
+
+@pytest.mark.parametrize("name", ["mlp_fp32", "mlp_fp16", "mlp_bf16"])
+@pytest.mark.parametrize("per_call", [1, 5])
+def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
+    tmp_path, monkeypatch, name, per_call
+):
+    experiment = small(name, steps_per_call=per_call, log_every=5)
+    train(name, experiment, tmp_path / "whole", QUIET)
+
+    # A signal at the second log point, where the step is not a multiple of checkpoint_every.
+    from jmp_train.training.progress import RunProgress
+
+    shown = RunProgress.train
+
+    def then_signal(self, step, values):
+        shown(self, step, values)
+        if step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunProgress, "train", then_signal)
+    with pytest.raises(Stopped) as stopped:
+        train(name, experiment, tmp_path / "cut", QUIET)
+    assert stopped.value.signum == signal.SIGTERM
+    monkeypatch.setattr(RunProgress, "train", shown)
+    at = Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1]
+    assert 10 < at < 20 and at % 10 != 0
+
+    summary = train(name, experiment, tmp_path / "cut", QUIET)
+    whole, cut = (final_arrays(tmp_path / d) for d in ("whole", "cut"))
+    assert_same_arrays(whole, cut)
+    assert len(whole) > 10
+    assert summary["steps"] == 40
+    kept = [
+        [(r["step"], r["split"], r["loss"]) for r in read_metrics(tmp_path / d / "metrics.jsonl")]
+        for d in ("whole", "cut")
+    ]
+    assert [r for r in kept[1] if r[0] % 5 == 0] == kept[0]
+    assert len({r[:2] for r in kept[1]}) == len(kept[1])
+
+
+def test_a_run_killed_by_sigterm_exits_143_and_goes_on(tmp_path):
+    command = [
+        sys.executable, "-m", "jmp_train", "train", "mlp_bf16", "--run-dir", str(tmp_path / "run"),
+        "--steps", "1000000", "--log-every", "10",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert b"stopped by SIGTERM" in errors and b"Traceback" not in errors
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] >= 10
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    before = final_arrays(tmp_path)
+    again = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    assert again["eval"] == first["eval"] and again["steps"] == first["steps"]
+    assert again["train_time_s"] == pytest.approx(first["train_time_s"])
+    assert_same_arrays(final_arrays(tmp_path), before)
+
+
+def test_more_steps_may_be_asked_of_a_run(tmp_path):
+    train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    assert train("mlp_bf16", small("mlp_bf16", steps=60), tmp_path, QUIET)["steps"] == 60
+    with pytest.raises(UsageError, match="is at step 60; expected --steps of at least that"):
+        train("mlp_bf16", small("mlp_bf16", steps=20), tmp_path, QUIET)
+
+
+def test_another_experiment_or_other_settings_are_refused_and_nothing_is_lost(tmp_path):
+    train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    config = (tmp_path / "config.json").read_text()
+    with pytest.raises(UsageError, match="holds a run of 'mlp_bf16'"):
+        train("mlp_fp16", small(), tmp_path, QUIET)
+    with pytest.raises(UsageError, match="other settings: batch_size 128 -> 64"):
+        train("mlp_bf16", small("mlp_bf16", batch_size=64), tmp_path, QUIET)
+    assert (tmp_path / "config.json").read_text() == config
+
+
+def test_a_diverging_run_says_so(tmp_path):
+    experiment = small("mlp_fp32", matmul_precision="highest")
+    optimizer = dataclasses.replace(
+        experiment.optimizer, name="sgd", learning_rate=1e30, max_grad_norm=None, warmup_steps=0
+    )
+    with pytest.raises(Diverged, match="at step 10"):
+        train("mlp_fp32", dataclasses.replace(experiment, optimizer=optimizer), tmp_path, QUIET)
+
+
+def test_an_fp16_run_survives_a_scale_that_is_too_large(tmp_path):
+    experiment = small()
+    scale = dataclasses.replace(experiment.loss_scale, initial=2.0**40)
+    summary = train("mlp_fp16", dataclasses.replace(experiment, loss_scale=scale), tmp_path, QUIET)
+    assert summary["skipped_steps"] >= 10
+    assert np.log2(summary["loss_scale"]) == int(np.log2(summary["loss_scale"]))
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (None, "holds no run"),
+        ("", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"steps": 3}', "cannot be read"),
+    ],
+)
+def test_a_folder_that_holds_no_readable_run_is_refused(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=words):
+        read_config(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        train("mlp_bf16", small("mlp_bf16"), tmp_path / "file" / "run", QUIET)

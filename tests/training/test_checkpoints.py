@@ -1,0 +1,116 @@
+"""Checkpoints: bitwise round trips, the newest whole one, and no silent cast."""
+
+import logging
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmp_train as jt
+from jmp_train.training.checkpoints import Checkpoints, NoUsableCheckpoint
+
+
+def stepper(policy="mixed_float16"):
+    return jt.make_step(
+        lambda params, batch, key: jnp.sum(params["w"] * batch) + jax.random.uniform(key),
+        optax.adamw(optax.cosine_decay_schedule(0.1, 10)),
+        policy,
+        loss_scale=jt.DynamicLossScale(2.0**10, hysteresis=2),
+    )
+
+
+def trained(policy="mixed_float16", steps=3):
+    made = stepper(policy)
+    state = made.init({"w": jnp.ones((3, 3)), "list": {0: jnp.ones(2)}}, key=jax.random.key(1))
+    for n in range(steps):
+        state, _ = made.step(state, jnp.full((3, 3), n + 0.5))
+    return state
+
+
+def save(directory, *steps, metrics=None, **options):
+    checkpoints = Checkpoints(directory, **options)
+    for n in steps:
+        value = None if metrics is None else {"accuracy": metrics[n]}
+        checkpoints.save(n, trained(steps=n), extra={"data": {"next_index": n}}, metrics=value)
+    checkpoints.wait()
+    return checkpoints
+
+
+def as_numbers(tree):
+    to_data = lambda x: (
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    )
+    return jax.tree.map(to_data, tree)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bf16"])
+def test_a_state_comes_back_bitwise_with_its_dtypes(tmp_path, policy):
+    state = trained(policy)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, extra={"data": {"next_index": 3}}, metrics=None)
+    checkpoints.close()
+    restored = Checkpoints(tmp_path).restore_latest(trained(policy, steps=0))
+    assert restored is not None
+    assert restored.step == 3 and restored.extra == {"data": {"next_index": 3}}
+    chex.assert_trees_all_equal(as_numbers(restored.state), as_numbers(state))
+    chex.assert_trees_all_equal_dtypes(as_numbers(restored.state), as_numbers(state))
+
+
+def test_saving_does_not_hold_the_state_back_from_being_donated(tmp_path):
+    made, state = stepper(), trained()
+    expected = np.asarray(state.params["w"]).copy()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, state, extra={}, metrics=None)
+    made.step(state, jnp.ones((3, 3)))  # donates what is being saved
+    checkpoints.close()
+    restored = Checkpoints(tmp_path).restore_latest(trained(steps=0))
+    assert restored is not None
+    np.testing.assert_array_equal(restored.state.params["w"], expected)
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path):
+    metrics = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.4, 5: 0.2}
+    assert save(tmp_path, *metrics, metrics=metrics, best="accuracy").steps() == [2, 4, 5]
+
+
+def test_the_best_may_be_the_lowest(tmp_path):
+    metrics = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.4, 5: 0.2}
+    kept = save(tmp_path, *metrics, metrics=metrics, best="accuracy", highest=False).steps()
+    assert kept == [1, 4, 5]
+
+
+def test_there_may_be_none(tmp_path):
+    assert Checkpoints(tmp_path / "new").restore_latest(trained()) is None
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog):
+    save(tmp_path, 1, 2).close()
+    shutil.rmtree(tmp_path / "2" / "state" / "d", ignore_errors=True)
+    for file in (tmp_path / "2" / "state").rglob("*"):
+        if file.is_file() and "METADATA" not in file.name:
+            file.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        restored = Checkpoints(tmp_path).restore_latest(trained(steps=0))
+    assert restored is not None and restored.step == 1
+    assert "checkpoint 2 cannot be loaded" in caplog.text
+
+
+def test_all_damaged_is_an_error_that_names_them(tmp_path):
+    save(tmp_path, 1, 2).close()
+    for step in ("1", "2"):
+        shutil.rmtree(tmp_path / step / "state")
+    with pytest.raises(NoUsableCheckpoint, match="steps 1, 2"):
+        Checkpoints(tmp_path).restore_latest(trained(steps=0))
+
+
+def test_a_changed_dtype_is_an_error_not_a_cast(tmp_path):
+    # Orbax itself restores float32 into a bfloat16 target without a word.
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, trained("float32"), extra={}, metrics=None)
+    checkpoints.close()
+    with pytest.raises(NoUsableCheckpoint):
+        Checkpoints(tmp_path).restore_latest(trained("bf16"))

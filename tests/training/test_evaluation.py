@@ -1,0 +1,53 @@
+"""Evaluation: masked means against float64, one compilation, padding that cannot leak."""
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jmp_train as jt
+from jmp_train.data import eval_batches
+
+
+@pytest.mark.parametrize("size,batch_size", [(10, 4), (8, 4), (3, 4), (1, 1), (257, 64)])
+def test_the_mean_is_over_every_example_once_whatever_the_batch(size, batch_size):
+    x = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    evaluate = jt.make_evaluate(lambda params, batch: {"value": batch["x"] * params})
+    result = evaluate(jnp.float32(2.0), eval_batches({"x": x}, batch_size))
+    # Sums of up to 64 float32 values of order 1, then float64: 64 * 2^-24.
+    assert result["value"] == pytest.approx(2 * x.astype(np.float64).mean(), abs=64 * 2**-24)
+
+
+def test_padding_cannot_leak_even_when_its_value_is_nan():
+    batch = {"x": jnp.array([1.0, jnp.nan]), "mask": jnp.array([True, False])}
+    evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
+    assert evaluate(0.0, [batch]) == {"x": 1.0}
+
+
+def test_one_compilation_serves_all_batches_and_calls():
+    @chex.assert_max_traces(n=1)
+    def metrics_fn(params, batch):
+        return {"x": batch["x"] * params}
+
+    evaluate = jt.make_evaluate(metrics_fn)
+    for params in (1.0, 2.0):
+        evaluate(jnp.float32(params), eval_batches({"x": np.arange(10.0, dtype=np.float32)}, 3))
+
+
+def test_the_metrics_see_the_compute_dtype_and_the_model_state_as_it_is():
+    seen = {}
+
+    def metrics_fn(params, batch, *, model_state):
+        seen.update(p=params.dtype, x=batch["x"].dtype, s=model_state.dtype, y=batch["y"].dtype)
+        return {"x": batch["x"]}
+
+    evaluate = jt.make_evaluate(metrics_fn, "mixed_bfloat16")
+    batch = {"x": jnp.ones(2), "y": jnp.ones(2, jnp.int32)}
+    assert evaluate(jnp.ones(()), [batch], model_state=jnp.ones(())) == {"x": 1.0}
+    assert seen == {"p": jnp.bfloat16, "x": jnp.bfloat16, "s": jnp.float32, "y": jnp.int32}
+
+
+def test_an_empty_data_set_is_refused():
+    evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
+    with pytest.raises(ValueError, match="holds no example"):
+        evaluate(0.0, [])

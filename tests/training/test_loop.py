@@ -1,0 +1,117 @@
+"""The loop: when it logs, evaluates and saves, and when it gives up."""
+
+import itertools
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jmp_train as jt
+from jmp_train.training import loop
+from jmp_train.training.loop import Diverged, Every, run_loop
+
+
+def loss_fn(params, batch):
+    return jnp.sum(params * batch), {"size": jnp.sum(batch)}
+
+
+def run(*, start=0, stop=12, per_call=1, every=(4, 6, 5), policy="float32", value=1.0, **options):
+    stepper = jt.make_step(loss_fn, optax.sgd(0.1), policy)
+    events = []
+    batch = jnp.full((2,) if per_call == 1 else (per_call, 2), value)
+    result = run_loop(
+        stepper.step if per_call == 1 else stepper.scan,
+        stepper.init(jnp.ones(2)),
+        itertools.repeat(batch),
+        start=start,
+        stop=stop,
+        steps_per_call=per_call,
+        every=Every(*every),
+        log=lambda step, values: events.append(("log", step, values)),
+        evaluate=lambda step, state: events.append(("eval", step, state)),
+        checkpoint=lambda step, state, _: events.append(("save", step, state)),
+        **options,
+    )
+    return result, events
+
+
+def steps_of(events, kind):
+    return [step for name, step, _ in events if name == kind]
+
+
+def test_events_come_at_their_intervals_and_at_the_last_step():
+    result, events = run()
+    assert result.step == 12
+    assert steps_of(events, "log") == [4, 8, 12]
+    assert steps_of(events, "eval") == [6, 12]
+    assert steps_of(events, "save") == [5, 10, 12]
+
+
+def test_a_resumed_loop_keeps_the_same_intervals():
+    _, events = run(start=5)
+    assert steps_of(events, "log") == [8, 12]
+    assert steps_of(events, "save") == [10, 12]
+
+
+def test_several_steps_a_call_give_the_same_state_and_log_the_last_of_them():
+    one, events_one = run(every=(4, 4, 4))
+    many, events_many = run(every=(4, 4, 4), per_call=4)
+    assert (one.state.params == many.state.params).all()
+    losses = [
+        [v["loss"] for kind, _, v in events if kind == "log"]
+        for events in (events_one, events_many)
+    ]
+    assert losses[0] == losses[1]
+    assert int(many.state.step) == 12
+
+
+def test_the_records_values_are_plain_numbers():
+    _, events = run()
+    values = events[0][2]
+    assert set(values) == {
+        "loss", "size", "loss_scale", "skipped_steps", "skipped_in_row", "steps_per_second",
+    }  # fmt: skip
+    assert all(type(v) in (int, float) for v in values.values())
+    assert values["size"] == 2.0 and values["loss_scale"] == 1.0
+
+
+def test_being_told_to_stop_saves_and_does_not_evaluate():
+    calls = itertools.count(1)
+    result, events = run(should_stop=lambda: next(calls) == 7)
+    assert result.step == 7
+    assert steps_of(events, "save")[-1] == 7
+    assert steps_of(events, "eval") == [6]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_a_run_without_loss_scale(value):
+    with pytest.raises(Diverged, match=r"the loss is (nan|-inf) at step 4"):
+        run(value=value)
+
+
+def test_too_many_skips_in_a_row_end_a_run_with_loss_scale():
+    with pytest.raises(Diverged, match="8 steps in a row up to step 8"):
+        run(value=float("nan"), policy="mixed_float16", max_skipped_in_row=8)
+
+
+def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
+    # The step hands back objects that cannot be read at all, so any look at them would raise.
+    looks = []
+    values = {"loss": 1.0, "skipped_in_row": 0}
+    monkeypatch.setattr(loop, "_train_values", lambda *_: looks.append(1) or values)
+    monkeypatch.setattr(loop, "_check_diverged", lambda *_: None)
+    nothing = lambda *_: None
+    result = run_loop(
+        lambda state, batch: (object(), object()),
+        object(),
+        itertools.repeat(None),
+        start=0,
+        stop=100,
+        steps_per_call=1,
+        every=Every(30, 50, 60),
+        log=nothing,
+        evaluate=nothing,
+        checkpoint=nothing,
+    )
+    assert result.step == 100
+    assert len(looks) == 5  # at 30, 50, 60, 90 and 100

@@ -1,0 +1,72 @@
+"""Records: strict JSON, no torn line, no step twice."""
+
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json, write_json
+
+
+def reject_constant(token):
+    raise AssertionError(f"bare token {token}")
+
+
+@given(st.recursive(
+    st.floats() | st.integers() | st.text() | st.booleans() | st.none(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+))  # fmt: skip
+def test_whatever_is_written_is_json_without_bare_tokens(value):
+    text = json.dumps(strict_json(value), allow_nan=False)
+    json.loads(text, parse_constant=reject_constant)
+
+
+def test_arrays_become_numbers_and_lists():
+    value = {"a": np.float32(1.5), "b": jnp.arange(3), "c": np.array(float("nan")), 4: (1, 2)}
+    assert strict_json(value) == {"a": 1.5, "b": [0, 1, 2], "c": "nan", "4": [1, 2]}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_records_come_back_and_a_resume_drops_later_and_torn_ones(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, "train", {"loss": 1.0 / step})
+    writer.write(3, "eval", {"loss": float("inf")})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 3]
+    assert read_metrics(path)[-1] == {"step": 3, "split": "eval", "loss": "inf"}
+    assert math.isinf(float(read_metrics(path)[-1]["loss"]))
+
+    with path.open("a") as file:
+        file.write('{"step": 4, "spl')
+    writer = MetricsWriter(tmp_path, resume_step=2)
+    writer.write(3, "train", {"loss": 9.0})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+
+
+def test_damage_before_the_last_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[2]\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2: expected a JSON object, got '\[2\]'"):
+        read_metrics(path)
+
+
+def test_tensorboard_events_are_written(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, "train", {"loss": 1.0, "bad": float("nan")})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()

@@ -1,0 +1,255 @@
+"""The train step: equal to a hand-written one, and untouched by a non-finite step."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmp_train as jt
+
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16", "f16")
+
+
+def loss_fn(params, batch):
+    hidden = jax.nn.relu(batch["x"] @ params["w1"] + params["b1"])
+    logits = (hidden @ params["w2"]).astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+    return loss, {"logits_max": logits.max()}
+
+
+def make_params(seed=0, width=64, scale=0.1):
+    k1, k2 = jax.random.split(jax.random.key(seed))
+    return {
+        "w1": scale * jax.random.normal(k1, (32, width)),
+        "b1": jnp.zeros(width),
+        "w2": scale * jax.random.normal(k2, (width, 10)),
+    }
+
+
+def make_batch(seed=0, size=256):
+    k1, k2 = jax.random.split(jax.random.key(100 + seed))
+    return {"x": jax.random.normal(k1, (size, 32)), "y": jax.random.randint(k2, (size,), 0, 10)}
+
+
+def optimizer():
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 5, 100)),
+    )
+
+
+def host_copy(tree):
+    """A copy that donation cannot take away."""
+    return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+def hand_written(opt):
+    @jax.jit
+    def step(params, opt_state, batch):
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        updates, opt_state = opt.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss, aux
+
+    return step
+
+
+def test_the_float32_step_computes_what_the_hand_written_one_does():
+    opt, params = optimizer(), make_params()
+    theirs, opt_state = params, opt.init(params)
+    stepper = jt.make_step(loss_fn, opt, "float32")
+    state = stepper.init(params)
+    for n in range(10):
+        state, info = stepper.step(state, make_batch(n))
+        theirs, opt_state, loss, _ = hand_written(opt)(theirs, opt_state, make_batch(n))
+        assert float(info.loss) == float(loss)
+    chex.assert_trees_all_equal(state.params, theirs)
+    chex.assert_trees_all_equal(state.opt_state, opt_state)
+
+
+def test_the_float32_step_costs_what_the_hand_written_one_does():
+    # Within 1 % in FLOPs and in bytes; ours counts its steps as well.
+    opt, params, batch = optimizer(), make_params(width=256), make_batch()
+    stepper = jt.make_step(loss_fn, opt, "float32")
+    state = stepper.init(params)
+    ours = stepper.step.lower(state, batch).compile().cost_analysis()
+    theirs = hand_written(opt).lower(params, opt.init(params), batch).compile().cost_analysis()
+    for key in ("flops", "bytes accessed"):
+        assert ours[key] == pytest.approx(theirs[key], rel=0.01), key
+
+
+def test_the_state_is_donated_and_the_callers_parameters_are_not():
+    params = make_params()
+    stepper = jt.make_step(loss_fn, optimizer(), "mixed_float16")
+    state = stepper.init(params)
+    stepper.step(state, make_batch())
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_parameters_keep_the_policys_dtype_and_optimizer_state_is_float32(policy):
+    stepper = jt.make_step(loss_fn, optimizer(), policy)
+    state = stepper.init(make_params())
+    for n in range(3):
+        state, info = stepper.step(state, make_batch(n))
+    expected = jt.get_policy(policy).param_dtype
+    assert all(x.dtype == expected for x in jax.tree.leaves(state.params))
+    floating = [
+        x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert floating and all(x.dtype == jnp.float32 for x in floating)
+    assert info.loss.dtype == info.loss_scale.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("policy,tolerance", [("mixed_bfloat16", 2**-8), ("mixed_float16", 2**-11)])
+def test_mixed_precision_follows_the_float32_run(policy, tolerance):
+    # The loss is of order 1 and its error after some steps a small multiple of the format's half
+    # unit in the last place; 16 such units would already be a visible fault.
+    losses = {}
+    for name in ("float32", policy):
+        stepper = jt.make_step(loss_fn, optax.sgd(0.1), name)
+        state = stepper.init(make_params())
+        losses[name] = []
+        for n in range(20):
+            state, info = stepper.step(state, make_batch(n))
+            losses[name].append(float(info.loss))
+    np.testing.assert_allclose(losses[policy], losses["float32"], atol=16 * tolerance)
+
+
+def overflowing_batch():
+    batch = make_batch(7)
+    return {**batch, "x": batch["x"].at[3, 5].set(60000.0)}  # finite in float16, its product is not
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "f16"])
+def test_a_step_with_overflowing_gradients_changes_nothing_and_halves_the_scale(policy):
+    stepper = jt.make_step(loss_fn, optimizer(), policy, grad_norm=True)
+    state = stepper.init(make_params(scale=3.0))
+    state, info = stepper.step(state, make_batch(0))
+    while not info.finite:  # the first scale may be too large for these parameters
+        state, info = stepper.step(state, make_batch(0))
+    before = host_copy(state)
+    state, info = stepper.step(state, overflowing_batch())
+    assert not info.finite
+    chex.assert_trees_all_equal(host_copy(state.params), before.params)
+    chex.assert_trees_all_equal(host_copy(state.opt_state), before.opt_state)
+    assert float(state.loss_scale.loss_scale) == float(before.loss_scale.loss_scale) / 2
+    assert int(state.step) == int(before.step) + 1
+    assert int(state.skipped) == int(before.skipped) + 1
+    assert int(state.skipped_in_row) == 1
+    state, info = stepper.step(state, make_batch(1))
+    assert info.finite and int(state.skipped_in_row) == 0
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), host_copy(state.params), before.params)
+    assert moved["w1"] and moved["w2"]
+
+
+def test_the_schedules_count_waits_over_a_skipped_step():
+    stepper = jt.make_step(loss_fn, optimizer(), "mixed_float16")
+    state = stepper.init(make_params())
+    counts = []
+    for batch in (make_batch(0), overflowing_batch(), overflowing_batch(), make_batch(1)):
+        state, _ = stepper.step(state, batch)
+        counts.append([int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32])
+    assert counts[1] == counts[2] == counts[0]
+    assert all(b == a + 1 for a, b in zip(counts[2], counts[3], strict=True))
+
+
+def test_a_non_finite_batch_is_skipped_under_any_policy_that_is_told_to():
+    stepper = jt.make_step(loss_fn, optimizer(), "mixed_bfloat16", skip_nonfinite=True)
+    state = stepper.init(make_params())
+    before = host_copy(state.params)
+    batch = make_batch()
+    state, info = stepper.step(state, {**batch, "x": batch["x"] * jnp.nan})
+    assert not info.finite and int(state.skipped) == 1
+    chex.assert_trees_all_equal(host_copy(state.params), before)
+
+
+def test_model_state_is_float32_kept_over_skips_and_follows_the_model():
+    def with_mean(params, batch, *, model_state):
+        mean = 0.9 * model_state["mean"] + 0.1 * batch["x"].mean(0)
+        loss, aux = loss_fn(params, batch)
+        return loss, aux, {"mean": mean.astype(batch["x"].dtype)}
+
+    stepper = jt.make_step(with_mean, optimizer(), "mixed_float16")
+    state = stepper.init(make_params(), model_state={"mean": jnp.zeros(32, jnp.float16)})
+    assert state.model_state["mean"].dtype == jnp.float32
+    state, info = stepper.step(state, make_batch())
+    assert info.finite
+    mean = host_copy(state.model_state["mean"])
+    assert mean.dtype == np.float32 and np.abs(mean).max() > 0
+    state, info = stepper.step(state, overflowing_batch())
+    assert not info.finite
+    np.testing.assert_array_equal(state.model_state["mean"], mean)
+
+
+def test_each_step_gets_a_fresh_key_that_depends_on_its_number_alone():
+    def noisy(params, batch, *, key):
+        return jnp.sum(params * 0) + jax.random.uniform(key), None
+
+    stepper = jt.make_step(noisy, optax.sgd(0.1))
+    runs = []
+    for _ in range(2):
+        state = stepper.init(jnp.ones(2), key=jax.random.key(3))
+        losses = []
+        for _ in range(4):
+            state, info = stepper.step(state, None)
+            losses.append(float(info.loss))
+        runs.append(losses)
+    assert runs[0] == runs[1] and len(set(runs[0])) == 4
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_scan_is_bitwise_the_same_as_single_steps(policy):
+    stepper = jt.make_step(loss_fn, optimizer(), policy)
+    one, many = stepper.init(make_params()), stepper.init(make_params())
+    batches = [make_batch(n) for n in range(6)]
+    losses = []
+    for batch in batches:
+        one, info = stepper.step(one, batch)
+        losses.append(float(info.loss))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    many, infos = stepper.scan(many, stacked)
+    assert infos.loss.shape == (6,)
+    np.testing.assert_array_equal(infos.loss, losses)
+    chex.assert_trees_all_equal(host_copy(one), host_copy(many))
+
+
+def test_nothing_is_traced_again_when_a_number_changes():
+    @chex.assert_max_traces(n=1)
+    def counted(params, batch):
+        return loss_fn(params, batch)
+
+    stepper = jt.make_step(counted, optimizer(), "mixed_float16")
+    state = stepper.init(make_params())
+    for batch in (make_batch(0), overflowing_batch(), make_batch(1), make_batch(2)):
+        state, _ = stepper.step(state, batch)
+    assert stepper.step._cache_size() == 1
+
+
+def test_grad_norm_is_the_unscaled_norm_before_clipping():
+    params, batch = make_params(), make_batch()
+    stepper = jt.make_step(loss_fn, optimizer(), "mixed_float16", grad_norm=True)
+    _, info = stepper.step(stepper.init(params), batch)
+    grads = jax.grad(lambda p: loss_fn(p, batch)[0])(params)
+    expected = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(grads)))
+    assert float(info.grad_norm) == pytest.approx(expected, rel=2**-9)
+    _, info = jt.make_step(loss_fn, optimizer()).step(
+        jt.make_step(loss_fn, optimizer()).init(params), batch
+    )
+    assert info.grad_norm is None
+
+
+@pytest.mark.parametrize(
+    "returned,words",
+    [
+        (lambda p: (p.sum(), 1, 2, 3), "returned 4 values; expected loss or"),
+        (lambda p: (p.sum(), 1, 2), "returned 3 values; expected loss or"),
+        (lambda p: p, "expected a real scalar"),
+    ],
+)
+def test_a_loss_function_that_returns_the_wrong_thing_is_told_so(returned, words):
+    stepper = jt.make_step(lambda params, batch: returned(params), optax.sgd(0.1))
+    with pytest.raises(TypeError, match=words):
+        stepper.step(stepper.init(jnp.ones(3)), None)
