@@ -1,0 +1,55 @@
+"""The published claim, on this device: is an MLP quicker in fp16 and bf16 at equal accuracy?
+
+Runs `compare` on the mlp family: as it is on a CPU; on an accelerator at a width and batch that
+fill it, with float32 at its highest precision beside the default (TF32 on a recent NVIDIA GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+from record import RESULTS, device_name, keep
+from rich.console import Console
+
+from jmp_train.compare import compare, markdown_table, variants_of
+
+
+def main() -> None:
+    """Compares, prints the table and keeps JSON, table and plot."""
+    wide = jax.default_backend() != "cpu"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=8192 if wide else 256)
+    parser.add_argument("--batch-size", type=int, default=8192 if wide else 128)
+    parser.add_argument("--steps", type=int, default=300 if wide else 2000)
+    parser.add_argument("--seeds", type=int, default=3 if wide else 5)
+    options = parser.parse_args()
+    precisions = "fp32@highest,fp32,fp16,bf16" if wide else "fp32,fp16,bf16"
+    variants = {
+        label: dataclasses.replace(
+            e,
+            model=dataclasses.replace(e.model, hidden=(options.width, options.width)),
+            optimizer=dataclasses.replace(e.optimizer, learning_rate=2e-4 if wide else 2e-3),
+            batch_size=options.batch_size,
+            steps=options.steps,
+            eval_every=options.steps,
+            checkpoint_every=options.steps,
+        )
+        for label, e in variants_of("mlp", precisions).items()
+    }
+    out = Path(tempfile.mkdtemp())
+    try:
+        result = compare("mlp", variants, seeds=options.seeds, out=out, console=Console())
+        print(keep("compare_mlp", result["rows"], **vars(options)))
+        (RESULTS / f"compare_mlp-{device_name()}.md").write_text(markdown_table(result))
+        shutil.copy(out / "compare.png", RESULTS / f"compare_mlp-{device_name()}.png")
+    finally:
+        shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()

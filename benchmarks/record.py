@@ -1,0 +1,84 @@
+"""How a benchmark times its rivals, and how its result is kept: JSON with device and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jmp_train.training.metrics import write_json
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jmp-train", "jax", "jaxlib", "flax", "optax", "jmp")
+
+
+def interleaved(
+    rivals: Mapping[str, Callable[[], Any]], *, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Times each rival once a round, so that a machine that slows down slows all of them.
+
+    Args:
+      rivals: by name; each does its work and returns arrays that are waited for.
+      rounds: timed rounds, after one that is not.
+
+    Returns:
+      By name, seconds: the median, the quickest and the slowest.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for number in range(rounds + 1):
+        for name, work in rivals.items():
+            began = time.perf_counter()
+            jax.block_until_ready(work())
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return {
+        name: {"median": statistics.median(s), "min": min(s), "max": max(s)}
+        for name, s in seconds.items()
+    }
+
+
+def device_name() -> str:
+    """The device as a file name: cpu, NVIDIA-H200."""
+    return jax.devices()[0].device_kind.replace(" ", "-")
+
+
+def keep(name: str, rows: Any, **settings: Any) -> Path:
+    """Writes benchmarks/results/NAME-DEVICE.json.
+
+    Args:
+      name: of the benchmark.
+      rows: what was measured.
+      settings: sizes and counts that it was measured with.
+    """
+    device = jax.devices()[0]
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{device_name()}.json"
+    command = " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_json(
+        path,
+        {
+            "benchmark": name,
+            "command": command,
+            "date": time.strftime("%Y-%m-%d"),
+            "device": {"platform": device.platform, "kind": device.device_kind},
+            "cpu": {"machine": platform.machine(), "count": os.cpu_count()},
+            "versions": {"python": platform.python_version(), **versions},
+            "settings": settings,
+            "rows": rows,
+        },
+    )
+    return path
