@@ -183,7 +183,7 @@ def _rich_table(result: dict[str, Any]) -> Table:
     header, rows = _cells(result)
     table = Table(box=None, header_style="bold")
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 3)
     for row in rows:
         table.add_row(*row)
     return table

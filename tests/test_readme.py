@@ -12,7 +12,7 @@ def test_the_examples_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
     check = """
-assert info.finite and info.loss.dtype == jnp.float32
+assert info.loss.dtype == jnp.float32 and jnp.isfinite(info.loss)
 assert state.params["params"]["layers_0"]["kernel"].dtype == jnp.float32
 """
     script = tmp_path / "readme.py"

@@ -79,7 +79,7 @@ def plot_comparison(
     names = list(rows)
     for i, name in enumerate(names):
         values = np.asarray(rows[name]["metric"], float)
-        left.plot(np.full(len(values), i), values, "o", alpha=0.5, color=f"C{i}")
+        left.plot(i + np.linspace(-0.2, 0.2, len(values)), values, "o", alpha=0.5, color=f"C{i}")
         left.errorbar(
             i,
             values.mean(),
