@@ -7,52 +7,55 @@ PY := .venv/bin/python
 NVIDIA_DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | grep -oE '^[0-9]+')
 TPU := $(wildcard /dev/accel0 /dev/vfio/0)
 ACCELERATOR ?= $(if $(NVIDIA_DRIVER),$(shell test $(NVIDIA_DRIVER) -ge 580 && echo cuda || echo cuda12),$(if $(TPU),tpu,cpu))
+comma := ,
 EXTRAS := dev$(if $(filter-out cpu,$(ACCELERATOR)),$(comma)$(ACCELERATOR))
 comma := ,
+STAMP := .venv/.installed-$(ACCELERATOR)
+export EXP
 UV := $(shell command -v uv 2>/dev/null)
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 	@echo '  ARGS="..." adds options: make train EXP=mlp_bf16 ARGS="--steps 500"'
 
-.venv/.installed: pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	@echo "installing for $(ACCELERATOR) into .venv"
 ifdef UV
-	test -x $(PY) || uv venv -q .venv
-	uv pip install -q -p $(PY) -c constraints.txt -e '.[$(EXTRAS)]'
+	@test -x $(PY) || uv venv -q .venv
+	@uv pip install -q -p $(PY) -c constraints.txt -e '.[$(EXTRAS)]'
 else
-	test -x $(PY) || python3 -m venv .venv
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(PY) -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
+	@$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 endif
 	@touch $@
 
-install: .venv/.installed  ## make .venv and install, for the hardware that is here
+install: $(STAMP)  ## make .venv and install, for the hardware that is here
 
-train: .venv/.installed  ## train an experiment: make train EXP=mlp_bf16
-	@$(PY) -m jmp_train train $(if $(EXP),'$(EXP)') $(ARGS)
+train: $(STAMP)  ## train an experiment: make train EXP=mlp_bf16
+	@$(PY) -m jmp_train train $${EXP:+"$$EXP"} $(ARGS)
 
-compare: .venv/.installed  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
-	@$(PY) -m jmp_train compare $(if $(EXP),'$(EXP)') $(ARGS)
+compare: $(STAMP)  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
+	@$(PY) -m jmp_train compare $${EXP:+"$$EXP"} $(ARGS)
 
-test: .venv/.installed  ## the tests, on the CPU, in under 6 minutes
+test: $(STAMP)  ## the tests, on the CPU, in under 6 minutes
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 $(ARGS)
 
-test-all: .venv/.installed  ## the slow ones too
+test-all: $(STAMP)  ## the slow ones too
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m 'slow or not slow' $(ARGS)
 
-test-gpu: .venv/.installed  ## the same tests on the GPU
+test-gpu: $(STAMP)  ## the same tests on the GPU
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest $(ARGS)
 
-lint: .venv/.installed  ## ruff and pyright
+lint: $(STAMP)  ## ruff and pyright
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
-format: .venv/.installed  ## ruff, writing
+format: $(STAMP)  ## ruff, writing
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-bench: .venv/.installed  ## the benchmarks; results go to benchmarks/results/
+bench: $(STAMP)  ## the benchmarks; results go to benchmarks/results/
 	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(PY) $$file $(ARGS) || exit 1; done
 
 clean:  ## remove caches and build products, not runs/ and not .venv

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import re
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 from rich.console import Console
 
-from jmp_train.experiment import Experiment, UsageError, experiment_names, find_experiment
+from jmp_train.experiment import Experiment, UsageError, experiment_files, find_experiment
 from jmp_train.precision.dtypes import nearest
 
 E = TypeVar("E")
@@ -44,14 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_USAGE, end="")
         return 0 if words else 2
+    if words[1:] and words[1] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    # Imported here so that --help answers without JAX.
+    from jmp_train.run import Stopped
+    from jmp_train.training.checkpoints import NoUsableCheckpoint
+    from jmp_train.training.loop import Diverged
+
     try:
         if words[0] not in _COMMANDS:
             raise UsageError(f"unknown command {words[0]!r}; {nearest(words[0], _COMMANDS)}")
-        return _COMMANDS[words[0]](words[1:])
+        _COMMANDS[words[0]](words[1:])
     except UsageError as error:
         return _fail(error, 2)
+    except Diverged as error:
+        return _fail(error, 3)
+    except NoUsableCheckpoint as error:
+        return _fail(error, 4)
+    except Stopped as error:
+        return _fail(error, 128 + error.signum)
     except KeyboardInterrupt:
         return 130
+    return 0
 
 
 def run() -> None:
@@ -84,11 +100,20 @@ class CompareOptions:
     out: Path | None = None
     """Folder of the results; default runs/compare/FAMILY/TIME."""
 
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}; expected at least 1")
 
-def _train(words: list[str]) -> int:
-    from jmp_train.run import Stopped, train
-    from jmp_train.training.checkpoints import NoUsableCheckpoint
-    from jmp_train.training.loop import Diverged
+
+@dataclasses.dataclass(frozen=True)
+class CompareArguments(CompareOptions, Generic[E]):
+    """Train one family across precisions and seeds, and compare."""
+
+    experiment: Annotated[E, tyro.conf.arg(name="")] = dataclasses.field(kw_only=True)
+
+
+def _train(words: list[str]) -> None:
+    from jmp_train.run import train
 
     name, words = _positional(words, "train NAME", "the name of an experiment")
     experiment = find_experiment(name)
@@ -99,26 +124,17 @@ def _train(words: list[str]) -> int:
         f"jmp-train train {name}",
     )
     run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
-    try:
-        summary = train(name, arguments.experiment, run_dir, Console())
-    except Diverged as error:
-        return _fail(error, 3)
-    except NoUsableCheckpoint as error:
-        return _fail(error, 4)
-    except Stopped as error:
-        return _fail(error, 128 + error.signum)
+    summary = train(name, arguments.experiment, run_dir, Console())
     results = ", ".join(f"{k} {v:.4f}" for k, v in summary["eval"].items())
     print(
         f"{name}: {results} on held-out data after {summary['steps']} steps in "
         f"{summary['train_time_s']:.1f} s (and {summary['compile_time_s']:.1f} s to compile)\n"
         f"{run_dir}"
     )
-    return 0
 
 
-def _eval(words: list[str]) -> int:
+def _eval(words: list[str]) -> None:
     from jmp_train.run import evaluate_run, read_config
-    from jmp_train.training.checkpoints import NoUsableCheckpoint
 
     folder, words = _positional(words, "eval RUN_DIR", "the directory of a run")
     run_dir = Path(folder)
@@ -130,47 +146,48 @@ def _eval(words: list[str]) -> int:
     except UsageError as error:
         raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
     experiment = _parse(_typed(default), experiment, words, f"jmp-train eval {folder}")
-    try:
-        result = evaluate_run(run_dir, experiment)
-    except NoUsableCheckpoint as error:
-        return _fail(error, 4)
+    result = evaluate_run(run_dir, experiment)
     step = result.pop("step")
     print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
-    return 0
 
 
-def _list(words: list[str]) -> int:
+def _list(words: list[str]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     if words:
         raise UsageError(f"unexpected {words[0]!r}; jmp-train list takes no argument")
     table = Table("experiment", "policy", "data", "metric", box=None, header_style="bold")
-    for name in experiment_names():
-        experiment = find_experiment(name)
+    for name in experiment_files():
+        try:
+            experiment = find_experiment(name)
+        except UsageError as error:
+            table.add_row(name, f"[red]{escape(str(error))}")
+            continue
         table.add_row(name, experiment.policy, experiment.data.name, experiment.model.metric)
     Console().print(table)
-    return 0
 
 
-def _compare(words: list[str]) -> int:
+def _compare(words: list[str]) -> None:
     from jmp_train.compare import compare, variants_of
-    from jmp_train.training.loop import Diverged
 
     family, words = _positional(words, "compare FAMILY", "the name of a family")
     prog = f"jmp-train compare {family}"
+    if {"-h", "--help"} & set(words):
+        first = next(iter(variants_of(family, CompareOptions.precisions).values()))
+        _parse(CompareArguments[_typed(first)], CompareArguments(experiment=first), words, prog)
     options, fields = _parse(CompareOptions, CompareOptions(), words, prog, known_only=True)
     variants = {}
     for label, default in variants_of(family, options.precisions).items():
         variants[label] = _parse(_typed(default), default, fields, prog)
+        for field in ("policy", "seed"):
+            if getattr(variants[label], field) != getattr(default, field):
+                raise UsageError(f"compare sets --{field} itself; expected no --{field}")
     out = options.out or _new_folder(Path("runs") / "compare" / family)
-    try:
-        compare(family, variants, seeds=options.seeds, out=out, console=Console())
-    except Diverged as error:
-        return _fail(error, 3)
-    return 0
+    compare(family, variants, seeds=options.seeds, out=out, console=Console())
 
 
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "eval": _eval,
     "list": _list,
@@ -179,11 +196,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _positional(words: list[str], form: str, what: str) -> tuple[str, list[str]]:
-    if words and words[0] in ("-h", "--help"):
-        print(_USAGE, end="")
-        raise SystemExit(0)
     if not words or words[0].startswith("-"):
-        names = ", ".join(experiment_names())
+        names = ", ".join(experiment_files())
         raise UsageError(f"expected {what}: jmp-train {form}; experiments are {names}")
     return words[0], words[1:]
 
@@ -256,7 +270,15 @@ def one_line(complaint: str) -> str:
 
 
 def _new_folder(parent: Path) -> Path:
-    """A folder named after the time that is not there yet."""
+    """A new folder named after the time."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    names = (stamp, *(f"{stamp}-{n}" for n in range(2, 1000)))
-    return next(parent / name for name in names if not (parent / name).exists())
+    for number in itertools.count(1):
+        folder = parent / (stamp if number == 1 else f"{stamp}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run that began in the same second
+            continue
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written: {error.strerror}") from None
+        return folder
+    raise AssertionError("itertools.count does not end")

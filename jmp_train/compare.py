@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import typing
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jmp_train.experiment import Experiment, UsageError, experiment_names, find_experiment
+from jmp_train.experiment import Experiment, UsageError, experiment_files, find_experiment
 from jmp_train.precision.dtypes import nearest
 from jmp_train.report.plots import plot_comparison
 from jmp_train.run import train
 from jmp_train.training.metrics import write_json
 
-_MATMUL = ("default", "high", "highest")
+_MATMUL = typing.get_args(typing.get_type_hints(Experiment)["matmul_precision"])
 
 
 def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]:
@@ -30,7 +31,7 @@ def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]
     Raises:
       UsageError: for a family or a precision that does not exist, with the nearest that does.
     """
-    names = experiment_names()
+    names = list(experiment_files())
     there = [name.removeprefix(family + "_") for name in names if name.startswith(family + "_")]
     if not there:
         families = sorted({name.rpartition("_")[0] for name in names} - {""})
@@ -76,11 +77,9 @@ def compare(
       What compare.json holds.
 
     Raises:
-      UsageError: for no seed, or a folder that cannot be written.
-      Diverged: if a run diverges.
+      UsageError: for a folder that cannot be written.
+      Diverged, Stopped: as `run.train`.
     """
-    if seeds < 1:
-        raise UsageError(f"seeds is {seeds}; expected at least 1")
     summaries: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
     quiet = Console(quiet=True)
     for seed in range(seeds):
@@ -93,6 +92,7 @@ def compare(
                 f"{label} seed {seed}: {experiment.model.metric} "
                 f"{summary['eval'][experiment.model.metric]:.4f} in {summary['train_time_s']:.1f} s",
                 highlight=False,
+                markup=False,
             )
     metric = next(iter(variants.values())).model.metric
     rows = {label: _row(runs, metric) for label, runs in summaries.items()}
@@ -121,7 +121,7 @@ def compare(
         title=f"{family}, {seeds} seed{'s' * (seeds > 1)}, {example['device']['kind']}",
     )
     console.print(_rich_table(result))
-    console.print(f"{out}", highlight=False, soft_wrap=True)
+    console.print(f"{out}", highlight=False, markup=False, soft_wrap=True)
     return result
 
 

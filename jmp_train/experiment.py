@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Iterable
+import types
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -128,8 +128,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; expected 0 to {2**63 - 1}")
+        if not 0 <= self.seed < 2**32:  # jax.random.key drops the higher bits
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, field) % self.steps_per_call:
                 raise ValueError(
@@ -150,16 +150,22 @@ def experiment_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def experiment_names() -> list[str]:
-    """The names of all experiments, sorted; a file whose name has no precision is a family."""
-    files = {path.stem for folder in experiment_folders() for path in folder.glob("[a-z]*.py")}
-    return sorted(files - family_names(files))
+def experiment_files() -> dict[str, Path]:
+    """The experiments by name, sorted: the files that set EXPERIMENT; nothing is run to find them.
+
+    A file beside them that does not, such as mlp.py, may hold what a family shares.
+    """
+    files: dict[str, Path] = {}
+    for folder in experiment_folders():
+        for path in folder.glob("[a-z]*.py"):
+            if path.stem not in files and _sets_experiment(path):
+                files[path.stem] = path
+    return dict(sorted(files.items()))
 
 
-def family_names(files: Iterable[str]) -> set[str]:
-    """Of some file names those that others extend: `mlp` for `mlp_fp32` and `mlp_bf16`."""
-    files = set(files)
-    return {name for name in files if any(other.startswith(name + "_") for other in files)}
+def _sets_experiment(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^EXPERIMENT\b.*=", text, re.MULTILINE) is not None
 
 
 def find_experiment(name: str) -> Experiment[Any, Any]:
@@ -169,28 +175,29 @@ def find_experiment(name: str) -> Experiment[Any, Any]:
       name: a file of an `experiments/` folder, without its folder and ending.
 
     Raises:
-      UsageError: for a name that is none, with the nearest that is; for a file that defines none.
+      UsageError: for a name that is none, with the nearest that is; for a file that cannot be run
+        or sets EXPERIMENT to something else.
     """
-    names = experiment_names()
-    if name not in names:
-        family = [n for n in names if n.startswith(name + "_")]
+    files = experiment_files()
+    if name not in files:
+        family = [n for n in files if n.startswith(name + "_")]
         if family and re.fullmatch(r"\w+", name):
             raise UsageError(f"{name!r} is a family; its experiments are {', '.join(family)}")
-        hint = nearest(name, names) if names else "there is no experiments/ folder here"
+        hint = nearest(name, files) if files else "there is no experiments/ folder here"
         raise UsageError(f"unknown experiment {name!r}; {hint} (jmp-train list shows all)")
-    roots = [str(folder.parent) for folder in experiment_folders()]
-    sys.path[:0] = [root for root in roots if root not in sys.path]
-    experiment = getattr(importlib.import_module(f"experiments.{name}"), "EXPERIMENT", None)
+    # One package over all the folders, whether or not one of them is a package of its own.
+    package = types.ModuleType("experiments")
+    package.__path__ = [str(folder) for folder in experiment_folders()]
+    sys.modules["experiments"] = package
+    sys.modules.pop(f"experiments.{name}", None)
+    try:
+        experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"{files[name]} cannot be run: {what}") from error
     if not isinstance(experiment, Experiment):
-        raise UsageError(
-            f"experiment {name!r} defines no EXPERIMENT; expected one of type Experiment"
-        )
+        raise UsageError(f"{files[name]} sets EXPERIMENT to {experiment!r}; expected an Experiment")
     return experiment
-
-
-def to_dict(experiment: Experiment[Any, Any]) -> dict[str, Any]:
-    """Every value of an experiment, nested, as JSON can hold it."""
-    return dataclasses.asdict(experiment)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

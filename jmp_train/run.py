@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from jmp_train.data.batches import eval_batches, train_batches
-from jmp_train.experiment import Experiment, UsageError, flatten, to_dict
+from jmp_train.data.batches import eval_batches, iterate, train_batches
+from jmp_train.experiment import Experiment, UsageError, flatten
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.precision.policy import get_policy
 from jmp_train.report.plots import plot_run
@@ -24,7 +25,7 @@ from jmp_train.task import Dataset, Task
 from jmp_train.training.checkpoints import Checkpoints
 from jmp_train.training.evaluation import make_evaluate
 from jmp_train.training.loop import Every, run_loop
-from jmp_train.training.metrics import MetricsWriter, read_metrics, write_json
+from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json, write_json
 from jmp_train.training.progress import RunProgress
 from jmp_train.training.state import TrainState
 from jmp_train.training.step import Stepper, make_step
@@ -46,7 +47,18 @@ class _Parts(NamedTuple):
     dataset: Dataset
     task: Task
     stepper: Stepper
+    batches: Any  # a Grain dataset: one item for each call of the step
     evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
+
+
+class _Start(NamedTuple):
+    """Where a run goes on."""
+
+    step: int
+    state: TrainState
+    data: dict[str, Any] | None  # state of the data's iterator; None at the beginning
+    wall_time_s: float  # spent before
+    train_time_s: float
 
 
 def train(
@@ -57,29 +69,40 @@ def train(
     Args:
       name: the experiment's.
       experiment: what to train.
-      run_dir: a folder that holds a run of the same experiment, which goes on, or none yet.
+      run_dir: a folder that holds a run of the same experiment, which goes on; or an empty one, or
+        none yet.
       console: where to show progress.
 
     Returns:
       What summary.json holds.
 
     Raises:
-      UsageError: if the directory cannot be written, or holds a run of another experiment or with
-        other settings.
+      UsageError: if the directory cannot be written, or holds a run of another experiment, with
+        other settings, or something that is no run.
       NoUsableCheckpoint: if it holds checkpoints and none can be loaded.
       Diverged: if training diverges.
       Stopped: if SIGTERM or SIGINT ended the run, after saving.
     """
     began = time.perf_counter()
-    with _matmul_precision(experiment.matmul_precision):
-        _claim(run_dir, name, experiment, console)
+    with _stop_signals() as stopped, _matmul_precision(experiment.matmul_precision):
+        _check_directory(run_dir, name, experiment, console)
         parts = _build(experiment)
-        metric, highest = experiment.model.metric, getattr(experiment.model, "highest", True)
-        checkpoints = Checkpoints(run_dir / "checkpoints", best=metric, highest=highest)
-        try:
-            return _train(name, experiment, run_dir, console, parts, checkpoints, began)
-        finally:
-            checkpoints.close()
+        with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
+            start = _start(experiment, parts, checkpoints)
+            if start.step > experiment.steps:
+                raise UsageError(
+                    f"{run_dir} is at step {start.step}; expected --steps of at least that"
+                )
+            if start.step:
+                _say(console, f"{run_dir} is at step {start.step}")
+            finished = _finished(run_dir, start.step, experiment.steps)
+            if finished is not None:
+                return finished
+            _write_config(run_dir, name, experiment)
+            checkpoints.set_aside_after(start.step)
+            return _train(
+                name, experiment, run_dir, console, parts, checkpoints, start, stopped, began
+            )
 
 
 def _train(
@@ -89,56 +112,47 @@ def _train(
     console: Console,
     parts: _Parts,
     checkpoints: Checkpoints,
+    start: _Start,
+    stopped: list[int],
     began: float,
 ) -> dict[str, Any]:
-    state = _first_state(experiment, parts)
-    batches = train_batches(
-        parts.dataset.train,
-        experiment.batch_size,
-        seed=experiment.seed,
-        steps=experiment.steps,
-        steps_per_call=experiment.steps_per_call,
-        augment=parts.dataset.augment,
-    )
-    start, before = 0, {"wall_time_s": 0.0, "train_time_s": 0.0}
-    restored = checkpoints.restore_latest(state)
-    if restored is not None:
-        start, state, before = restored.step, restored.state, restored.extra
-        if start > experiment.steps:
-            raise UsageError(f"{run_dir} is at step {start}; expected --steps of at least that")
-        batches.set_state(before["data"])
-        console.print(f"resuming {run_dir} at step {start}", highlight=False, soft_wrap=True)
-
-    compiled, compile_time = _compile(experiment, parts, state)
-    writer = MetricsWriter(run_dir, resume_step=start)
-    progress = RunProgress(console, start=start, total=experiment.steps, name=name)
-    last_eval: dict[int, dict[str, float]] = {}
-    clock = time.perf_counter
+    batches = iterate(parts.batches)
+    if start.data is not None:
+        batches.set_state(start.data)
+    compiled, compile_time = _compile(experiment, parts, start.state)
+    try:
+        writer = MetricsWriter(run_dir, resume_step=start.step)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    progress = RunProgress(console, start=start.step, total=experiment.steps, name=name)
+    evaluated: tuple[int, dict[str, float]] = (-1, {})
 
     def log(step: int, values: dict[str, Any]) -> None:
         writer.write(step, "train", values)
         progress.train(step, values)
 
     def evaluate(step: int, state: TrainState) -> None:
-        last_eval.clear()
-        last_eval[step] = parts.evaluate(state.params)
-        writer.write(step, "eval", last_eval[step])
-        progress.evaluation(step, last_eval[step])
+        nonlocal evaluated
+        evaluated = (step, parts.evaluate(state.params))
+        writer.write(step, "eval", evaluated[1])
+        progress.evaluation(step, evaluated[1])
 
     def checkpoint(step: int, state: TrainState, seconds: float) -> None:
         extra = {
             "data": batches.get_state(),
-            "wall_time_s": before["wall_time_s"] + clock() - began,
-            "train_time_s": before["train_time_s"] + seconds,
+            "wall_time_s": start.wall_time_s + time.perf_counter() - began,
+            "train_time_s": start.train_time_s + seconds,
         }
-        checkpoints.save(step, state, extra=extra, metrics=last_eval.get(step))
+        checkpoints.save(
+            step, state, extra=extra, metrics=evaluated[1] if evaluated[0] == step else None
+        )
 
-    with _stop_signals() as stopped, contextlib.closing(writer), contextlib.closing(progress):
+    with contextlib.closing(writer), contextlib.closing(progress):
         result = run_loop(
             compiled,
-            state,
+            start.state,
             batches,
-            start=start,
+            start=start.step,
             stop=experiment.steps,
             steps_per_call=experiment.steps_per_call,
             every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
@@ -146,22 +160,23 @@ def _train(
             evaluate=evaluate,
             checkpoint=checkpoint,
             should_stop=lambda: bool(stopped),
+            skips_nonfinite=parts.stepper.skips_nonfinite,
         )
-        if not last_eval and not stopped:
-            evaluate(result.step, result.state)
     checkpoints.wait()
+    if result.step == start.step:  # it was finished, but for its summary
+        evaluated = (result.step, parts.evaluate(result.state.params))
     summary = _summary(
         name=name,
         experiment=experiment,
         result=result,
-        evaluation=next(iter(last_eval.values()), {}),
+        evaluation=evaluated[1] if evaluated[0] == result.step else {},
         compile_time_s=compile_time,
-        train_time_s=before["train_time_s"] + result.seconds,
-        wall_time_s=before["wall_time_s"] + clock() - began,
+        train_time_s=start.train_time_s + result.seconds,
+        wall_time_s=start.wall_time_s + time.perf_counter() - began,
         memory=compiled.memory_analysis(),
     )
     write_json(run_dir / "summary.json", summary)
-    if stopped:
+    if stopped and result.step < experiment.steps:
         raise Stopped(stopped[0], result.step, run_dir)
     plot_run(
         read_metrics(run_dir / "metrics.jsonl"),
@@ -189,11 +204,8 @@ def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, A
         raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
-        checkpoints = Checkpoints(run_dir / "checkpoints")
-        try:
+        with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
             restored = checkpoints.restore_latest(_first_state(experiment, parts))
-        finally:
-            checkpoints.close()
         if restored is None:
             raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
         return {"step": restored.step, **parts.evaluate(restored.state.params)}
@@ -215,29 +227,82 @@ def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
-def _claim(run_dir: Path, name: str, experiment: Experiment[Any, Any], console: Console) -> None:
-    """Writes config.json, or compares with the one that is there."""
-    fields = json.loads(json.dumps(to_dict(experiment)))
-    if (run_dir / "config.json").exists():
-        there, values = read_config(run_dir)
-        if there != name:
-            raise UsageError(f"{run_dir} holds a run of {there!r}; expected one of {name!r}")
-        ours = flatten(fields)
-        keys = sorted(k for k in {*ours, *values} if ours.get(k) != values.get(k))
-        changed = {k: f"{k} {values.get(k)} -> {ours.get(k)}" for k in keys}
-        refused = [text for k, text in changed.items() if k not in _MAY_CHANGE]
-        if refused:
-            raise UsageError(
-                f"{run_dir} holds a run with other settings: {', '.join(refused)}; expected the "
-                "same ones, or another --run-dir"
-            )
-        if changed:
-            console.print(f"changed: {', '.join(changed.values())}", highlight=False)
+def _check_directory(
+    run_dir: Path, name: str, experiment: Experiment[Any, Any], console: Console
+) -> None:
+    """Refuses a directory that this run must not go on in; changes nothing."""
+    if set("[]*?") & set(str(run_dir.resolve())):  # Orbax reads a path as a pattern
+        raise UsageError(
+            f"{str(run_dir)!r} holds one of the characters []*?; choose another folder"
+        )
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "config.json", {"experiment": name, **fields})
+        if not (run_dir / "config.json").exists():
+            if run_dir.exists() and any(run_dir.iterdir()):
+                raise UsageError(
+                    f"{run_dir} is not empty and holds no run; expected a new folder, or a run's"
+                )
+            return
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be read: {error.strerror}") from None
+    there, values = read_config(run_dir)
+    if there != name:
+        raise UsageError(f"{run_dir} holds a run of {there!r}; expected one of {name!r}")
+    ours = flatten(_config(name, experiment))
+    del ours["experiment"]
+    keys = sorted(k for k in {*ours, *values} if ours.get(k) != values.get(k))
+    changed = {k: f"{k} {values.get(k)} -> {ours.get(k)}" for k in keys}
+    refused = [text for k, text in changed.items() if k not in _MAY_CHANGE]
+    if refused:
+        raise UsageError(
+            f"{run_dir} holds a run with other settings: {', '.join(refused)}; expected the same "
+            "ones, or another --run-dir"
+        )
+    if changed:
+        _say(console, f"changed: {', '.join(changed.values())}")
+
+
+def _config(name: str, experiment: Experiment[Any, Any]) -> dict[str, Any]:
+    return strict_json({"experiment": name, **dataclasses.asdict(experiment)})
+
+
+def _write_config(run_dir: Path, name: str, experiment: Experiment[Any, Any]) -> None:
+    write_json(run_dir / "config.json", _config(name, experiment))
+
+
+def _checkpoints(run_dir: Path, experiment: Experiment[Any, Any]) -> Checkpoints:
+    try:
+        return Checkpoints(
+            run_dir / "checkpoints",
+            best=experiment.model.metric,
+            highest=experiment.model.highest,
+        )
     except OSError as error:
         raise UsageError(f"{run_dir} cannot be written: {error.strerror}") from None
+
+
+def _start(experiment: Experiment[Any, Any], parts: _Parts, checkpoints: Checkpoints) -> _Start:
+    state = _first_state(experiment, parts)
+    restored = checkpoints.restore_latest(state)
+    if restored is None:
+        return _Start(0, state, None, 0.0, 0.0)
+    extra = restored.extra
+    times = (extra["wall_time_s"], extra["train_time_s"])
+    return _Start(restored.step, restored.state, extra["data"], *times)
+
+
+def _finished(run_dir: Path, step: int, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do."""
+    if step < steps:
+        return None
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["steps"] == steps and summary["eval"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _build(experiment: Experiment[Any, Any]) -> _Parts:
@@ -254,8 +319,20 @@ def _build(experiment: Experiment[Any, Any]) -> _Parts:
     )
     run = make_evaluate(task.metrics_fn, policy)
     size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
+    batches = train_batches(
+        dataset.train,
+        experiment.batch_size,
+        seed=experiment.seed,
+        steps=experiment.steps,
+        steps_per_call=experiment.steps_per_call,
+        augment=dataset.augment,
+    )
     return _Parts(
-        dataset, task, stepper, lambda params: run(params, eval_batches(dataset.eval, size))
+        dataset,
+        task,
+        stepper,
+        batches,
+        lambda params: run(params, eval_batches(dataset.eval, size)),
     )
 
 
@@ -268,13 +345,8 @@ def _compile(
     experiment: Experiment[Any, Any], parts: _Parts, state: TrainState
 ) -> tuple[Any, float]:
     """The compiled step for this run's shapes, and the seconds that took."""
-    calls = experiment.steps_per_call
-    leading = (experiment.batch_size,) if calls == 1 else (calls, experiment.batch_size)
-    batch = {
-        name: jax.ShapeDtypeStruct((*leading, *array.shape[1:]), array.dtype)
-        for name, array in parts.dataset.train.items()
-    }
-    step = parts.stepper.step if calls == 1 else parts.stepper.scan
+    step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan
+    batch = parts.batches[0]
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     return compiled, time.perf_counter() - began
@@ -306,11 +378,7 @@ def _summary(
         "loss_scale": float(state[0].loss_scale),
         "skipped_steps": int(state[1]),
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
-        # What the compiled step needs at once: its arguments, results and temporaries.
-        "peak_memory_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        "peak_memory_bytes": _peak_memory(memory),
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,
@@ -324,6 +392,14 @@ def _summary(
             },
         },
     }
+
+
+def _peak_memory(memory: Any) -> int | None:
+    """What the compiled step needs at once, bytes: its arguments, results and temporaries."""
+    if memory is None:  # a backend that does not say
+        return None
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return whole - memory.alias_size_in_bytes
 
 
 def _version(package: str) -> str:
@@ -347,7 +423,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def handle(signum: int, frame: Any) -> None:
         caught.append(signum)
-        signal.signal(signum, before[signum])
+        signal.signal(signum, before[signum] or signal.SIG_DFL)
 
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -358,4 +434,4 @@ def _stop_signals() -> Iterator[list[int]]:
         yield caught
     finally:
         for signum, previous in before.items():
-            signal.signal(signum, previous)
+            signal.signal(signum, previous or signal.SIG_DFL)

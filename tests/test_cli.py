@@ -1,6 +1,8 @@
 """The command line: what it prints, and one clear line with status 2 for what is off."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -46,6 +48,8 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["compare", "mlp", "--precisions", ","], "no precision in ','"),
         (["compare", "mlp", "--seeds", "0"], "seeds is 0"),
         (["compare", "mlp", "--stesp", "3"], "did you mean --steps?"),
+        (["compare", "mlp", "--seed", "3"], "compare sets --seed itself"),
+        (["compare", "mlp", "--policy", "bf16"], "compare sets --policy itself"),
         (["list", "x"], "unexpected 'x'"),
         (["trian", "mlp_bf16"], "unknown command 'trian'; did you mean 'train'?"),
     ],
@@ -71,9 +75,7 @@ def test_train_then_eval_and_the_default_run_folder(capsys, tmp_path, monkeypatc
     assert config["steps"] == 20 and config["optimizer"]["warmup_steps"] == 5
     status, out, _ = run(capsys, "eval", str(run_dir))
     assert status == 0
-    assert f"step 20  accuracy {summary['eval']['accuracy']:.4f}" in out.replace("loss", "\n") or (
-        f"accuracy {summary['eval']['accuracy']:.4f}" in out
-    )
+    assert out.startswith("step 20  ") and f"accuracy {summary['eval']['accuracy']:.4f}" in out
 
 
 def test_a_config_that_was_tampered_with_is_refused(capsys, tmp_path):
@@ -115,7 +117,12 @@ def test_list_has_a_line_for_each_experiment(capsys):
 
 
 def test_help_explains_every_field(capsys):
-    assert run(capsys, "--help")[:2] == run(capsys, "help")[:2]
+    usage = run(capsys, "--help")[:2]
+    assert usage[0] == 0
+    for words in (["help"], ["list", "--help"], ["train", "-h"], ["compare", "--help"]):
+        assert run(capsys, *words)[:2] == usage
+    status, out, _ = run(capsys, "compare", "mlp", "--help")
+    assert status == 0 and "--precisions" in out and "--optimizer.learning-rate" in out
     status, out, _ = run(capsys, "train", "mlp_bf16", "--help")
     assert status == 0
     for word in ("--policy", "--optimizer.learning-rate", "--loss-scale.initial", "--model.hidden",
@@ -127,3 +134,20 @@ def test_help_explains_every_field(capsys):
 def test_no_word_at_all_shows_the_usage_with_status_2(capsys):
     status, out, _ = run(capsys)
     assert status == 2 and out.startswith("usage: jmp-train")
+
+
+def test_a_signal_ends_a_comparison_with_its_status(capsys, tmp_path, monkeypatch):
+    from jmp_train.training.progress import RunProgress
+
+    signals = iter([signal.SIGINT])
+    monkeypatch.setattr(RunProgress, "train", lambda *_: [os.kill(os.getpid(), s) for s in signals])
+    status, _, err = run(capsys, "compare", "linear", *FEW, "--out", str(tmp_path / "out"))
+    assert status == 130 and "stopped by SIGINT at step 11" in err and err.count("\n") == 1
+
+
+def test_list_marks_a_file_that_fails_and_goes_on(capsys, tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "bad.py").write_text("EXPERIMENT = 1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "list")
+    assert status == 0 and "ZeroDivisionError" in out.replace("\n", "") and "mlp_fp16" in out

@@ -9,7 +9,7 @@ from jmp_train.experiment import (
     Experiment,
     LossScaleConfig,
     UsageError,
-    experiment_names,
+    experiment_files,
     find_experiment,
     flatten,
 )
@@ -21,7 +21,7 @@ def make(**fields):
     return Experiment(model=MlpConfig(), data=DigitsConfig(), **fields)
 
 
-@pytest.mark.parametrize("name", experiment_names())
+@pytest.mark.parametrize("name", experiment_files())
 def test_every_experiment_is_found_and_is_hashable_data(name):
     experiment = find_experiment(name)
     assert experiment == find_experiment(name)
@@ -53,19 +53,36 @@ def test_a_name_that_is_none_is_refused_with_what_there_is(name, words):
         find_experiment(name)
 
 
-def test_experiments_of_the_folder_at_hand_are_found_too(tmp_path, monkeypatch):
+def folder_of(tmp_path, monkeypatch, **files):
     folder = tmp_path / "experiments"
     folder.mkdir()
-    (folder / "own_fp32.py").write_text(
-        "from experiments.mlp import experiment\nEXPERIMENT = experiment('float32')\n"
-    )
-    (folder / "broken.py").write_text("EXPERIMENT = 3\n")
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
-    assert {"own_fp32", "broken", "mlp_fp32"} <= set(experiment_names())
-    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+OWN = "from experiments.mlp import experiment\nEXPERIMENT = experiment('float32')\n"
+
+
+def test_experiments_of_the_folder_at_hand_are_found_too(tmp_path, monkeypatch):
+    folder_of(
+        tmp_path, monkeypatch, own_fp32=OWN, wrong="EXPERIMENT = 3\n", mlp_fp32_wide=OWN,
+        fails="EXPERIMENT = 1 / 0\n", __init__="",
+    )  # fmt: skip
+    assert {"own_fp32", "wrong", "fails", "mlp_fp32"} <= set(experiment_files())
     assert find_experiment("own_fp32") == find_experiment("mlp_fp32")
-    with pytest.raises(UsageError, match="'broken' defines no EXPERIMENT"):
-        find_experiment("broken")
+    assert find_experiment("mlp_fp32_wide") == find_experiment("mlp_fp32")
+    with pytest.raises(UsageError, match=r"wrong.py sets EXPERIMENT to 3; expected an Experiment"):
+        find_experiment("wrong")
+    with pytest.raises(UsageError, match=r"fails.py cannot be run: ZeroDivisionError"):
+        find_experiment("fails")
+
+
+def test_a_file_that_sets_no_experiment_is_not_run(tmp_path, monkeypatch):
+    folder_of(tmp_path, monkeypatch, sweep="raise SystemExit('ran')\n")
+    assert "sweep" not in experiment_files()
+    with pytest.raises(UsageError, match="unknown experiment 'sweep'"):
+        find_experiment("sweep")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +93,7 @@ def test_experiments_of_the_folder_at_hand_are_found_too(tmp_path, monkeypatch):
         ({"batch_size": -1}, "batch_size is -1"),
         ({"log_every": 0}, "log_every is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**63}, "seed is"),
+        ({"seed": 2**32}, "seed is"),
         ({"steps_per_call": 3}, "steps is 1000; expected a multiple of steps_per_call"),
         ({"steps": 10, "steps_per_call": 10}, "log_every|eval_every"),
     ],

@@ -99,7 +99,7 @@ def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     experiment = small(name, steps_per_call=per_call, log_every=5)
     train(name, experiment, tmp_path / "whole", QUIET)
 
-    # A signal at the second log point, where the step is not a multiple of checkpoint_every.
+    # A signal at a log point, where the step is not a multiple of checkpoint_every.
     from jmp_train.training.progress import RunProgress
 
     shown = RunProgress.train
@@ -115,6 +115,8 @@ def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     assert stopped.value.signum == signal.SIGTERM
     monkeypatch.setattr(RunProgress, "train", shown)
     at = Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1]
+    stopped_summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert stopped_summary["steps"] == at and stopped_summary["eval"] == {}
     assert 10 < at < 20 and at % 10 != 0
 
     summary = train(name, experiment, tmp_path / "cut", QUIET)
@@ -148,13 +150,92 @@ def test_a_run_killed_by_sigterm_exits_143_and_goes_on(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] >= 10
 
 
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
-    before = final_arrays(tmp_path)
+    before = files_of(tmp_path)
+    assert train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET) == first
+    assert files_of(tmp_path) == before
+
+
+def test_a_finished_run_without_its_summary_gets_it_and_no_record_twice(tmp_path):
+    first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "summary.json").unlink()
     again = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
-    assert again["eval"] == first["eval"] and again["steps"] == first["steps"]
+    assert again["eval"] == first["eval"] and again["steps"] == 40
     assert again["train_time_s"] == pytest.approx(first["train_time_s"])
-    assert_same_arrays(final_arrays(tmp_path), before)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_goes_on_past_a_damaged_checkpoint_to_its_end(tmp_path):
+    train("mlp_bf16", small("mlp_bf16"), tmp_path / "whole", QUIET)
+    train("mlp_bf16", small("mlp_bf16"), tmp_path / "run", QUIET)
+    newest = tmp_path / "run" / "checkpoints" / "40"
+    for file in (newest / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    summary = train("mlp_bf16", small("mlp_bf16"), tmp_path / "run", QUIET)
+    assert summary["steps"] == 40
+    assert_same_arrays(final_arrays(tmp_path / "run"), final_arrays(tmp_path / "whole"))
+    assert (tmp_path / "run" / "checkpoints" / "damaged-40").is_dir()
+    assert evaluate_run(tmp_path / "run", small("mlp_bf16"))["step"] == 40
+
+
+def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):
+    # Accuracies that fall, so that the first evaluation is the best.
+    values = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(
+        "jmp_train.run.make_evaluate",
+        lambda *_: lambda params, batches: {"accuracy": next(values), "loss": 1.0},
+    )
+    train("mlp_bf16", small("mlp_bf16", eval_every=10), tmp_path, QUIET)
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 30, 40]
+
+
+def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    with pytest.raises(UsageError, match="is not empty and holds no run"):
+        train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_folder_that_the_checkpoint_library_cannot_take_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="holds one of the characters"):
+        train("mlp_bf16", small("mlp_bf16"), tmp_path / "a[red]b", QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_infinite_setting_resumes(tmp_path):
+    experiment = small("mlp_bf16")
+    scale = dataclasses.replace(experiment.loss_scale, maximum=float("inf"))
+    experiment = dataclasses.replace(experiment, loss_scale=scale)
+    first = train("mlp_bf16", experiment, tmp_path, QUIET)
+    assert train("mlp_bf16", experiment, tmp_path, QUIET) == first
+
+
+def test_a_damaged_record_is_named_on_resume(tmp_path):
+    train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
+    with pytest.raises(UsageError, match="line 1: expected a record, got 'nonsense'"):
+        train("mlp_bf16", small("mlp_bf16", steps=60), tmp_path, QUIET)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(tmp_path, monkeypatch):
+    waited = Checkpoints.wait
+
+    def with_signal(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        waited(self)
+
+    monkeypatch.setattr(Checkpoints, "wait", with_signal)
+    summary = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    assert summary["steps"] == 40
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 40
 
 
 def test_more_steps_may_be_asked_of_a_run(tmp_path):
@@ -162,6 +243,7 @@ def test_more_steps_may_be_asked_of_a_run(tmp_path):
     assert train("mlp_bf16", small("mlp_bf16", steps=60), tmp_path, QUIET)["steps"] == 60
     with pytest.raises(UsageError, match="is at step 60; expected --steps of at least that"):
         train("mlp_bf16", small("mlp_bf16", steps=20), tmp_path, QUIET)
+    assert read_config(tmp_path)[1]["steps"] == 60
 
 
 def test_another_experiment_or_other_settings_are_refused_and_nothing_is_lost(tmp_path):
@@ -175,7 +257,7 @@ def test_another_experiment_or_other_settings_are_refused_and_nothing_is_lost(tm
 
 
 def test_a_diverging_run_says_so(tmp_path):
-    experiment = small("mlp_fp32", matmul_precision="highest")
+    experiment = small("mlp_fp32")
     optimizer = dataclasses.replace(
         experiment.optimizer, name="sgd", learning_rate=1e30, max_grad_norm=None, warmup_steps=0
     )
@@ -211,3 +293,26 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         train("mlp_bf16", small("mlp_bf16"), tmp_path / "file" / "run", QUIET)
+
+
+def test_not_skipping_lets_an_fp16_run_diverge(tmp_path):
+    experiment = small(skip_nonfinite=False)
+    scale = dataclasses.replace(experiment.loss_scale, initial=2.0**60)
+    with pytest.raises(Diverged, match="not finite|is nan"):
+        train("mlp_fp16", dataclasses.replace(experiment, loss_scale=scale), tmp_path, QUIET)
+
+
+def test_the_matmul_precision_reaches_the_compiled_step(tmp_path, monkeypatch):
+    texts = []
+    compiled = jax.stages.Lowered.compile
+
+    def spy(self, *args, **options):
+        texts.append(self.as_text())
+        return compiled(self, *args, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
+    for precision in ("default", "highest"):
+        train(
+            "mlp_fp32", small("mlp_fp32", matmul_precision=precision), tmp_path / precision, QUIET
+        )
+    assert "HIGHEST" not in texts[0] and "HIGHEST" in texts[1]

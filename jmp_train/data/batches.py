@@ -72,7 +72,7 @@ def train_batches(
     steps_per_call: int = 1,
     augment: Augment | None = None,
 ) -> Any:
-    """An iterator over the batches of a run: every example once an epoch, reshuffled each epoch.
+    """The batches of a run: every example once an epoch, reshuffled each epoch.
 
     Args:
       arrays: by name, the first axis counting examples.
@@ -84,13 +84,22 @@ def train_batches(
       steps_per_call: above 1, so many batches are stacked along a new first axis.
 
     Returns:
-      A Grain iterator over dicts of arrays; its `get_state()` is a small dict from which
-      `set_state` goes on exactly there.
+      A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
     """
     source = _ShuffledBatches(arrays, batch_size, seed=seed, count=steps, augment=augment)
     dataset = grain.MapDataset.source(source)
     if steps_per_call > 1:
         dataset = dataset.batch(steps_per_call)
+    return dataset
+
+
+def iterate(dataset: Any) -> Any:
+    """Goes through a dataset in order, making batches ahead in a thread.
+
+    Returns:
+      A Grain iterator; its `get_state()` is a small dict from which `set_state` goes on exactly
+      there.
+    """
     # One worker thread and a short buffer: a record is a whole batch, which is cheap to make.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     return iter(dataset.to_iter_dataset(options))

@@ -46,6 +46,7 @@ class MlpConfig:
     """Multilayer perceptron."""
 
     metric: ClassVar[str] = "accuracy"
+    highest: ClassVar[bool] = True
 
     hidden: tuple[int, ...] = (256, 256)
     """Width of each hidden layer; none makes a linear classifier."""

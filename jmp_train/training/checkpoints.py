@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,6 +56,7 @@ class Checkpoints:
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._best = best
+        self._directory = directory
         self._checkpointer: Any = ocp.training.Checkpointer(
             str(directory.resolve()), preservation_policy=policies.AnyPreservationPolicy(keeping)
         )
@@ -100,6 +102,18 @@ class Checkpoints:
                 f"none of the checkpoints at steps {', '.join(map(str, steps))} can be loaded"
             )
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps, which could not be loaded, to `damaged-STEP`, so
+        that training can save those steps again and nothing is lost."""
+        later = [n for n in self.steps() if n > step]
+        for n in later:
+            target = self._directory / f"damaged-{n}"
+            if target.exists():
+                shutil.rmtree(target)
+            (self._directory / str(n)).rename(target)
+        if later:
+            self._checkpointer.reload()
 
     def _restore(self, step: int, like: Any) -> Restored:
         metadata = self._checkpointer.checkpointables_metadata(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ def make_evaluate(
       policy: a `Policy` or a string for `get_policy`.
 
     Returns:
-      The function. A batch may hold `"mask"`, bool of shape (batch,): false marks padding, so that
+      The function. A batch is any pytree; a dict may hold `"mask"`, bool of shape (batch,): false marks padding, so that
       every batch has one shape and the program compiles once. Sums over a batch are float32, the
       sum over batches is float64 on the host.
 
@@ -42,7 +42,9 @@ def make_evaluate(
         batch = policy.cast_to_compute(batch)
         values = metrics_fn(policy.cast_to_compute(params), batch, **extras)
         values = {name: value.astype(jnp.float32) for name, value in values.items()}
-        mask = batch.get("mask", jnp.ones_like(next(iter(values.values())), bool))
+        mask = batch.get("mask") if isinstance(batch, Mapping) else None
+        if mask is None:
+            mask = jnp.ones_like(next(iter(values.values())), bool)
         # Padding is selected away, not multiplied: 0 times a NaN would be a NaN.
         return mask.sum(), {k: jnp.where(mask, v, 0.0).sum() for k, v in values.items()}
 

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jmp_train.precision.loss_scale import NoOpLossScale
+from jmp_train.precision.loss_scale import all_finite
 from jmp_train.training.state import StepInfo, TrainState
+
+_all_finite = jax.jit(all_finite)
 
 
 class Diverged(Exception):
@@ -47,6 +49,7 @@ def run_loop(
     evaluate: Callable[[int, TrainState], None],
     checkpoint: Callable[[int, TrainState, float], None],
     should_stop: Callable[[], bool] = lambda: False,
+    skips_nonfinite: bool = False,
     max_skipped_in_row: int = 100,
 ) -> LoopResult:
     """Runs the steps from `start` to `stop`.
@@ -66,11 +69,13 @@ def run_loop(
       checkpoint: gets the step, the state and the seconds spent in steps so far; it must have
         copied what it needs on return.
       should_stop: asked between calls; true ends the loop after a checkpoint.
+      skips_nonfinite: whether `step_fn` skips steps that are not finite, so that a loss which is
+        not finite can mend.
       max_skipped_in_row: so many skipped steps in a row end the run.
 
     Raises:
-      Diverged: at a log point, if the loss is not finite and no loss scale could mend it, or if too
-        many steps in a row were skipped.
+      Diverged: at an event, before it saves: if the loss is not finite and such steps are not
+        skipped, if too many in a row were skipped, or if a parameter is not finite.
     """
     at = logged = start
     seconds = since_log = 0.0
@@ -90,7 +95,7 @@ def run_loop(
         if log_due:
             log(at, {**values, "steps_per_second": (at - logged) / since_log})
             logged, since_log = at, 0.0
-        _check_diverged(at, values, state, max_skipped_in_row)
+        _check_diverged(at, values, state, skips_nonfinite, max_skipped_in_row)
         if evaluate_due and not stopped:
             evaluate(at, state)
         if checkpoint_due:
@@ -106,19 +111,23 @@ def _train_values(info: StepInfo, state: TrainState, steps_per_call: int) -> dic
         info = jax.tree.map(lambda x: x[-1], info)
     values = {"loss": float(info.loss)}
     if isinstance(info.aux, dict):
-        values |= {k: v.item() for k, v in info.aux.items() if np.ndim(v) == 0}
+        values = {k: v.item() for k, v in info.aux.items() if np.ndim(v) == 0} | values
     if info.grad_norm is not None:
         values["grad_norm"] = float(info.grad_norm)
     values["loss_scale"] = float(info.loss_scale)
     return {**values, "skipped_steps": int(skipped), "skipped_in_row": int(in_row)}
 
 
-def _check_diverged(at: int, values: dict[str, Any], state: TrainState, limit: int) -> None:
+def _check_diverged(
+    at: int, values: dict[str, Any], state: TrainState, skips_nonfinite: bool, limit: int
+) -> None:
     if values["skipped_in_row"] >= limit:
         raise Diverged(
             f"{values['skipped_in_row']} steps in a row up to step {at} had non-finite gradients "
             f"and were skipped (loss scale {values['loss_scale']:g}); try a lower learning rate "
             "or --policy mixed_bfloat16"
         )
-    if isinstance(state.loss_scale, NoOpLossScale) and not math.isfinite(values["loss"]):
+    if not skips_nonfinite and not math.isfinite(values["loss"]):
         raise Diverged(f"the loss is {values['loss']} at step {at}; try a lower learning rate")
+    if not _all_finite(state.params):
+        raise Diverged(f"a parameter is not finite after step {at}; try a lower learning rate")

@@ -41,7 +41,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, in order; a torn last line is left out.
 
     Raises:
-      ValueError: for a line before the last that is not a JSON object, by its number.
+      ValueError: for a line before the last that is not a record, by its number.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
@@ -50,10 +50,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict):
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:40]!r}")
+            raise ValueError(f"{path}, line {number}: expected a record, got {line[:40]!r}")
         records.append(record)
     return records
 
@@ -90,6 +90,7 @@ class MetricsWriter:
           split: "train" or "eval".
           values: numbers by name.
         """
+        values = {k: v for k, v in values.items() if k not in ("step", "split")}
         record = strict_json({"step": step, "split": split, **values})
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._lines.flush()

@@ -55,10 +55,10 @@ class RunProgress:
         self._bar = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn(name),
+                TextColumn(name, markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}"),
+                TextColumn("{task.fields[values]}", markup=False),
                 TimeRemainingColumn(),
                 console=console,
             )
@@ -73,12 +73,14 @@ class RunProgress:
         rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
         left = (self._total - step) / rate if rate > 0 else 0.0
         line = f"step {step:>{len(str(self._total))}}/{self._total}  {format_values(values)}"
-        self._console.print(f"{line}  {left:.0f} s left", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{line}  {left:.0f} s left", highlight=False, markup=False, soft_wrap=True
+        )
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Shows an evaluation."""
         line = f"eval at step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the live bar."""

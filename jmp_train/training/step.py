@@ -31,6 +31,8 @@ class Stepper(NamedTuple):
     scan: jax.stages.Wrapped
     """`scan(state, batches)`: a step for each entry of the batches' leading axis in one dispatch,
     jitted and donated; the info's leaves get that leading axis."""
+    skips_nonfinite: bool
+    """Whether steps with non-finite gradients are skipped."""
 
 
 def make_step(
@@ -56,8 +58,8 @@ def make_step(
     Args:
       loss_fn: `loss_fn(params, batch)` returns `loss` or `(loss, aux)`. With a model state it is
         called with `model_state=` too and returns `(loss, aux, new_model_state)`; with a key, with
-        `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32 by casting
-        the model's output with `policy.cast_to_output` first.
+        `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
+        model's output to float32 first, or with `policy.cast_to_output` where that is float32.
       optimizer: any Optax transformation; it need not know of precision.
       policy: a `Policy` or a string for `get_policy`.
       loss_scale: the first state of the loss scale; by default `default_loss_scale(policy)`:
@@ -96,16 +98,16 @@ def make_step(
     grad_fn = value_and_grad(_loss_and_rest(loss_fn), policy, has_aux=True, cast_batch=cast_batch)
 
     def init(params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
-        params = jax.tree.map(jnp.array, policy.cast_to_param(params))
+        params = jax.tree.map(_own, policy.cast_to_param(params))
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=jax.tree.map(jnp.array, optimizer.init(params)),
-            model_state=jax.tree.map(jnp.array, widen_to_full(model_state)),
-            loss_scale=jax.tree.map(jnp.array, first_scale),
+            opt_state=jax.tree.map(_own, optimizer.init(params)),
+            model_state=jax.tree.map(_own, widen_to_full(model_state)),
+            loss_scale=jax.tree.map(_own, first_scale),
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
-            key=None if key is None else jnp.array(key),
+            key=None if key is None else _own(key),
         )
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
@@ -151,7 +153,15 @@ def make_step(
         init=init,
         step=jax.jit(step, donate_argnums=0),
         scan=jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0),
+        skips_nonfinite=skip_nonfinite,
     )
+
+
+def _own(x: Any) -> jax.Array:
+    """A copy that may be donated, strongly typed: a weak type would end at the first step and with
+    it the compiled program's fit."""
+    x = jnp.asarray(x)
+    return jnp.array(x, dtype=x.dtype, copy=True)
 
 
 def _loss_and_rest(loss_fn: Callable[..., Any]) -> Callable[..., Any]:

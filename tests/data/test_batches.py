@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmp_train.data import eval_batches, train_batches
+from jmp_train.data import eval_batches, iterate, train_batches
+from jmp_train.data.batches import _ShuffledBatches
 
 
 def arrays(size):
     return {"x": np.arange(size), "y": np.arange(size) * 10.0}
 
 
-def take(iterator, n):
+def take(batches, n):
+    iterator = batches if hasattr(batches, "__next__") else iterate(batches)
     return [next(iterator) for _ in range(n)]
 
 
@@ -45,8 +47,8 @@ def test_a_restored_iterator_goes_on_bitwise_noise_included(at, per_call):
         return {**batch, "y": batch["y"] + rng.normal(size=batch["y"].shape)}
 
     def make():
-        return train_batches(
-            arrays(10), 4, seed=5, steps=60, steps_per_call=per_call, augment=augment
+        return iterate(
+            train_batches(arrays(10), 4, seed=5, steps=60, steps_per_call=per_call, augment=augment)
         )
 
     first = make()
@@ -74,3 +76,35 @@ def test_evaluation_batches_have_one_shape_and_mark_the_padding():
     kept = np.concatenate([batch["x"][batch["mask"]] for batch in batches])
     np.testing.assert_array_equal(kept, np.arange(10))
     assert {batch["x"].shape for batch in batches} == {(4,)}
+
+
+def noise_of(seed, index):
+    def augment(batch, rng):
+        return {**batch, "noise": rng.normal(size=3)}
+
+    return tuple(train_batches(arrays(6), 2, seed=seed, steps=20, augment=augment)[index]["noise"])
+
+
+def test_each_batch_and_each_seed_has_noise_of_its_own():
+    drawn = [noise_of(seed, index) for seed in (0, 1) for index in (0, 1, 7)]
+    assert len(set(drawn)) == 6
+    assert noise_of(1, 7) == drawn[-1]
+
+
+def test_the_noise_is_not_the_stream_that_the_order_was_drawn_from():
+    # With one stream for both, the augmenting generator of batch 0 would repeat epoch 0's order.
+    orders = []
+
+    def augment(batch, rng):
+        orders.append(tuple(rng.permutation(50)))
+        return batch
+
+    batch = train_batches(arrays(50), 50, seed=3, steps=1, augment=augment)[0]
+    assert tuple(batch["x"]) != orders[0]
+
+
+def test_only_the_epochs_at_hand_are_kept_in_memory():
+    source = _ShuffledBatches(arrays(10), 10, seed=0, count=100, augment=None)
+    for i in range(100):
+        source[i]
+    assert len(source._orders) <= 3

@@ -76,3 +76,15 @@ def test_adam_on_16_bit_parameters_follows_float64_adam(dtype):
     difference = np.abs(np.asarray(params, np.float64) - expected)
     assert (difference <= step).all()
     assert (difference > 0).mean() < 0.05
+
+
+def test_an_optimizer_sees_16_bit_parameters_in_float32():
+    seen = []
+
+    def update(updates, state, params):
+        seen.append((updates.dtype, params.dtype))
+        return updates, state
+
+    optimizer = jt.fp32_state(optax.GradientTransformation(lambda params: (), update))
+    optimizer.update(jnp.ones(2, jnp.float16), (), jnp.ones(2, jnp.bfloat16))
+    assert seen == [(jnp.float32, jnp.float32)]

@@ -71,3 +71,27 @@ def test_an_impossible_setting_is_refused_by_its_name(field, value):
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match="warmup_steps is 10; expected fewer than steps"):
         make_schedule(OptimizerConfig(warmup_steps=10), steps=10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_adam_with_settings_of_ones_own_follows_the_float64_closed_form(name):
+    # Kingma & Ba 2015, algorithm 1, and Loshchilov & Hutter 2019, algorithm 2, in float64.
+    config = OptimizerConfig(
+        name=name, learning_rate=0.05, schedule="constant", b1=0.7, b2=0.8, eps=0.3,
+        weight_decay=0.4, max_grad_norm=None,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, steps=10)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=5)
+    params = jnp.asarray(x, jnp.float32)
+    state = optimizer.init(params)
+    m = v = np.zeros(5)
+    for t in range(1, 8):
+        g = rng.normal(size=5)
+        updates, state = optimizer.update(jnp.asarray(g, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g**2
+        step = (m / (1 - 0.7**t)) / (np.sqrt(v / (1 - 0.8**t)) + 0.3)
+        x = x - 0.05 * (step + (0.4 * x if name == "adamw" else 0))
+    # Seven float32 updates of numbers of order 1.
+    np.testing.assert_allclose(params, x, atol=7 * 4 * 2**-24)

@@ -114,3 +114,26 @@ def test_a_changed_dtype_is_an_error_not_a_cast(tmp_path):
     checkpoints.close()
     with pytest.raises(NoUsableCheckpoint):
         Checkpoints(tmp_path).restore_latest(trained("bf16"))
+
+
+def test_a_changed_shape_is_an_error(tmp_path):
+    save(tmp_path, 1).close()
+    like = trained(steps=0)
+    like = like._replace(params={**like.params, "w": jnp.ones((9,))})
+    with pytest.raises(NoUsableCheckpoint):
+        Checkpoints(tmp_path).restore_latest(like)
+
+
+def test_checkpoints_without_a_metric_are_not_kept_as_best(tmp_path):
+    checkpoints = save(tmp_path, 1, 2, 3, 4, 5, best="accuracy")
+    assert checkpoints.steps() == [4, 5]
+
+
+def test_later_checkpoints_are_set_aside_and_their_steps_can_be_saved_again(tmp_path):
+    checkpoints = save(tmp_path, 1, 2)
+    checkpoints.set_aside_after(1)
+    assert checkpoints.steps() == [1] and (tmp_path / "damaged-2").is_dir()
+    checkpoints.save(2, trained(steps=2), extra={}, metrics=None)
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    assert Checkpoints(tmp_path).steps() == [1, 2]

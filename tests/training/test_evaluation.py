@@ -51,3 +51,20 @@ def test_an_empty_data_set_is_refused():
     evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
     with pytest.raises(ValueError, match="holds no example"):
         evaluate(0.0, [])
+
+
+@pytest.mark.parametrize("as_batch", [lambda x: x, lambda x: (x, x), lambda x: {"x": x}])
+def test_a_batch_is_any_pytree(as_batch):
+    first = lambda batch: (
+        batch if hasattr(batch, "shape") else next(iter(dict(enumerate(batch)).values()))
+    )
+    metrics_fn = lambda params, batch: {
+        "x": batch["x"] if isinstance(batch, dict) else first(batch)
+    }
+    assert jt.make_evaluate(metrics_fn)(0.0, [as_batch(jnp.array([1.0, 3.0]))]) == {"x": 2.0}
+
+
+def test_values_in_half_precision_are_summed_in_float32():
+    # 4,096 ones: in float16 the sum stalls at 2,048.
+    evaluate = jt.make_evaluate(lambda params, batch: {"x": batch.astype(jnp.bfloat16)})
+    assert evaluate(0.0, [jnp.ones(4097)]) == {"x": 1.0}

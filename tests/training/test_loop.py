@@ -15,8 +15,18 @@ def loss_fn(params, batch):
     return jnp.sum(params * batch), {"size": jnp.sum(batch)}
 
 
-def run(*, start=0, stop=12, per_call=1, every=(4, 6, 5), policy="float32", value=1.0, **options):
-    stepper = jt.make_step(loss_fn, optax.sgd(0.1), policy)
+def run(
+    *,
+    start=0,
+    stop=12,
+    per_call=1,
+    every=(4, 6, 5),
+    policy="float32",
+    value=1.0,
+    rate=0.1,
+    **options,
+):
+    stepper = jt.make_step(loss_fn, optax.sgd(rate), policy)
     events = []
     batch = jnp.full((2,) if per_call == 1 else (per_call, 2), value)
     result = run_loop(
@@ -91,7 +101,12 @@ def test_a_loss_that_is_not_finite_ends_a_run_without_loss_scale(value):
 
 def test_too_many_skips_in_a_row_end_a_run_with_loss_scale():
     with pytest.raises(Diverged, match="8 steps in a row up to step 8"):
-        run(value=float("nan"), policy="mixed_float16", max_skipped_in_row=8)
+        run(
+            value=float("nan"),
+            policy="mixed_float16",
+            skips_nonfinite=True,
+            max_skipped_in_row=8,
+        )
 
 
 def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
@@ -115,3 +130,80 @@ def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     )
     assert result.step == 100
     assert len(looks) == 5  # at 30, 50, 60, 90 and 100
+
+
+def test_a_diverged_state_is_neither_evaluated_nor_saved():
+    events = []
+    stepper = jt.make_step(loss_fn, optax.sgd(1.0))
+    with pytest.raises(Diverged):
+        run_loop(
+            stepper.step,
+            stepper.init(jnp.ones(2)),
+            itertools.repeat(jnp.full(2, jnp.inf)),
+            start=0,
+            stop=1,
+            steps_per_call=1,
+            every=Every(1, 1, 1),
+            log=lambda step, values: events.append("log"),
+            evaluate=lambda step, state: events.append("evaluate"),
+            checkpoint=lambda step, state, seconds: events.append("checkpoint"),
+        )
+    assert events == ["log"]
+
+
+def test_parameters_that_the_last_update_made_infinite_end_the_run():
+    # The loss of the last step is that of the parameters before it, so it cannot tell.
+    with pytest.raises(Diverged, match="a parameter is not finite after step 1"):
+        run(stop=1, value=1e38, every=(1, 1, 1), rate=1e30)
+
+
+def test_one_skipped_step_at_a_log_point_does_not_end_the_run():
+    stepper = jt.make_step(loss_fn, optax.sgd(0.1), "mixed_bfloat16", skip_nonfinite=True)
+    batches = [jnp.full(2, jnp.nan) if n == 3 else jnp.ones(2) for n in range(8)]
+    logged = []
+    result = run_loop(
+        stepper.step,
+        stepper.init(jnp.ones(2)),
+        iter(batches),
+        start=0,
+        stop=8,
+        steps_per_call=1,
+        every=Every(4, 8, 8),
+        log=lambda step, values: logged.append((step, values["skipped_steps"])),
+        evaluate=lambda step, state: None,
+        checkpoint=lambda step, state, seconds: None,
+        skips_nonfinite=stepper.skips_nonfinite,
+    )
+    assert result.step == 8 and logged == [(4, 1), (8, 1)]
+
+
+def test_rates_and_times_leave_events_out(monkeypatch):
+    # A clock that only the stand-ins move: a step takes 1 s, an evaluation 100 s, a save 1,000 s.
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(loop, "_check_diverged", lambda *_: None)
+    monkeypatch.setattr(loop, "_train_values", lambda *_: {})
+
+    def passes(seconds, result=None):
+        def stand_in(*_):
+            now[0] += seconds
+            return result
+
+        return stand_in
+
+    rates, saved = [], []
+    result = run_loop(
+        passes(1.0, (None, None)),
+        None,
+        itertools.repeat(None),
+        start=0,
+        stop=12,
+        steps_per_call=2,
+        every=Every(4, 6, 6),
+        log=lambda step, values: rates.append(values["steps_per_second"]),
+        evaluate=passes(100.0),
+        checkpoint=lambda step, state, seconds: saved.append((passes(1000.0)(), seconds)),
+    )
+    assert result.seconds == 6.0
+    assert rates == [2.0, 2.0, 2.0]
+    assert [seconds for _, seconds in saved] == [3.0, 6.0]

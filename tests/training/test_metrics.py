@@ -60,7 +60,7 @@ def test_records_come_back_and_a_resume_drops_later_and_torn_ones(tmp_path):
 def test_damage_before_the_last_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n[2]\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"line 2: expected a JSON object, got '\[2\]'"):
+    with pytest.raises(ValueError, match=r"line 2: expected a record, got '\[2\]'"):
         read_metrics(path)
 
 
@@ -70,3 +70,10 @@ def test_tensorboard_events_are_written(tmp_path):
     writer.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in file.read_bytes()
+
+
+def test_a_record_can_be_read_before_the_writer_is_closed(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, "train", {"loss": 1.0, "step": 99, "split": "mine"})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 1.0}]
+    writer.close()

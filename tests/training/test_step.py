@@ -253,3 +253,38 @@ def test_a_loss_function_that_returns_the_wrong_thing_is_told_so(returned, words
     stepper = jt.make_step(lambda params, batch: returned(params), optax.sgd(0.1))
     with pytest.raises(TypeError, match=words):
         stepper.step(stepper.init(jnp.ones(3)), None)
+
+
+def test_scan_donates_its_state_and_compiles_once():
+    stepper = jt.make_step(loss_fn, optimizer(), "mixed_float16")
+    state = stepper.init(make_params())
+    batches = jax.tree.map(lambda *x: jnp.stack(x), make_batch(0), make_batch(1))
+    second, _ = stepper.scan(state, batches)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    stepper.scan(second, batches)
+    assert stepper.scan._cache_size() == 1
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bf16"])
+@pytest.mark.parametrize("weak", [2.0, jnp.asarray(2.0), jnp.full((3,), 2.0)], ids=str)
+def test_weakly_typed_parameters_compile_once(policy, weak):
+    stepper = jt.make_step(
+        lambda params, batch: jnp.sum(params["w"] * batch), optax.adam(0.1), policy
+    )
+    state = stepper.init({"w": weak})
+    for _ in range(3):
+        state, _ = stepper.step(state, jnp.ones(3))
+    assert stepper.step._cache_size() == 1
+
+
+def test_the_batch_can_be_kept_in_its_dtype():
+    seen = []
+
+    def spying(params, batch):
+        seen.append((params.dtype, batch.dtype))
+        return jnp.sum(params.astype(jnp.float32) * batch)
+
+    for cast_batch in (True, False):
+        stepper = jt.make_step(spying, optax.sgd(0.1), "mixed_bfloat16", cast_batch=cast_batch)
+        stepper.step(stepper.init(jnp.ones(3)), jnp.ones(3))
+    assert seen == [(jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]
