@@ -88,7 +88,7 @@ def _cast(x: Any, dtype: np.dtype) -> Any:
 class Value:
     """A floating value of the program: its kind, and its arrays."""
 
-    __slots__ = ("kind", "arrays")
+    __slots__ = ("arrays", "kind")
 
     def __init__(self, kind: Kind, arrays: Arrays):
         self.kind = kind

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import Literal
 
 from jmp_train.precision._jax_compat import Body, body_of
@@ -54,7 +55,7 @@ def written(dtype: Any) -> Kind:
 def kind_of_aval(aval: Any) -> Kind | None:
     """The kind of a floating array as written; None for what holds no real floating numbers."""
     dtype = getattr(aval, "dtype", None)
-    if dtype is None or not isinstance(aval, jax.core.ShapedArray) or not is_floating(dtype):
+    if dtype is None or not isinstance(aval, ShapedArray) or not is_floating(dtype):
         return None
     return written(dtype)
 
@@ -430,7 +431,7 @@ def _widest(kinds: Sequence[Kind]) -> np.dtype | None:
     """The dtype that operands promote to; a literal counts only where it does not fit."""
     strong = [k.native for k in kinds if k.fits is None]
     widest = promote(strong or [k.native for k in kinds]) if kinds else None
-    if widest in HALF:
+    if widest is not None and widest in HALF:
         too_small = [k for k in kinds if k.fits is not None and widest.name not in k.fits]
         return promote([widest, *[k.native for k in too_small]])
     return widest

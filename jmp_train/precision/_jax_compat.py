@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
@@ -77,7 +78,7 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
 
     def with_consts(*args: Any) -> Any:
         split = len(body.consts)
-        return jax.core.eval_jaxpr(body.jaxpr, args[:split], *args[split:])
+        return eval_jaxpr(body.jaxpr, args[:split], *args[split:])
 
     avals = [v.aval for v in (*body.constvars, *body.invars)]
     return body_of(trace(with_consts, avals)).jaxpr, body.consts

@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
+from jax.extend.core.primitives import convert_element_type_p
 
 from jmp_train.precision import _jax_compat as compat
 from jmp_train.precision._autocast_emit import Emitter, value_of
@@ -114,19 +116,19 @@ class _Region(contextlib.ContextDecorator):
 
     def __init__(self, dtype: np.dtype):
         self.dtype = dtype
-        self._scopes: list[Any] = []
+        self._scopes: list[contextlib.ExitStack] = []
 
     def _recreate_cm(self) -> _Region:
         return _Region(self.dtype)
 
-    def __enter__(self) -> _Region:
-        scope = jax.named_scope(region_name(self.dtype))
-        scope.__enter__()
+    def __enter__(self) -> Self:
+        scope = contextlib.ExitStack()
+        scope.enter_context(jax.named_scope(region_name(self.dtype)))
         self._scopes.append(scope)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._scopes.pop().__exit__(*error)
+    def __exit__(self, *error: object) -> None:
+        self._scopes.pop().close()
 
 
 def with_precision(dtype: Any = "float32") -> _Region:
@@ -143,6 +145,7 @@ def with_precision(dtype: Any = "float32") -> _Region:
 
     Raises:
       ValueError: for another dtype.
+      TypeError: for a function in the place of the dtype, `@with_precision` without a call.
 
     >>> import jax.numpy as jnp
     >>> @with_precision("float32")
@@ -152,6 +155,10 @@ def with_precision(dtype: Any = "float32") -> _Region:
     >>> [str(e.outvars[0].aval) for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     ['float32[2,2]', 'bfloat16[2,2]']
     """
+    if inspect.isroutine(dtype):
+        raise TypeError(
+            f"with_precision expects a dtype; write @with_precision('float32'), not {dtype!r}"
+        )
     return _Region(_compute_dtype(dtype))
 
 
@@ -235,6 +242,7 @@ class _Traced:
         self.arrays = [leaves[i] for i in where]
         self._outs: list[Any] = []
         self._places: list[int] = []
+        self._tree: Any = None
 
         def flat(*arrays: Any) -> Any:
             full = list(leaves)
@@ -270,7 +278,7 @@ def _as_written(value: Any, aval: Any) -> Any:
     out = out if isinstance(out, jax.Array) else jax.numpy.asarray(out)
     if aval.weak_type:
         weak = {"new_dtype": kind.native, "weak_type": True, "sharding": None}
-        out = jax.extend.core.primitives.convert_element_type_p.bind(out, **weak)
+        out = convert_element_type_p.bind(out, **weak)
     return out
 
 

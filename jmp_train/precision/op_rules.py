@@ -28,53 +28,58 @@ from typing import Any
 from jmp_train.precision._jax_compat import known_primitives
 from jmp_train.precision.dtypes import nearest
 
+
+def _names(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 _COMPUTE = frozenset({"conv_general_dilated", "dot_general", "ragged_dot_general"})
 
-_FLOAT32 = frozenset(
+_FLOAT32 = _names(
     "acos acosh asin asinh atanh bessel_i0e bessel_i1e cosh cumlogsumexp cumprod cumsum digamma "
     "erf_inv exp exp2 expm1 igamma igamma_grad_a igammac integer_pow lgamma log log1p polygamma "
     "pow reduce_prod reduce_sum reduce_window_sum regularized_incomplete_beta rsqrt scatter-add "
     "scatter-mul scatter-sub select_and_gather_add select_and_scatter_add sinh square tan "
-    "zeta".split()
+    "zeta"
 )
 
 #: Operations that only move or select values: their result is held exactly by the widest of the
 #: dtypes that hold their operands, so they run in that dtype.
-MOVES = frozenset(
+MOVES = _names(
     "abs all_gather all_gather_invariant all_to_all broadcast_in_dim clamp concatenate copy cummax "
     "cummin dynamic_slice dynamic_update_slice gather max min name neg pad ppermute reduce_max "
     "reduce_min reduce_window_max reduce_window_min reshape rev scatter scatter-max scatter-min "
-    "select_n sharding_constraint slice split squeeze stop_gradient tile top_k transpose".split()
+    "select_n sharding_constraint slice split squeeze stop_gradient tile top_k transpose"
 )
 
 #: Operations on several arrays that need not share a dtype: each result keeps its operand's.
-INDEPENDENT = frozenset(
+INDEPENDENT = _names(
     "device_put optimization_barrier pmax pmin psum psum_invariant pvary reduce_scatter reshard "
-    "sort unreduced_psum".split()
+    "sort unreduced_psum"
 )
 
 #: Sums and differences, which keep no residual for the backward pass: one that float32 operations
 #: alone read is formed in float32 (the `x - max(x)` of a softmax).
 LINEAR = frozenset({"add", "add_any", "sub"})
 
-_ARITHMETIC = frozenset(
+_ARITHMETIC = _names(
     "add add_any argmax argmin atan atan2 cbrt ceil cos div eq erf erfc floor ge gt is_finite le "
-    "logistic lt mul ne rem round sign sin sqrt sub tanh".split()
+    "logistic lt mul ne rem round sign sin sqrt sub tanh"
 )
 
 _PROMOTE = MOVES | INDEPENDENT | _ARITHMETIC
 
 # Primitives that work on the representation of a number, or whose bodies and dtypes are their own.
-_OTHER = frozenset(
+_OTHER = _names(
     "approx_top_k bitcast_convert_type cholesky complex custom_linear_solve eigh fft lu nextafter "
     "pure_callback qr reduce reduce_and reduce_or reduce_precision reduce_window scaled_dot svd "
-    "select_and_scatter triangular_solve tridiagonal_solve".split()
+    "select_and_scatter triangular_solve tridiagonal_solve"
 )
 
 #: Primitives that autocast enters, or reads as the author's own casts: no rule can name them.
-CONTROL = frozenset(
+CONTROL = _names(
     "call closed_call cond convert_element_type custom_jvp_call custom_vjp_call jit pjit remat "
-    "remat2 checkpoint scan shard_map while".split()
+    "remat2 checkpoint scan shard_map while"
 )
 
 
