@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from jax.extend.core import Literal
 
 from jmp_train.precision._jax_compat import Body, body_of
 from jmp_train.precision.dtypes import is_floating
-from jmp_train.precision.op_rules import INDEPENDENT, LINEAR, MOVES, OpRules
+from jmp_train.precision.op_rules import INDEPENDENT, LAYOUT, MOVES, POWERS, RAISED, OpRules
 
 FLOAT32 = np.dtype(np.float32)
 HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
@@ -40,11 +41,16 @@ class Kind:
       base: the narrowest dtype that holds it exactly; an array of it exists.
       fits: for a literal, the 16-bit dtypes whose range holds it. A literal adapts to the dtype of
         the other operands, as a Python number does, where it fits. None for any other value.
+      stored: for an input of the program, at most moved since: its number of elements, before any
+        broadcast. None for what was computed.
+      features: for a product with a stored array, the numbers of elements that a bias of it has.
     """
 
     native: np.dtype
     base: np.dtype
     fits: frozenset[str] | None = None
+    stored: int | None = None
+    features: frozenset[int] = frozenset()
 
 
 def written(dtype: Any) -> Kind:
@@ -58,6 +64,12 @@ def kind_of_aval(aval: Any) -> Kind | None:
     if dtype is None or not isinstance(aval, ShapedArray) or not is_floating(dtype):
         return None
     return written(dtype)
+
+
+def kind_of_input(aval: Any) -> Kind | None:
+    """The kind of an array that comes from outside: a weight, a bias, a batch."""
+    kind = kind_of_aval(aval)
+    return kind and dataclasses.replace(kind, stored=math.prod(aval.shape))
 
 
 def kind_of_literal(literal: Any) -> Kind | None:
@@ -132,19 +144,26 @@ class Planner:
         self.rules = rules
         self._plans: dict[Any, Plan] = {}
 
-    def plan(self, jaxpr: Any, ins: Sequence[Kind | None], region: np.dtype | None = None) -> Plan:
+    def plan(
+        self,
+        jaxpr: Any,
+        ins: Sequence[Kind | None],
+        region: np.dtype | None = None,
+        kept: int = 0,
+    ) -> Plan:
         """The plan of a jaxpr whose inputs are of the given kinds.
 
-        `region` is the dtype of an enclosing `with_precision`, None outside one.
+        `region` is the dtype of an enclosing `with_precision`, None outside one; the first `kept`
+        outputs will be handed back in the dtypes that they were written in.
         """
         body = jaxpr if isinstance(jaxpr, Body) else body_of(jaxpr)
-        key = (id(body.jaxpr), tuple(map(id, body.consts)), tuple(ins), region)
+        key = (id(body.jaxpr), tuple(map(id, body.consts)), tuple(ins), region, kept)
         if key not in self._plans:
             raised: set[int] = set()
-            walk = _Walk(self, body, ins, region, raised)
+            walk = _Walk(self, body, ins, region, kept, raised)
             while more := walk.raisable():
                 raised |= more
-                walk = _Walk(self, body, ins, region, raised)
+                walk = _Walk(self, body, ins, region, kept, raised)
             self._plans[key] = walk.result  # which keeps the jaxpr, so that its id stays its own
         return self._plans[key]
 
@@ -158,6 +177,7 @@ class _Walk:
         body: Body,
         ins: Sequence[Kind | None],
         region: np.dtype | None,
+        kept: int,
         raised: set[int],
     ):
         self.planner = planner
@@ -166,14 +186,14 @@ class _Walk:
         self.kinds: dict[Any, Kind | None] = {}
         self.cells: dict[Any, Cell] = {}
         for var in body.constvars:
-            self.define(var, kind_of_aval(var.aval))
+            self.define(var, kind_of_input(var.aval))
         for var, kind in zip(body.invars, ins, strict=True):
             self.define(var, kind)
         cells = [self.cells[v] for v in body.invars]
         ops = [self.op(i, eqn, region) for i, eqn in enumerate(body.eqns)]
         outs = [self.kind(atom) for atom in body.outvars]
-        for atom, kind in zip(body.outvars, outs, strict=True):
-            self.want(atom, kind and kind.base)
+        for i, (atom, kind) in enumerate(zip(body.outvars, outs, strict=True)):
+            self.want(atom, _dtype(kind_of_aval(atom.aval)) if i < kept else kind and kind.base)
         self.result = Plan(body, list(ins), ops, outs, [c.wanted for c in cells], region)
 
     def define(self, var: Any, kind: Kind | None, cell: Cell | None = None) -> None:
@@ -191,9 +211,14 @@ class _Walk:
         """The half-precision sums whose every reader asks for float32."""
         found = set()
         for i, op in enumerate(self.result.ops):
-            if op.rule == "promote" and op.dtype in HALF and op.eqn.primitive.name in LINEAR:
-                var = op.eqn.outvars[0]
-                if var.aval.dtype == FLOAT32 and set(self.cells[var].wanted) == {FLOAT32}:
+            if op.rule == "promote" and op.eqn.primitive.name in RAISED:
+                var, kind = op.eqn.outvars[0], op.outs[0]
+                if (
+                    kind
+                    and kind.base in HALF
+                    and var.aval.dtype == FLOAT32
+                    and set(self.cells[var].wanted) == {FLOAT32}
+                ):
                     found.add(i)
         return found - self.raised
 
@@ -268,8 +293,10 @@ class _Walk:
             return self.as_written(eqn, "as written", "half in the author's code")
         if _asks_for_precision(eqn.params.get("precision")):
             return self.as_written(eqn, "as written", "the author's precision=")
-        op = self.all_in(eqn, self.planner.compute, "compute")
-        return _with_result(op, self.planner.compute)
+        op = _with_result(self.all_in(eqn, self.planner.compute, "compute"), self.planner.compute)
+        features = _features(eqn, self.kinds_in(eqn.invars))
+        op.outs = [k and dataclasses.replace(k, features=features) for k in op.outs]
+        return op
 
     def in_float32(self, eqn: Any) -> OpPlan:
         natives = [k.native for k in map(self.kind, eqn.invars) if k]
@@ -292,9 +319,34 @@ class _Walk:
         native = _widest(kinds)
         if native is None:
             return self.as_written(eqn, "as written" if kinds else "promote")
+        if name in POWERS and native == np.float16:
+            return self.all_in(eqn, FLOAT32, "promote", "float16 cannot hold 256**2")
+        if name in ("add", "sub") and len(kinds) == 2:
+            return self.sum(eqn, kinds, native)
         return (
             self.moved(eqn, kinds, native) if name in MOVES else self.all_in(eqn, native, "promote")
         )
+
+    def sum(self, eqn: Any, kinds: list[Kind], native: np.dtype) -> OpPlan:
+        """A sum of two arrays; that of a product and its bias stays in half.
+
+        torch's `linear` and convolutions take their bias along. The sum itself is formed in
+        float32, so the gradient of the bias is summed up in float32 too.
+        """
+        for product, bias in (kinds, kinds[::-1]):
+            if (
+                product.native in HALF
+                and bias.native == FLOAT32
+                and bias.stored in product.features
+            ):
+                note = f"a product's bias, the sum kept in {product.native.name}"
+                op = self.all_in(eqn, FLOAT32, "promote", note)
+                op.outs = [written(product.native)]
+                return op
+        op = self.all_in(eqn, native, "promote")
+        features = kinds[0].features & kinds[1].features
+        op.outs = [k and dataclasses.replace(k, features=features) for k in op.outs]
+        return op
 
     def moved(self, eqn: Any, kinds: list[Kind], native: np.dtype) -> OpPlan:
         """Runs in the narrowest dtype that holds every operand exactly."""
@@ -305,6 +357,10 @@ class _Walk:
         op = self.all_in(eqn, base, "promote")
         fits = None if strong else frozenset.intersection(*[k.fits or frozenset() for k in kinds])
         moved = Kind(native, base, fits)
+        if eqn.primitive.name in LAYOUT and len(kinds) == 1:
+            stored, size = kinds[0].stored, math.prod(eqn.outvars[0].aval.shape)
+            stored = None if stored is None else min(stored, size)
+            moved = dataclasses.replace(moved, stored=stored, features=kinds[0].features)
         op.outs = [moved if k == written(base) else k for k in op.outs]
         return op
 
@@ -325,7 +381,7 @@ class _Walk:
             native = promote([kind.native, new.native]) or new.native
             fits = kind.fits if old == new.native else None
             alias = None if isinstance(atom, Literal) else self.cells[atom]
-            widened = Kind(native, kind.base, fits)
+            widened = dataclasses.replace(kind, native=native, fits=fits)
             return OpPlan(eqn, "cast", native, [None], [widened]), alias
         return OpPlan(eqn, "cast", new.native, [new.native], [new]), None
 
@@ -372,7 +428,8 @@ class _Walk:
         carry = [kind_of_aval(v.aval) for v in eqn.outvars]
         consts = self.kinds_in(eqn.invars[: nc + nb])
         cond = self.planner.plan(eqn.params["cond_jaxpr"], consts[:nc] + carry, region)
-        body = self.planner.plan(eqn.params["body_jaxpr"], consts[nc:] + carry, region)
+        ins = consts[nc:] + carry
+        body = self.planner.plan(eqn.params["body_jaxpr"], ins, region, len(carry))
         asks = [_certain(a) for a in (*cond.asks[:nc], *body.asks[:nb])]
         return self.entered(eqn, [cond, body], asks + [_as_is(k) for k in carry], carry)
 
@@ -381,7 +438,7 @@ class _Walk:
         nc, ncar = eqn.params["num_consts"], eqn.params["num_carry"]
         carry = [kind_of_aval(v.aval) for v in eqn.outvars[:ncar]]
         consts, xs = self.kinds_in(eqn.invars[:nc]), self.kinds_in(eqn.invars[nc + ncar :])
-        sub = self.planner.plan(eqn.params["jaxpr"], [*consts, *carry, *xs], region)
+        sub = self.planner.plan(eqn.params["jaxpr"], [*consts, *carry, *xs], region, ncar)
         asks = [{**_as_is(k), **_certain(a)} for k, a in zip(consts, sub.asks, strict=False)]
         asks += [_as_is(k) for k in (*carry, *xs)]
         return self.entered(eqn, [sub], asks, [*carry, *sub.outs[ncar:]])
@@ -440,6 +497,25 @@ def _widest(kinds: Sequence[Kind]) -> np.dtype | None:
 def _complex(eqn: Any) -> bool:
     dtypes = (getattr(a.aval, "dtype", np.dtype(bool)) for a in (*eqn.invars, *eqn.outvars))
     return any(jnp.issubdtype(d, np.complexfloating) for d in dtypes)
+
+
+def _features(eqn: Any, kinds: Sequence[Kind | None]) -> frozenset[int]:
+    """How many elements the bias of a product has: as many as its weight has output features,
+    times the batch where the weight is batched."""
+    sizes: set[int] = set()
+    if eqn.primitive.name == "conv_general_dilated" and kinds[1] and kinds[1].stored is not None:
+        spec = eqn.params["dimension_numbers"].rhs_spec
+        sizes.add(eqn.invars[1].aval.shape[spec[0]])
+    if eqn.primitive.name == "dot_general":
+        contracted, batched = eqn.params["dimension_numbers"]
+        for i, kind in enumerate(kinds):
+            if kind and kind.stored is not None:
+                shape = eqn.invars[i].aval.shape
+                batch = math.prod(shape[d] for d in batched[i])
+                inner = math.prod(shape[d] for d in contracted[i])
+                whole = math.prod(shape) // max(inner, 1)
+                sizes |= {whole, whole // max(batch, 1)}
+    return frozenset(sizes)
 
 
 def _asks_for_precision(precision: Any) -> bool:

@@ -35,6 +35,7 @@ from jmp_train.precision._autocast_plan import (
     Planner,
     inner_name,
     kind_of_aval,
+    kind_of_input,
     region_name,
 )
 from jmp_train.precision.dtypes import parse_dtype
@@ -101,7 +102,7 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         traced = _Traced(fn, args, kwargs)
         planner = Planner(compute, rules)
-        plan = planner.plan(traced.closed, traced.kinds)
+        plan = traced.plan(planner)
         with jax.named_scope(inner_name(compute)):
             values = map(value_of, traced.kinds, traced.arrays)
             outs = Emitter(planner).run(plan, list(values))
@@ -229,7 +230,7 @@ def explain_autocast(
     """
     traced = _Traced(fn, args, kwargs)
     planner = Planner(_compute_dtype(compute_dtype), rules)
-    plan = planner.plan(traced.closed, traced.kinds)
+    plan = traced.plan(planner)
     return AutocastReport(tuple(_rows(plan, ())))
 
 
@@ -255,7 +256,10 @@ class _Traced:
 
         name = getattr(fn, "__name__", type(fn).__name__)
         self.closed = compat.trace(flat, self.arrays, name)
-        self.kinds = [kind_of_aval(v.aval) for v in compat.body_of(self.closed).invars]
+        self.kinds = [kind_of_input(v.aval) for v in compat.body_of(self.closed).invars]
+
+    def plan(self, planner: Planner) -> Plan:
+        return planner.plan(self.closed, self.kinds, kept=len(self._places))
 
     def rebuild(self, arrays: Sequence[Any]) -> Any:
         """What the function returned, with its arrays replaced."""

@@ -6,7 +6,7 @@ torch lists functions (`softmax`, `layer_norm`); a jaxpr holds the primitives th
 | list | JAX primitives | torch's CUDA list |
 | --- | --- | --- |
 | compute | dot_general, ragged_dot_general, conv_general_dilated | matmul, mm, bmm, linear, conv1d.. |
-| float32 | exp, exp2, expm1, log, log1p, pow, integer_pow, square, rsqrt | exp, log, pow, rsqrt, .. |
+| float32 | exp, exp2, expm1, log, log1p, pow, rsqrt | exp, expm1, log, log1p, pow, rsqrt |
 | float32 | tan, sinh, cosh, asin, acos, and asinh, acosh, atanh | tan, sinh, cosh, asin, acos |
 | float32 | erf_inv, and the gamma, beta, zeta and Bessel functions | erfinv |
 | float32 | reduce_sum, reduce_prod, reduce_window_sum, scatter-add.. | sum, prod, norm, softmax, losses |
@@ -14,7 +14,10 @@ torch lists functions (`softmax`, `layer_norm`); a jaxpr holds the primitives th
 | promote | everything else that takes floating arrays elementwise or moves them | addcmul, atan2, .. |
 | (none) | factorisations, fft, callbacks, pallas_call, random bits | run as they were written |
 
-Where the two differ: torch's `reciprocal` is a `div` here and promotes; sums that a scatter or a
+Where the two differ: whole-number powers (`integer_pow`, `square`) are in float32 where the format
+is float16, which cannot hold 256**2, or where float32 operations alone read them, as in a variance
+or a loss; in bfloat16 they promote otherwise, because JAX spells activations such as gelu with
+them, which torch leaves in half. torch's `reciprocal` is a `div` here and promotes. Sums that a scatter or a
 window forms are sums (torch leaves `avg_pool` and `scatter_add` off its float32 list); special
 functions that torch does not list run in float32.
 """
@@ -37,9 +40,9 @@ _COMPUTE = frozenset({"conv_general_dilated", "dot_general", "ragged_dot_general
 
 _FLOAT32 = _names(
     "acos acosh asin asinh atanh bessel_i0e bessel_i1e cosh cumlogsumexp cumprod cumsum digamma "
-    "erf_inv exp exp2 expm1 igamma igamma_grad_a igammac integer_pow lgamma log log1p polygamma "
+    "erf_inv exp exp2 expm1 igamma igamma_grad_a igammac lgamma log log1p polygamma "
     "pow reduce_prod reduce_sum reduce_window_sum regularized_incomplete_beta rsqrt scatter-add "
-    "scatter-mul scatter-sub select_and_gather_add select_and_scatter_add sinh square tan "
+    "scatter-mul scatter-sub select_and_gather_add select_and_scatter_add sinh tan "
     "zeta"
 )
 
@@ -58,13 +61,22 @@ INDEPENDENT = _names(
     "sort unreduced_psum"
 )
 
-#: Sums and differences, which keep no residual for the backward pass: one that float32 operations
-#: alone read is formed in float32 (the `x - max(x)` of a softmax).
-LINEAR = frozenset({"add", "add_any", "sub"})
+#: Squares and the like: `x**3`, not `x**y`. float16 cannot hold 256**2, so they are float32 there.
+POWERS = _names("integer_pow square")
+
+#: What is formed in float32 where float32 operations alone read it: the `x - max(x)` of a softmax,
+#: the squares of a variance or of a loss.
+RAISED = _names("add add_any sub") | POWERS
+
+#: What leaves the elements of an array as they are, so that a bias stays a bias.
+LAYOUT = _names(
+    "broadcast_in_dim copy dynamic_slice gather name optimization_barrier reshape "
+    "sharding_constraint slice squeeze transpose"
+)
 
 _ARITHMETIC = _names(
-    "add add_any argmax argmin atan atan2 cbrt ceil cos div eq erf erfc floor ge gt is_finite le "
-    "logistic lt mul ne rem round sign sin sqrt sub tanh"
+    "add add_any argmax argmin atan atan2 cbrt ceil cos div eq erf erfc floor ge gt integer_pow "
+    "is_finite le logistic lt mul ne rem round sign sin sqrt square sub tanh"
 )
 
 _PROMOTE = MOVES | INDEPENDENT | _ARITHMETIC
