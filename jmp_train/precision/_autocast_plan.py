@@ -72,15 +72,24 @@ def kind_of_input(aval: Any) -> Kind | None:
     return kind and dataclasses.replace(kind, stored=math.prod(aval.shape))
 
 
-def kind_of_literal(literal: Any) -> Kind | None:
-    kind = kind_of_aval(literal.aval)
-    if kind is None or np.shape(literal.val):
-        return kind
+Fits = frozenset[str]
+
+
+def fits_of(literal: Any) -> Fits | None:
+    """The 16-bit dtypes whose range holds a number in the code; None for an array or a boolean."""
+    if np.shape(literal.val) or not jnp.issubdtype(literal.aval.dtype, np.number):
+        return None
+    if jnp.issubdtype(literal.aval.dtype, np.complexfloating):
+        return None
     value = abs(float(np.asarray(literal.val).astype(np.float64)))
     exact = value == 0 or not np.isfinite(value)
     limits = ((d, float(jnp.finfo(d).tiny), float(jnp.finfo(d).max)) for d in HALF)
-    held = frozenset(d.name for d, least, most in limits if exact or least <= value <= most)
-    return dataclasses.replace(kind, fits=held)
+    return frozenset(d.name for d, least, most in limits if exact or least <= value <= most)
+
+
+def kind_of_literal(literal: Any) -> Kind | None:
+    kind = kind_of_aval(literal.aval)
+    return kind and dataclasses.replace(kind, fits=fits_of(literal))
 
 
 @dataclasses.dataclass(eq=False)
@@ -150,20 +159,22 @@ class Planner:
         ins: Sequence[Kind | None],
         region: np.dtype | None = None,
         kept: int = 0,
+        whole: Sequence[Fits | None] = (),
     ) -> Plan:
         """The plan of a jaxpr whose inputs are of the given kinds.
 
         `region` is the dtype of an enclosing `with_precision`, None outside one; the first `kept`
-        outputs will be handed back in the dtypes that they were written in.
+        outputs will be handed back in the dtypes that they were written in; `whole` says which
+        inputs are whole numbers of the code (the 0 of `jnp.where(x > 0, x, 0)`), see `Kind.fits`.
         """
         body = jaxpr if isinstance(jaxpr, Body) else body_of(jaxpr)
-        key = (id(body.jaxpr), tuple(map(id, body.consts)), tuple(ins), region, kept)
+        key = (id(body.jaxpr), tuple(map(id, body.consts)), tuple(ins), region, kept, tuple(whole))
         if key not in self._plans:
             raised: set[int] = set()
-            walk = _Walk(self, body, ins, region, kept, raised)
+            walk = _Walk(self, body, ins, region, kept, whole, raised)
             while more := walk.raisable():
                 raised |= more
-                walk = _Walk(self, body, ins, region, kept, raised)
+                walk = _Walk(self, body, ins, region, kept, whole, raised)
             self._plans[key] = walk.result  # which keeps the jaxpr, so that its id stays its own
         return self._plans[key]
 
@@ -178,6 +189,7 @@ class _Walk:
         ins: Sequence[Kind | None],
         region: np.dtype | None,
         kept: int,
+        whole: Sequence[Fits | None],
         raised: set[int],
     ):
         self.planner = planner
@@ -185,6 +197,7 @@ class _Walk:
         self.raised = raised
         self.kinds: dict[Any, Kind | None] = {}
         self.cells: dict[Any, Cell] = {}
+        self.whole: dict[Any, Fits | None] = dict(zip(body.invars, whole, strict=False))
         for var in body.constvars:
             self.define(var, kind_of_input(var.aval))
         for var, kind in zip(body.invars, ins, strict=True):
@@ -375,6 +388,8 @@ class _Walk:
                 if kind and not jnp.issubdtype(var.aval.dtype, np.complexfloating)
                 else _dtype(kind_of_aval(atom.aval))
             )
+            if new is not None and kind is None:
+                new = dataclasses.replace(new, fits=self.whole_number(atom))
             return OpPlan(eqn, "cast", new.native if new else None, [exact], [new]), None
         old = atom.aval.dtype
         if promote([old, new.native]) == new.native:
@@ -390,6 +405,11 @@ class _Walk:
     def kinds_in(self, atoms: Iterable[Any]) -> list[Kind | None]:
         return [self.kind(atom) for atom in atoms]
 
+    def whole_number(self, atom: Any) -> Fits | None:
+        if isinstance(atom, Literal):
+            return fits_of(atom) if kind_of_aval(atom.aval) is None else None
+        return self.whole.get(atom)
+
     def entered(self, eqn: Any, subs: Sequence[Plan], asks: list[Wants], outs: Any) -> OpPlan:
         wants: list[np.dtype | None] = [None] * len(eqn.invars)
         return OpPlan(eqn, "enter", None, wants, list(outs), "", tuple(subs), asks)
@@ -397,7 +417,8 @@ class _Walk:
     def jit(self, eqn: Any, region: np.dtype | None) -> OpPlan:
         """One body, run once: it is handed its operands in the dtypes that it asks for."""
         body = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
-        sub = self.planner.plan(body, self.kinds_in(eqn.invars), region)
+        whole = [self.whole_number(atom) for atom in eqn.invars]
+        sub = self.planner.plan(body, self.kinds_in(eqn.invars), region, whole=whole)
         asks = [_settled(k, ask) for k, ask in zip(sub.ins, sub.asks, strict=True)]
         return self.entered(eqn, [sub], asks, sub.outs)
 
@@ -405,7 +426,8 @@ class _Walk:
         """A body whose operands are handed over unrounded: `shard_map` adds their gradients up
         over devices, `custom_vjp` rules may read them in float32."""
         body = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
-        sub = self.planner.plan(body, self.kinds_in(eqn.invars), region)
+        whole = [self.whole_number(atom) for atom in eqn.invars]
+        sub = self.planner.plan(body, self.kinds_in(eqn.invars), region, whole=whole)
         asks = [_hopeful(k, ask) for k, ask in zip(sub.ins, sub.asks, strict=True)]
         return self.entered(eqn, [sub], asks, sub.outs)
 
