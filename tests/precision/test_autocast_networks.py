@@ -97,10 +97,7 @@ def resnet(seed=0, width=8):
     graph, params, rest = nnx.split(ResNetBlock(width, nnx.Rngs(seed)), nnx.Param, ...)
 
     def logits(params, x):
-        net = nnx.merge(graph, params, rest)
-        y = net(x)
-        assert nnx.state(net, nnx.BatchStat)  # the statistics move inside the merged copy
-        return y
+        return nnx.merge(graph, params, rest, copy=True)(x)  # statistics move in the copy
 
     return logits, params, (8, 12, 12, 1)
 
@@ -149,19 +146,17 @@ def test_gradients_are_those_of_float32_but_for_rounding(name):
     want = jax.jit(jax.grad(loss))(params, x, labels)
     got = jax.jit(jax.grad(jt.autocast(loss)))(params, x, labels)
 
-    def distance(a, b):
-        return float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-3))
-
-    # Relative error of a whole gradient array, a few times bfloat16's 2**-8.
-    assert max(jax.tree.leaves(jax.tree.map(distance, got, want))) < 0.06
+    # A few times bfloat16's 2**-8, of the whole gradient: attention's key bias has none at all.
+    difference = jax.tree.map(jnp.subtract, got, want)
+    assert optax.global_norm(difference) < 0.03 * optax.global_norm(want)
     assert all(g.dtype == w.dtype for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True))
 
 
 def test_activations_kept_for_the_backward_pass_take_at_most_six_tenths():
     # What is kept between the two passes is read from jax.vjp, so it does not depend on the CPU
     # compiler, which widens bfloat16 to float32 again.
-    loss, params, x, labels = loss_and_data("transformer", width=128)
-    x = jnp.zeros((16, 128, 128))
+    loss, params, x, labels = loss_and_data("transformer", width=256)
+    x = jnp.zeros((16, 128, 256))
     labels = jnp.zeros((16, 128), jnp.int32)
 
     def kept(loss):
@@ -171,7 +166,7 @@ def test_activations_kept_for_the_backward_pass_take_at_most_six_tenths():
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    assert kept(jt.autocast(loss)) <= 0.62 * kept(loss)
+    assert kept(jt.autocast(loss)) <= 0.6 * kept(loss), kept(jt.autocast(loss)) / kept(loss)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
