@@ -250,9 +250,13 @@ class _Traced:
             for i, array in zip(where, arrays, strict=True):
                 full[i] = array
             args, kwargs = jax.tree.unflatten(tree, full)
-            self._outs, self._tree = jax.tree.flatten(fn(*args, **kwargs))
-            self._places = [i for i, out in enumerate(self._outs) if isinstance(out, jax.Array)]
-            return [self._outs[i] for i in self._places]
+            outs, self._tree = jax.tree.flatten(fn(*args, **kwargs))
+            self._places = [i for i, out in enumerate(outs) if isinstance(out, jax.Array)]
+            arrays = [outs[i] for i in self._places]
+            for i in self._places:  # no tracer outlives its trace
+                outs[i] = None
+            self._outs = outs
+            return arrays
 
         name = getattr(fn, "__name__", type(fn).__name__)
         self.closed = compat.trace(flat, self.arrays, name)

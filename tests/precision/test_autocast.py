@@ -422,6 +422,10 @@ def test_a_preferred_element_type_wider_than_the_operands_is_kept():
     dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     f = jt.autocast(lambda a, b: jnp.tanh(dot(a, b)))
     assert ran_in(f, "tanh", half, half) == [{"float32"}]
+    with jax.enable_x64(True):
+        wide = functools.partial(jnp.matmul, preferred_element_type=jnp.float64)
+        single = jnp.ones((2, 2), jnp.float32)
+        assert ran_in(jt.autocast(lambda a: jnp.tanh(wide(a, a))), "tanh", single) == [{"float64"}]
     # jnp asks for float32 by itself where both operands are: that is nobody's wish
     full = jnp.ones((2, 2))
     assert ran_in(f, "tanh", full, full) == [{"bfloat16"}]
@@ -487,13 +491,20 @@ def test_any_pytree_goes_in_and_comes_out_as_the_function_had_it():
 
 def test_outputs_keep_their_dtypes_and_weak_types():
     def f(x):
-        return x @ x, (x @ x).astype(jnp.float16), x[0, 0] > 0, jnp.sum(x) * 0 + 2, 3 * jnp.exp(2.0)
+        weak = jnp.where(x[0, 0] > 0, 1.0, 2.0)
+        return x @ x, (x @ x).astype(jnp.float16), x[0, 0] > 0, jnp.sum(x) + 2, weak
 
     x = jnp.ones((2, 2))
     want, got = jax.eval_shape(f, x), jax.eval_shape(jt.autocast(f), x)
+    assert want[-1].weak_type
     assert [(o.dtype, o.shape, o.weak_type) for o in got] == [
         (o.dtype, o.shape, o.weak_type) for o in want
     ]
+
+
+def test_no_tracer_outlives_its_trace():
+    with jax.checking_leaks():
+        jax.jit(jax.grad(jt.autocast(CONSTRUCTS["scan"])))(jnp.ones((4, 4)), jnp.ones((2, 4)))
 
 
 def test_in_float32_nothing_is_cast():
