@@ -252,11 +252,11 @@ class _Traced:
             args, kwargs = jax.tree.unflatten(tree, full)
             outs, self._tree = jax.tree.flatten(fn(*args, **kwargs))
             self._places = [i for i, out in enumerate(outs) if isinstance(out, jax.Array)]
-            arrays = [outs[i] for i in self._places]
+            traced = [outs[i] for i in self._places]
             for i in self._places:  # no tracer outlives its trace
                 outs[i] = None
             self._outs = outs
-            return arrays
+            return traced
 
         name = getattr(fn, "__name__", type(fn).__name__)
         self.closed = compat.trace(flat, self.arrays, name)
