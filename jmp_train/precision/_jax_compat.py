@@ -42,12 +42,18 @@ class Body(NamedTuple):
     consts: Sequence[Any]
 
     @property
+    def all_invars(self) -> Sequence[Any]:
+        """Constants, then inputs. JAX 0.11 keeps them in one list, 0.10 in two."""
+        both = getattr(self.jaxpr, "all_invars", None)
+        return (*self.jaxpr.constvars, *self.jaxpr.invars) if both is None else both
+
+    @property
     def constvars(self) -> Sequence[Any]:
-        return self.jaxpr.constvars
+        return self.all_invars[: len(self.consts)]
 
     @property
     def invars(self) -> Sequence[Any]:
-        return self.jaxpr.invars
+        return self.all_invars[len(self.consts) :]
 
     @property
     def outvars(self) -> Sequence[Any]:
