@@ -94,7 +94,7 @@ def hand_loop(task: Any, optimizer: Any, params: Any, batch: Any, steps: int, co
             params, images = jax.tree.map(lambda x: x.astype(compute), (params, batch["image"]))
             return task.loss_fn(params, {**batch, "image": images})
 
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        loss, grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -111,7 +111,7 @@ def flax_loop(task: Any, optimizer: Any, params: Any, batch: Any, steps: int) ->
             half = jax.tree.map(lambda x: x.astype(jnp.float16), (params, batch["image"]))
             return task.loss_fn(half[0], {**batch, "image": half[1]})
 
-        scale, finite, (loss, _), grads = scale.value_and_grad(loss_fn, has_aux=True)(params)
+        scale, finite, loss, grads = scale.value_and_grad(loss_fn, has_aux=True)(params)
         updates, new_opt_state = optimizer.update(grads, opt_state, params)
         new = (optax.apply_updates(params, updates), new_opt_state)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (params, opt_state))
@@ -129,8 +129,8 @@ def jmp_loop(task: Any, optimizer: Any, params: Any, batch: Any, steps: int) -> 
     def step(params: Any, opt_state: Any, scale: Any, batch: Any) -> Any:
         def loss_fn(params: Any) -> Any:
             half, inputs = policy.cast_to_compute((params, batch))
-            loss, _ = task.loss_fn(half, inputs)
-            return scale.scale(loss), loss
+            loss, aux = task.loss_fn(half, inputs)
+            return scale.scale(loss), (loss, aux)
 
         grads, loss = jax.grad(loss_fn, has_aux=True)(params)
         grads = scale.unscale(policy.cast_to_param(grads))

@@ -1,5 +1,12 @@
 """Numbers: dtypes, policies, casts, loss scales and gradients under them. Depends on JAX alone."""
 
+from jmp_train.precision.autocast import (
+    AutocastReport,
+    OpRow,
+    autocast,
+    explain_autocast,
+    with_precision,
+)
 from jmp_train.precision.dtypes import dtype_to_names, fastest_dtype, half_dtype
 from jmp_train.precision.gradients import GradResult, value_and_grad
 from jmp_train.precision.loss_scale import (
@@ -11,23 +18,31 @@ from jmp_train.precision.loss_scale import (
     default_loss_scale,
     select_tree,
 )
+from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
 
 __all__ = [
+    "AutocastReport",
     "DynamicLossScale",
     "GradResult",
     "LossScale",
     "NoOpLossScale",
+    "OpRow",
+    "OpRules",
     "Policy",
     "StaticLossScale",
     "all_finite",
+    "autocast",
     "cast_to_full",
     "cast_to_half",
     "default_loss_scale",
+    "default_op_rules",
     "dtype_to_names",
+    "explain_autocast",
     "fastest_dtype",
     "get_policy",
     "half_dtype",
     "select_tree",
     "value_and_grad",
+    "with_precision",
 ]

@@ -114,7 +114,7 @@ def _train_values(info: StepInfo, state: TrainState, steps_per_call: int) -> dic
         values = {k: v.item() for k, v in info.aux.items() if np.ndim(v) == 0} | values
     if info.grad_norm is not None:
         values["grad_norm"] = float(info.grad_norm)
-    values["loss_scale"] = float(info.loss_scale)
+    values["loss_scale"] = 1.0 if info.loss_scale is None else float(info.loss_scale)
     return {**values, "skipped_steps": int(skipped), "skipped_in_row": int(in_row)}
 
 

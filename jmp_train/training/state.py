@@ -23,12 +23,12 @@ class TrainState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What one step tells."""
+    """What one step tells; what a step does not use is None, for even a scalar costs time."""
 
     loss: jax.Array  # shape=(), float32: unscaled
     aux: Any  # what the loss function returned beside the loss
-    finite: jax.Array  # shape=(), bool: all gradients finite; the loss alone where none is skipped
+    finite: Any  # shape=(), bool: whether all gradients were; None where steps are not skipped
     grad_norm: (
         Any  # shape=(), float32: global norm, unscaled and before clipping; None if not asked
     )
-    loss_scale: jax.Array  # shape=(), float32: the scale that this step was taken under
+    loss_scale: Any  # shape=(), float32: the scale that this step was taken under; None without

@@ -124,18 +124,20 @@ def make_step(
             jax.tree.map(lambda new, old: new.astype(old.dtype), model_state, state.model_state),
         )
         skipped, skipped_in_row = state.skipped, state.skipped_in_row
-        finite = result.finite if skip_nonfinite else jnp.isfinite(result.loss)
         if skip_nonfinite:
-            moved = select_tree(finite, moved, kept)
-            skipped = skipped + ~finite
-            skipped_in_row = jnp.where(finite, 0, skipped_in_row + 1)
+            moved = select_tree(result.finite, moved, kept)
+            skipped = skipped + ~result.finite
+            skipped_in_row = jnp.where(result.finite, 0, skipped_in_row + 1)
         params, opt_state, model_state = moved
+        scale = None
+        if not isinstance(state.loss_scale, NoOpLossScale):
+            scale = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
         info = StepInfo(
             loss=result.loss,
             aux=aux,
-            finite=finite,
+            finite=result.finite if skip_nonfinite else None,
             grad_norm=optax.tree.norm(result.grads) if grad_norm else None,
-            loss_scale=jnp.asarray(state.loss_scale.loss_scale, jnp.float32),
+            loss_scale=scale,
         )
         state = TrainState(
             state.step + 1,

@@ -100,7 +100,10 @@ def test_parameters_keep_the_policys_dtype_and_optimizer_state_is_float32(policy
         x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.floating)
     ]
     assert floating and all(x.dtype == jnp.float32 for x in floating)
-    assert info.loss.dtype == info.loss_scale.dtype == jnp.float32
+    assert info.loss.dtype == jnp.float32
+    scaled = expected == jnp.float16 or policy == "mixed_float16"
+    assert info.loss_scale.dtype == jnp.float32 if scaled else info.loss_scale is None
+    assert (info.finite is not None) == scaled
 
 
 @pytest.mark.parametrize("policy,tolerance", [("mixed_bfloat16", 2**-8), ("mixed_float16", 2**-11)])

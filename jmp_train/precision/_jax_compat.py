@@ -1,0 +1,182 @@
+"""What `autocast` needs of JAX beyond its public API, in one place.
+
+Everything here reads equations that JAX itself wrote: how a primitive is bound again, and how the
+rules that a user gave to `custom_jvp` and `custom_vjp` are kept in an equation's parameters. The
+layouts are those of JAX 0.10 and 0.11; what does not look like them raises `JaxLayoutError`, which
+names the installed version, so that a change in JAX is never a silent change in precision.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.core import eval_jaxpr
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex_core
+from jax.extend import source_info_util
+
+OLDEST = (0, 10)
+
+
+class JaxLayoutError(NotImplementedError):
+    """The installed JAX keeps something where `autocast` does not know to look."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"autocast does not know {what} in jax {jax.__version__}; it is written for jax 0.10 "
+            "and 0.11. Install one of these, or wrap the code in with_precision('float32')"
+        )
+
+
+if jax.__version_info__[:2] < OLDEST:
+    raise ImportError(f"jmp_train needs jax 0.10 or later, found {jax.__version__}")
+
+
+class Body(NamedTuple):
+    """A jaxpr and the values of its constants; JAX 0.10 has two classes for this, 0.11 one."""
+
+    jaxpr: Any
+    consts: Sequence[Any]
+
+    @property
+    def all_invars(self) -> Sequence[Any]:
+        """Constants, then inputs. JAX 0.11 keeps them in one list, 0.10 in two."""
+        both = getattr(self.jaxpr, "all_invars", None)
+        return (*self.jaxpr.constvars, *self.jaxpr.invars) if both is None else both
+
+    @property
+    def constvars(self) -> Sequence[Any]:
+        return self.all_invars[: len(self.consts)]
+
+    @property
+    def invars(self) -> Sequence[Any]:
+        return self.all_invars[len(self.consts) :]
+
+    @property
+    def outvars(self) -> Sequence[Any]:
+        return self.jaxpr.outvars
+
+    @property
+    def eqns(self) -> Sequence[Any]:
+        return self.jaxpr.eqns
+
+
+def body_of(jaxpr: Any) -> Body:
+    """The body of an open or a closed jaxpr."""
+    return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
+
+
+def trace(fun: Callable[..., Any], avals: Sequence[Any], name: str = "") -> Any:
+    """The closed jaxpr of a function of flat arrays; `avals` keep shardings and manual axes."""
+    if name:
+        fun.__name__ = fun.__qualname__ = name
+    return jax.make_jaxpr(fun)(*avals)
+
+
+def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr without constants, and the values that it now takes first."""
+    body = body_of(closed)
+    if not body.consts:
+        return body.jaxpr, ()
+
+    def with_consts(*args: Any) -> Any:
+        split = len(body.consts)
+        return eval_jaxpr(body.jaxpr, args[:split], *args[split:])
+
+    avals = [v.aval for v in (*body.constvars, *body.invars)]
+    return body_of(trace(with_consts, avals)).jaxpr, body.consts
+
+
+def aval_like(aval: Any, dtype: Any) -> Any:
+    """The same array type with another dtype, strongly typed."""
+    return aval.update(dtype=dtype, weak_type=False)
+
+
+def bind(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    """Applies a primitive with the parameters of one of its equations."""
+    bind_params = primitive.get_bind_params(params)
+    if isinstance(bind_params, tuple):  # before 0.10: positional functions beside the parameters
+        functions, bind_params = bind_params
+        out = primitive.bind(*functions, *args, **bind_params)
+    else:
+        out = primitive.bind(*args, **bind_params)
+    return list(out) if primitive.multiple_results else [out]
+
+
+@contextlib.contextmanager
+def context_of(eqn: Any) -> Iterator[None]:
+    """Re-emits under the name stack, source line and settings that an equation was written in."""
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    settings = getattr(getattr(eqn, "ctx", None), "manager", contextlib.nullcontext())
+    with source_info_util.user_context(info.traceback, name_stack=stack), settings:
+        yield
+
+
+def source_line(eqn: Any) -> str:
+    """Where an equation was written: `path/file.py:12:4 (function)`, as JAX prints it."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def function_name(jaxpr: Any) -> str:
+    """The name of the function that a jaxpr was traced from, '' where JAX kept none."""
+    info = getattr(body_of(jaxpr).jaxpr, "debug_info", None)
+    return str(getattr(info, "func_name", "") or "").split(" ")[0]
+
+
+def is_symbolic_zero(x: Any) -> bool:
+    """Whether a (co)tangent is one of JAX's stand-ins for zeros, which hold no array."""
+    return isinstance(x, SymbolicZero) or type(x).__name__ == "Zero"
+
+
+def _call(fun: Any, *args: Any) -> Any:
+    return getattr(fun, "call_wrapped", fun)(*args)
+
+
+def jvp_rule(params: dict[str, Any], zeros: Sequence[bool]) -> tuple[Body, Sequence[bool]]:
+    """A `custom_jvp` rule as a body: `(primals, non-zero tangents) -> (primals, tangents)`.
+
+    Args:
+      params: those of a `custom_jvp_call` equation.
+      zeros: which tangents, constants left out, are symbolic zeros.
+
+    Returns:
+      The body, and which of the output tangents are zero and left out of its outputs.
+    """
+    try:
+        jaxpr, consts, out_zeros = _call(params["jvp_jaxpr_fun"], *zeros)
+    except (KeyError, TypeError, ValueError) as error:
+        raise JaxLayoutError("the rule of a custom_jvp") from error
+    return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(consts)), out_zeros
+
+
+class VjpRule(NamedTuple):
+    """A `custom_vjp` rule, flat: `forward` returns the residuals that are not inputs, then the
+    outputs; `inputs[i]` is the operand that residual i is, None where `forward` returns it."""
+
+    forward: Body
+    inputs: Sequence[int | None]
+
+
+def vjp_rule(params: dict[str, Any], nonzeros: Sequence[bool]) -> VjpRule:
+    """The forward rule of a `custom_vjp_call` equation, for perturbed inputs `nonzeros`."""
+    try:
+        jaxpr, consts = _call(params["fwd_jaxpr_thunk"], *nonzeros)
+        _, _, inputs = params["out_trees"]()
+    except (KeyError, TypeError, ValueError) as error:
+        raise JaxLayoutError("the rule of a custom_vjp") from error
+    return VjpRule(Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(consts)), inputs)
+
+
+def run_backward(params: dict[str, Any], residuals_and_cotangents: Sequence[Any]) -> list[Any]:
+    """The cotangents that a `custom_vjp` rule gives for its operands, constants left out."""
+    return list(_call(params["bwd"], *residuals_and_cotangents))
+
+
+def known_primitives() -> frozenset[str]:
+    """The names of the primitives that JAX publishes in `jax.extend.core.primitives`."""
+    primitives = vars(jex_core.primitives).values()
+    return frozenset(p.name for p in primitives if isinstance(p, jex_core.Primitive))
