@@ -1,25 +1,40 @@
-"""The README's Python examples run, one after the other, as a reader would paste them."""
+"""The pages' Python examples run, one after the other, as a reader would paste them."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
-def test_the_examples_run(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
-    check = """
+# What must hold after a page's last line.
+CHECKS = {
+    "README.md": """
 assert info.loss.dtype == jnp.float32 and jnp.isfinite(info.loss)
 assert state.params["params"]["layers_0"]["kernel"].dtype == jnp.float32
-"""
-    script = tmp_path / "readme.py"
-    script.write_text("\n".join([*blocks, check]))
+""",
+    "docs/training.md": """
+assert state.model_state["BatchNorm_0"]["mean"].dtype == jnp.float32
+assert abs(state.model_state["BatchNorm_0"]["mean"]).max() > 0
+assert loss.dtype == jnp.float32 and params.dtype == jnp.float32
+""",
+}
+PRINTS = {"README.md": "True 32768.0"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_a_page_run(tmp_path, page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    script = tmp_path / "page.py"
+    script.write_text("\n".join([*blocks, CHECKS.get(page, "")]))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("True 32768.0")
+    assert done.stdout.strip().endswith(PRINTS.get(page, ""))
 
 
 def test_every_policy_of_the_table_is_one():
