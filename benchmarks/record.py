@@ -17,7 +17,7 @@ import jax
 from jmp_train.training.metrics import write_json
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jmp-train", "jax", "jaxlib", "flax", "optax", "jmp")
+_PACKAGES = ("jmp-train", "jax", "jaxlib", "flax", "optax", "jmp", "jaxamp")
 
 
 def interleaved(

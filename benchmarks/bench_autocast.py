@@ -1,20 +1,13 @@
 """Which functions jmp_train's autocast handles, and which jaxamp does: one table, and JSON.
 
-    python benchmarks/autocast_vs_jaxamp.py [--json FILE] [--jaxamp DIR]
-
 A function is handled where value and gradient come back within the rounding of bfloat16 and every
-matrix product of the gradient's jaxpr is in bfloat16. `--jaxamp` is a folder to import jaxamp
-from, where it is not installed beside jmp_train (`pip install --no-deps --target DIR jaxamp`).
+matrix product of the gradient's jaxpr is in bfloat16. jaxamp is in the extra `bench`.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
-import importlib.metadata
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from record import keep
 
 import jmp_train as jt
 
@@ -111,47 +105,30 @@ def _verdict(cast: Callable[[Any], Any], fn: Callable[[Any, Any], Any]) -> dict[
     return {"handled": not why, "why": why, "error": error, "trace_seconds": seconds}
 
 
-def _contenders(folder: str | None) -> dict[str, Callable[[Any], Any]]:
+def _contenders() -> dict[str, Callable[[Any], Any]]:
     contenders: dict[str, Callable[[Any], Any]] = {"jmp_train": jt.autocast}
-    if folder:
-        sys.path.append(folder)
     try:
         jaxamp = importlib.import_module("jaxamp")
-    except ImportError as error:
-        print(f"jaxamp is not here ({error}); only jmp_train is measured")
+    except ImportError:
+        print("jaxamp is not installed (pip install -e '.[bench]'); only jmp_train is measured")
         return contenders
     contenders["jaxamp"] = functools.partial(jaxamp.amp, compute_dtype=jnp.bfloat16)
     return contenders
 
 
-def _version(package: str, folder: str | None) -> str:
-    paths = [folder] if folder else None
-    found = importlib.metadata.distributions(**({"path": paths} if paths else {}))
-    named = [d.version for d in found if d.metadata["Name"] == package]
-    return named[0] if named else importlib.metadata.version(package)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", default="autocast_vs_jaxamp.json", help="where the JSON goes")
-    parser.add_argument("--jaxamp", default=None, help="a folder to import jaxamp from")
-    options = parser.parse_args()
-    contenders = _contenders(options.jaxamp)
-    results = {
+    """Tries every function, prints a table and keeps the result."""
+    contenders = _contenders()
+    rows = {
         name: {who: _verdict(cast, fn) for who, cast in contenders.items()}
         for name, fn in FUNCTIONS.items()
     }
     print(f"{'function':<16}" + "".join(f"{who:<12}" for who in contenders) + "why not")
-    for name, row in results.items():
+    for name, row in rows.items():
         marks = "".join(f"{'yes' if v['handled'] else 'no':<12}" for v in row.values())
         why = "; ".join(f"{who}: {v['why']}" for who, v in row.items() if v["why"])
         print(f"{name:<16}{marks}{why}")
-    versions = {"jax": jax.__version__}
-    if "jaxamp" in contenders:
-        versions["jaxamp"] = _version("jaxamp", options.jaxamp)
-    print(", ".join(f"{package} {version}" for package, version in versions.items()))
-    with open(options.json, "w") as file:
-        json.dump({"versions": versions, "results": results}, file, indent=1)
+    print(keep("autocast", rows))
 
 
 if __name__ == "__main__":
