@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,13 @@ class Cell:
 Wants = dict[np.dtype, bool]
 
 
+class Region(NamedTuple):
+    """The mark on a stretch of code: its dtype, and what it is the dtype of."""
+
+    dtype: np.dtype
+    lists: bool  # of the compute rule, the other rules as ever; else of all that was in float32
+
+
 @dataclasses.dataclass
 class OpPlan:
     """One equation: the rule that took it, the dtypes of its operands and results."""
@@ -129,7 +136,7 @@ class Plan:
     ops: list[OpPlan]
     outs: list[Kind | None]
     asks: list[Wants]  # per input: the dtypes that the body asks for
-    region: np.dtype | None
+    region: Region | None
 
 
 def promote(dtypes: Iterable[np.dtype]) -> np.dtype | None:
@@ -157,13 +164,13 @@ class Planner:
         self,
         jaxpr: Any,
         ins: Sequence[Kind | None],
-        region: np.dtype | None = None,
+        region: Region | None = None,
         kept: int = 0,
         whole: Sequence[Fits | None] = (),
     ) -> Plan:
         """The plan of a jaxpr whose inputs are of the given kinds.
 
-        `region` is the dtype of an enclosing `with_precision`, None outside one; the first `kept`
+        `region` is that of an enclosing mark, None outside one; the first `kept`
         outputs will be handed back in the dtypes that they were written in; `whole` says which
         inputs are whole numbers of the code (the 0 of `jnp.where(x > 0, x, 0)`), see `Kind.fits`.
         """
@@ -187,7 +194,7 @@ class _Walk:
         planner: Planner,
         body: Body,
         ins: Sequence[Kind | None],
-        region: np.dtype | None,
+        region: Region | None,
         kept: int,
         whole: Sequence[Fits | None],
         raised: set[int],
@@ -235,7 +242,7 @@ class _Walk:
                     found.add(i)
         return found - self.raised
 
-    def op(self, index: int, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def op(self, index: int, eqn: Any, region: Region | None) -> OpPlan:
         region = region_of(eqn, region)
         name = eqn.primitive.name
         cell = None
@@ -256,17 +263,17 @@ class _Walk:
 
     # Operations without a body.
 
-    def plain(self, index: int, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def plain(self, index: int, eqn: Any, region: Region | None) -> OpPlan:
         name, rules = eqn.primitive.name, self.rules
-        if region is not None:
+        if region is not None and not region.lists:
             listed = name in rules.compute or name in rules.float32 or name in rules.promote
-            return self.in_region(eqn, region) if listed else self.as_written(eqn, "region")
+            return self.in_region(eqn, region.dtype) if listed else self.as_written(eqn, "region")
         if name in rules.compute:
-            return self.in_compute(eqn)
+            return self.in_compute(eqn, region.dtype if region else self.planner.compute)
         if name in rules.float32:
             return self.in_float32(eqn)
         if name in rules.promote:
-            return self.in_widest(eqn, raised=index in self.raised)
+            return self.in_widest(eqn, region, raised=index in self.raised)
         return self.as_written(eqn, "as written", "in no list")
 
     def as_written(self, eqn: Any, rule: str, note: str = "") -> OpPlan:
@@ -295,7 +302,7 @@ class _Walk:
         op = self.all_in(eqn, region, "region")
         return _with_result(op, region)
 
-    def in_compute(self, eqn: Any) -> OpPlan:
+    def in_compute(self, eqn: Any, compute: np.dtype) -> OpPlan:
         before = [kind_of_aval(atom.aval) for atom in eqn.invars]
         dtypes = {k.native for k in before if k}
         if not dtypes or _complex(eqn):
@@ -306,7 +313,7 @@ class _Walk:
             return self.as_written(eqn, "as written", "half in the author's code")
         if _asks_for_precision(eqn.params.get("precision")):
             return self.as_written(eqn, "as written", "the author's precision=")
-        op = _with_result(self.all_in(eqn, self.planner.compute, "compute"), self.planner.compute)
+        op = _with_result(self.all_in(eqn, compute, "compute"), compute)
         features = _features(eqn, self.kinds_in(eqn.invars))
         op.outs = [k and dataclasses.replace(k, features=features) for k in op.outs]
         return op
@@ -318,7 +325,7 @@ class _Walk:
         wide = any(d.itemsize > 4 for d in natives)
         return self.all_in(eqn, np.dtype(np.float64) if wide else FLOAT32, "float32")
 
-    def in_widest(self, eqn: Any, raised: bool) -> OpPlan:
+    def in_widest(self, eqn: Any, region: Region | None, raised: bool) -> OpPlan:
         if _complex(eqn):
             return self.as_written(eqn, "as written", "not real floating")
         name = eqn.primitive.name
@@ -334,13 +341,16 @@ class _Walk:
             return self.as_written(eqn, "as written" if kinds else "promote")
         if name in POWERS and native == np.float16:
             return self.all_in(eqn, FLOAT32, "promote", "float16 cannot hold 256**2")
+        note = ""
+        if region is not None and region.dtype == _computed(kinds) != native:
+            native, note = region.dtype, "stored arrays follow"
         if name in ("add", "sub") and len(kinds) == 2:
-            return self.sum(eqn, kinds, native)
-        return (
-            self.moved(eqn, kinds, native) if name in MOVES else self.all_in(eqn, native, "promote")
-        )
+            return self.sum(eqn, kinds, native, note)
+        if name in MOVES and not note:
+            return self.moved(eqn, kinds, native)
+        return self.all_in(eqn, native, "promote", note)
 
-    def sum(self, eqn: Any, kinds: list[Kind], native: np.dtype) -> OpPlan:
+    def sum(self, eqn: Any, kinds: list[Kind], native: np.dtype, note: str) -> OpPlan:
         """A sum of two arrays; that of a product and its bias stays in half.
 
         torch's `linear` and convolutions take their bias along. The sum itself is formed in
@@ -356,7 +366,7 @@ class _Walk:
                 op = self.all_in(eqn, FLOAT32, "promote", note)
                 op.outs = [written(product.native)]
                 return op
-        op = self.all_in(eqn, native, "promote")
+        op = self.all_in(eqn, native, "promote", note)
         features = kinds[0].features & kinds[1].features
         op.outs = [k and dataclasses.replace(k, features=features) for k in op.outs]
         return op
@@ -394,6 +404,7 @@ class _Walk:
         old = atom.aval.dtype
         if promote([old, new.native]) == new.native:
             native = promote([kind.native, new.native]) or new.native
+            native = kind.native if _is_held(eqn) else native
             fits = kind.fits if old == new.native else None
             alias = None if isinstance(atom, Literal) else self.cells[atom]
             widened = dataclasses.replace(kind, native=native, fits=fits)
@@ -414,7 +425,7 @@ class _Walk:
         wants: list[np.dtype | None] = [None] * len(eqn.invars)
         return OpPlan(eqn, "enter", None, wants, list(outs), "", tuple(subs), asks)
 
-    def jit(self, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def jit(self, eqn: Any, region: Region | None) -> OpPlan:
         """One body, run once: it is handed its operands in the dtypes that it asks for."""
         body = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
         whole = [self.whole_number(atom) for atom in eqn.invars]
@@ -422,7 +433,7 @@ class _Walk:
         asks = [_settled(k, ask) for k, ask in zip(sub.ins, sub.asks, strict=True)]
         return self.entered(eqn, [sub], asks, sub.outs)
 
-    def wrapped(self, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def wrapped(self, eqn: Any, region: Region | None) -> OpPlan:
         """A body whose operands are handed over unrounded: `shard_map` adds their gradients up
         over devices, `custom_vjp` rules may read them in float32."""
         body = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
@@ -431,7 +442,7 @@ class _Walk:
         asks = [_hopeful(k, ask) for k, ask in zip(sub.ins, sub.asks, strict=True)]
         return self.entered(eqn, [sub], asks, sub.outs)
 
-    def cond(self, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def cond(self, eqn: Any, region: Region | None) -> OpPlan:
         """A cast that every branch makes is made outside, any other inside its branch."""
         kinds = self.kinds_in(eqn.invars[1:])
         subs = [self.planner.plan(b, kinds, region) for b in eqn.params["branches"]]
@@ -444,7 +455,7 @@ class _Walk:
         outs = [_join(ks) for ks in zip(*(sub.outs for sub in subs), strict=True)]
         return self.entered(eqn, subs, asks, outs)
 
-    def while_loop(self, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def while_loop(self, eqn: Any, region: Region | None) -> OpPlan:
         """Carries keep their dtypes; constants are handed over in all the dtypes asked for."""
         nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         carry = [kind_of_aval(v.aval) for v in eqn.outvars]
@@ -455,7 +466,7 @@ class _Walk:
         asks = [_certain(a) for a in (*cond.asks[:nc], *body.asks[:nb])]
         return self.entered(eqn, [cond, body], asks + [_as_is(k) for k in carry], carry)
 
-    def scan(self, eqn: Any, region: np.dtype | None) -> OpPlan:
+    def scan(self, eqn: Any, region: Region | None) -> OpPlan:
         """As `while_loop`; scanned inputs are cast a slice at a time, inside."""
         nc, ncar = eqn.params["num_consts"], eqn.params["num_carry"]
         carry = [kind_of_aval(v.aval) for v in eqn.outvars[:ncar]]
@@ -516,6 +527,14 @@ def _widest(kinds: Sequence[Kind]) -> np.dtype | None:
     return widest
 
 
+def _computed(kinds: Sequence[Kind]) -> np.dtype | None:
+    """What operands promote to, those that came from outside left out: in a model under a policy
+    a weight that multiplies activations follows them."""
+    kinds = [k for k in kinds if k.stored is None]
+    dtype = _widest(kinds) if any(k.fits is None for k in kinds) else None
+    return dtype if dtype in HALF else None
+
+
 def _complex(eqn: Any) -> bool:
     dtypes = (getattr(a.aval, "dtype", np.dtype(bool)) for a in (*eqn.invars, *eqn.outvars))
     return any(jnp.issubdtype(d, np.complexfloating) for d in dtypes)
@@ -566,11 +585,17 @@ def _with_result(op: OpPlan, dtype: np.dtype) -> OpPlan:
 # Regions. A name scope is what survives every transformation of JAX: jit, grad and vmap keep it.
 
 _REGION = "with_precision."
+_COMPUTE = "compute_in."
 _INNER = "autocast."
+_HELD = "held_in."
 
 
 def region_name(dtype: np.dtype) -> str:
     return f"{_REGION}{dtype.name}"
+
+
+def compute_name(dtype: np.dtype) -> str:
+    return f"{_COMPUTE}{dtype.name}"
 
 
 def inner_name(dtype: np.dtype) -> str:
@@ -578,17 +603,25 @@ def inner_name(dtype: np.dtype) -> str:
     return f"{_INNER}{dtype.name}"
 
 
+def held_name(dtype: np.dtype) -> str:
+    return f"{_HELD}{dtype.name}"
+
+
 @functools.lru_cache(maxsize=4096)
-def _region_in(stack: str) -> np.dtype | None:
-    last = max(stack.rfind(_REGION), stack.rfind(_INNER))
+def _region_in(stack: str) -> Region | None:
+    last, mark = max((stack.rfind(mark), mark) for mark in (_REGION, _COMPUTE, _INNER))
     if last < 0:
         return None
-    if stack[last:].startswith(_INNER):
-        return FLOAT32
-    word = "".join(c if c.isalnum() or c == "_" else " " for c in stack[last + len(_REGION) :])
-    return np.dtype(getattr(jnp, word.split()[0]))
+    if mark == _INNER:
+        return Region(FLOAT32, lists=False)
+    word = "".join(c if c.isalnum() or c == "_" else " " for c in stack[last + len(mark) :])
+    return Region(np.dtype(getattr(jnp, word.split()[0])), lists=mark == _COMPUTE)
 
 
-def region_of(eqn: Any, outer: np.dtype | None) -> np.dtype | None:
-    """The dtype of the innermost region that an equation was written in, `outer` where none."""
+def region_of(eqn: Any, outer: Region | None) -> Region | None:
+    """The innermost region that an equation was written in, `outer` where none."""
     return _region_in(str(eqn.source_info.name_stack)) or outer
+
+
+def _is_held(eqn: Any) -> bool:
+    return _HELD in str(eqn.source_info.name_stack)

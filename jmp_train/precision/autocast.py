@@ -33,6 +33,8 @@ from jmp_train.precision._autocast_plan import (
     OpPlan,
     Plan,
     Planner,
+    compute_name,
+    held_name,
     inner_name,
     kind_of_aval,
     kind_of_input,
@@ -115,16 +117,16 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
 class _Region(contextlib.ContextDecorator):
     """What `with_precision` returns; made anew for every use, so it holds no state of its own."""
 
-    def __init__(self, dtype: np.dtype):
-        self.dtype = dtype
+    def __init__(self, name: str):
+        self.name = name
         self._scopes: list[contextlib.ExitStack] = []
 
     def _recreate_cm(self) -> _Region:
-        return _Region(self.dtype)
+        return _Region(self.name)
 
     def __enter__(self) -> Self:
         scope = contextlib.ExitStack()
-        scope.enter_context(jax.named_scope(region_name(self.dtype)))
+        scope.enter_context(jax.named_scope(self.name))
         self._scopes.append(scope)
         return self
 
@@ -160,7 +162,59 @@ def with_precision(dtype: Any = "float32") -> _Region:
         raise TypeError(
             f"with_precision expects a dtype; write @with_precision('float32'), not {dtype!r}"
         )
-    return _Region(_compute_dtype(dtype))
+    return _Region(region_name(_compute_dtype(dtype)))
+
+
+def compute_in(dtype: Any) -> _Region:
+    """Marks code whose compute dtype under `autocast` is its own; without autocast it does nothing.
+
+    The lists of operations hold inside as they do outside: contractions run in `dtype`, what is
+    delicate in float32. (`with_precision` gives everything inside one dtype.) A function decorator
+    and a context manager; of nested marks the innermost holds.
+
+    Args:
+      dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+      ValueError: for another dtype.
+
+    >>> import jax.numpy as jnp
+    >>> def model(x):
+    ...     x = x @ x
+    ...     with compute_in("float16"):
+    ...         return jnp.exp(x @ x)
+    >>> jaxpr = jax.make_jaxpr(autocast(model, "bfloat16"))(jnp.ones((2, 2)))
+    >>> [(e.primitive.name, e.outvars[0].aval.dtype.name) for e in jaxpr.eqns
+    ...  if e.primitive.name in ("dot_general", "exp")]
+    [('dot_general', 'bfloat16'), ('dot_general', 'float16'), ('exp', 'float32')]
+    """
+    return _Region(compute_name(_compute_dtype(dtype)))
+
+
+def hold(x: jax.Array, dtype: Any) -> jax.Array:
+    """Hands a float32 array over in another dtype under `autocast`, while it stays float32 to the code.
+
+    What comes after reads it as if an operation had run in `dtype`: a sum of two arrays held in
+    bfloat16 is formed in bfloat16, and it takes half the memory. Without autocast it is rounded
+    to `dtype` and no more. An array that is not float32 comes back as it is.
+
+    Args:
+      x: any array.
+      dtype: `"float32"` (which takes a half-precision one back to float32), `"bfloat16"` or
+        `"float16"`.
+
+    >>> import jax.numpy as jnp
+    >>> jaxpr = jax.make_jaxpr(autocast(lambda x: jnp.sin(hold(x, "bfloat16"))))(jnp.ones(2))
+    >>> [(e.primitive.name, e.outvars[0].aval.dtype.name) for e in jaxpr.eqns][:2]
+    [('convert_element_type', 'bfloat16'), ('sin', 'bfloat16')]
+    """
+    dtype = _compute_dtype(dtype)
+    if x.dtype != np.float32:
+        return x
+    with jax.named_scope(held_name(dtype)):
+        if dtype == np.float32:
+            return jax.lax.reduce_precision(x, 8, 23)  # in no list, so its operand is float32
+        return x.astype(dtype).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""Rules on a Linen model: `init` and `apply` run under autocast, each module in its own scope."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import linen as nn
+
+from jmp_train.flax import _region
+from jmp_train.precision.autocast import autocast
+from jmp_train.precision.policy import cast_floating, widen_to_full
+from jmp_train.precision.rules import Rules
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def modules_of(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
+    """The type of every module that a call uses, by its path, the model itself first."""
+    found: dict[str, str] = {}
+
+    def note(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        path = "/".join(context.module.path)
+        found.setdefault(path, type(context.module).__name__)
+        return run_next(*args, **kwargs)
+
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout", "default")}
+    with nn.intercept_methods(note):
+        jax.eval_shape(functools.partial(module.init, rngs, **kwargs), *args)
+    return dict(sorted(found.items(), key=lambda item: item[0].split("/") if item[0] else []))
+
+
+def apply_policy(module: M, rules: Rules) -> M:
+    """See `jmp_train.flax.apply_policy`."""
+    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+    fields.pop("parent", None)
+    return _under_rules(type(module), rules)(**fields)
+
+
+@functools.lru_cache(maxsize=256)
+def _under_rules(kind: type, rules: Rules) -> type:
+    """A subclass whose `init` and `apply` follow the rules."""
+
+    def apply(self: Any, variables: Any, *args: Any, rngs: Any = None, **options: Any) -> Any:
+        mutable = options.get("mutable", False)
+
+        def pure(variables: Any, args: Any, rngs: Any, options: Any) -> Any:
+            with _regions(rules) as seen:
+                out = kind.apply(self, variables, *args, rngs=rngs, **options)
+            seen |= _paths_of(variables.get("params", {}))
+            rules.check(seen)
+            return out
+
+        variables = {**variables, "params": widen_to_full(variables.get("params", {}))}
+        # The policy's own dtypes decide; autocast's compute dtype is for what no region covers.
+        out = autocast(pure, "float32")(variables, args, rngs, options)
+        cast = rules.policy_of("").cast_to_output
+        return (cast(out[0]), *out[1:]) if mutable is not False else cast(out)
+
+    def init(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
+        with _regions(rules) as seen:
+            _, variables = kind.init_with_output(self, rngs, *args, **options)
+        rules.check(seen)
+        return _cast_params(variables, rules)
+
+    def init_with_output(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
+        variables = self.init(rngs, *args, **options)
+        return self.apply(variables, *args, rngs=rngs, **options), variables
+
+    under = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+    for method in (apply, init, init_with_output):  # set late: Linen binds what a class begins with
+        name = method.__name__
+        setattr(under, name, functools.update_wrapper(method, getattr(kind, name)))
+    return under
+
+
+@contextlib.contextmanager
+def _regions(rules: Rules) -> Iterator[set[str]]:
+    """Runs the methods of every module in its region; collects the paths that were called."""
+    seen: set[str] = set()
+
+    def enter(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module, path = context.module, "/".join(context.module.path)
+        seen.add(path)
+        if context.method_name == "setup":
+            return run_next(*args, **kwargs)
+        own = getattr(module, "dtype", None)
+        if not _region.gives_way(own):
+            return _region.run(_region.region_of(rules, path), run_next, args, kwargs)
+        object.__setattr__(module, "dtype", None)  # this call's own copy of the module
+        try:
+            return _region.run(_region.region_of(rules, path), run_next, args, kwargs)
+        finally:
+            object.__setattr__(module, "dtype", own)
+
+    with nn.intercept_methods(enter):
+        yield seen
+
+
+def _cast_params(variables: Any, rules: Rules) -> Any:
+    """Parameters in the parameter dtype of the module that holds them."""
+
+    def cast(path: Any, x: Any) -> Any:
+        owner = "/".join(str(key.key) for key in path[:-1] if hasattr(key, "key"))
+        return cast_floating(x, rules.policy_of(owner).param_dtype)
+
+    params = jax.tree_util.tree_map_with_path(cast, variables.get("params", {}))
+    return {**variables, "params": params} if "params" in variables else variables
+
+
+def _paths_of(params: Any, prefix: str = "") -> set[str]:
+    """The paths of the modules that own parameters."""
+    found = {prefix}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            found |= _paths_of(value, f"{prefix}/{name}" if prefix else name)
+    return found

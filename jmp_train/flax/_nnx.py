@@ -1,0 +1,133 @@
+"""Rules on an NNX model: its methods run under autocast, each module in a scope of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from jmp_train.flax import _region
+from jmp_train.precision.autocast import autocast
+from jmp_train.precision.policy import cast_floating, widen_to_full
+from jmp_train.precision.rules import Rules
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def modules_of(module: nnx.Module) -> dict[str, str]:
+    """The type of every module by its path, the model itself first."""
+    found = {"/".join(map(str, path)): type(m).__name__ for path, m in nnx.iter_modules(module)}
+    return dict(sorted(found.items(), key=lambda item: item[0].split("/") if item[0] else []))
+
+
+def apply_policy(module: M, rules: Rules) -> M:
+    """See `jmp_train.flax.apply_policy`."""
+    rules.check(modules_of(module))
+    module = nnx.clone(module)
+    for path, inner in nnx.iter_modules(module):
+        dtype = rules.policy_of("/".join(map(str, path))).param_dtype
+        for value in vars(inner).values():
+            if isinstance(value, nnx.Param):
+                value[...] = value[...]  # a reference of its own
+                value.set_value(cast_floating(value.get_value(), dtype))
+    module.__class__ = _under_rules(type(module))
+    module._jmp_train_rules = rules  # pyright: ignore[reportAttributeAccessIssue]
+    return module
+
+
+def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
+    """The methods that a caller may call, those of nnx.Module itself apart."""
+    inherited = {name for base in nnx.Module.__mro__ for name in vars(base)}
+    return {
+        name: method
+        for name in dir(kind)
+        if (name == "__call__" or not name.startswith("_")) and name not in inherited
+        if inspect.isfunction(method := inspect.getattr_static(kind, name))
+    }
+
+
+@functools.cache
+def _under_rules(kind: type) -> type:
+    """A subclass whose public methods run the model under its rules."""
+
+    def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _run(self, kind, name, args, kwargs)
+
+        return wrapped
+
+    methods = {name: wrap(name, method) for name, method in _public_methods(kind).items()}
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
+
+
+def _run(model: Any, kind: type, name: str, args: Any, kwargs: Any) -> Any:
+    """One call of the model: pure in its state, traced, recast, its new state written back."""
+    rules = model._jmp_train_rules
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
+    objects = [leaf for leaf in leaves if _is_object(leaf)]
+    rest = [None if _is_object(leaf) else leaf for leaf in leaves]
+    graph, params, state = nnx.split((model, objects), nnx.Param, ...)
+
+    def pure(params: Any, state: Any, rest: Any) -> Any:
+        inner, objects = nnx.merge(graph, params, state, copy=True)
+        inner.__class__ = kind
+        _mark(inner, rules)
+        given = iter(objects)
+        full = [next(given) if _is_object(old) else new for old, new in zip(leaves, rest, strict=True)]
+        args, kwargs = jax.tree.unflatten(tree, full)
+        out = getattr(inner, name)(*args, **kwargs)
+        return out, _changed(state, nnx.state((inner, objects), nnx.Not(nnx.Param)))
+
+    # The policy's own dtypes decide; autocast's compute dtype is for what no region covers.
+    out, state = autocast(pure, "float32")(widen_to_full(params), state, rest)
+    nnx.update((model, objects), state)
+    return rules.policy_of("").cast_to_output(out)
+
+
+def _changed(before: Any, after: Any) -> Any:
+    """The variables that a call wrote to; Flax refuses to write to some even what they hold."""
+    old = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(before)}
+    written = [
+        (path, variable)
+        for path, variable in nnx.to_flat_state(after)
+        if path not in old or variable.get_raw_value() is not old[path]
+    ]
+    return nnx.from_flat_state(written)
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, (nnx.Module, nnx.Rngs, nnx.RngStream))
+
+
+def _mark(model: nnx.Module, rules: Rules) -> None:
+    """Makes every module of a model, which is this call's own, run in its region."""
+    for path, module in list(nnx.iter_modules(model)):
+        if hasattr(type(module), "_jmp_train_region"):
+            continue
+        module.__class__ = _in_region(type(module))
+        module._jmp_train_region = _region.region_of(rules, "/".join(map(str, path)))
+        if _region.gives_way(getattr(module, "dtype", None)):
+            module.dtype = None
+
+
+@functools.cache
+def _in_region(kind: type) -> type:
+    """A subclass whose public methods run in the region of their module."""
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _region.run(
+                self._jmp_train_region, functools.partial(method, self), args, kwargs
+            )
+
+        return wrapped
+
+    methods = {name: wrap(method) for name, method in _public_methods(kind).items()}
+    extra = {"__module__": kind.__module__, "_jmp_train_region": None}
+    return type(kind.__name__, (kind,), {**extra, **methods})

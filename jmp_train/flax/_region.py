@@ -1,0 +1,63 @@
+"""What happens at the border of a module, in either library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jmp_train.precision.autocast import compute_in, hold
+from jmp_train.precision.rules import Rules
+
+_FLOAT32 = np.dtype(np.float32)
+HALF = (np.dtype(np.float16), np.dtype(jax.numpy.bfloat16))
+
+
+class Region(NamedTuple):
+    """The dtypes of one module; hashable, so it may lie in a module's static fields."""
+
+    compute: np.dtype
+    widen: bool  # its inputs are taken back to float32: it computes in it, its parent does not
+    leave: np.dtype | None  # what it hands on its outputs in; None leaves them alone
+
+
+def region_of(rules: Rules, path: str) -> Region:
+    """The region of the module at a path.
+
+    The model itself takes what it is given, and its output is cast by whoever calls it.
+    """
+    policy = rules.policy_of(path)
+    if not path:
+        return Region(policy.compute_dtype, widen=False, leave=None)
+    parent = rules.policy_of(path.rpartition("/")[0])
+    leave = policy.compute_dtype if policy == parent else policy.output_dtype
+    return Region(
+        policy.compute_dtype,
+        widen=policy.compute_dtype == _FLOAT32 and parent.compute_dtype != _FLOAT32,
+        leave=None if policy == parent and leave == _FLOAT32 else leave,
+    )
+
+
+def run(region: Region, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Calls a module's method under its region."""
+    with compute_in(region.compute):
+        if region.widen:
+            args, kwargs = _held((args, kwargs), _FLOAT32)
+        out = method(*args, **kwargs)
+        return out if region.leave is None else _held(out, region.leave)
+
+
+def _held(tree: Any, dtype: np.dtype) -> Any:
+    """Arrays of a tree held in a dtype; scalars, which may be losses, stay as they are."""
+    return jax.tree.map(lambda x: hold(x, dtype) if _is_array(x) and x.ndim else x, tree)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array)
+
+
+def gives_way(dtype: Any) -> bool:
+    """Whether a layer's own `dtype` is a half-precision one, which a rule replaces."""
+    return dtype is not None and np.dtype(dtype) in HALF
