@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -19,7 +20,8 @@ from jmp_train.precision.loss_scale import (
     StaticLossScale,
     default_loss_scale,
 )
-from jmp_train.precision.policy import get_policy
+from jmp_train.precision.policy import Policy, get_policy
+from jmp_train.precision.rules import Rules
 
 ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
@@ -77,13 +79,13 @@ class LossScaleConfig:
             hysteresis=self.hysteresis,
         )
 
-    def make(self, policy: str) -> LossScale:
-        """The first state of the loss scale under a policy."""
+    def make(self, policies: Iterable[Policy]) -> LossScale:
+        """The first state of the loss scale under the policies of a model."""
         if self.kind == "none":
             return NoOpLossScale()
         if self.kind == "static":
             return StaticLossScale(self.initial)
-        needed = not isinstance(default_loss_scale(get_policy(policy)), NoOpLossScale)
+        needed = any(not isinstance(default_loss_scale(p), NoOpLossScale) for p in policies)
         return self._dynamic() if self.kind == "dynamic" or needed else NoOpLossScale()
 
 
@@ -95,6 +97,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     data: DataConfig
     policy: str = "float32"
     """Precision policy, such as mixed_bfloat16 or params=float32,compute=float16,output=float32."""
+    rules: tuple[str, ...] = ()
+    """Policies by module path, 'PATTERN=POLICY' each, first match wins; they replace --policy."""
     steps: int = 1000
     """Training steps in the whole run."""
     batch_size: int = 128
@@ -118,6 +122,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
+        Rules(self.rules)
         for field in (
             "steps",
             "batch_size",

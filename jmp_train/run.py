@@ -20,6 +20,7 @@ from jmp_train.data.batches import eval_batches, iterate, train_batches
 from jmp_train.experiment import Experiment, UsageError, flatten
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.precision.policy import get_policy
+from jmp_train.precision.rules import Rules
 from jmp_train.report.plots import plot_run
 from jmp_train.task import Dataset, Task
 from jmp_train.training.checkpoints import Checkpoints
@@ -307,13 +308,19 @@ def _say(console: Console, text: str) -> None:
 
 def _build(experiment: Experiment[Any, Any]) -> _Parts:
     dataset = experiment.data.load()
-    policy = get_policy(experiment.policy)
-    task = experiment.model.task(dataset.spec, policy)
+    policy, rules = get_policy(experiment.policy), Rules(experiment.rules)
+    try:
+        task = experiment.model.task(dataset.spec, policy, rules)
+    except ValueError as error:  # a rule that matches no module of the model
+        raise UsageError(str(error)) from None
+    policies = [policy]
+    if rules.entries:  # the model casts, each module as its rule says; the step does not
+        policies, policy = [rule.policy for rule in rules.entries], None
     stepper = make_step(
         task.loss_fn,
         make_optimizer(experiment.optimizer, experiment.steps),
         policy,
-        loss_scale=experiment.loss_scale.make(experiment.policy),
+        loss_scale=experiment.loss_scale.make(policies),
         skip_nonfinite=experiment.skip_nonfinite,
         grad_norm=True,
     )

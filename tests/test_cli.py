@@ -38,6 +38,8 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["train", "mlp_bf16", "--optimizer.warmup-steps", "9999"], "expected fewer than steps"),
         (["train", "mlp_bf16", "--loss-scale.growth-factor", "0"], "growth_factor is 0"),
         (["train", "mlp_bf16", "--model.hidden", "-3"], "hidden is (-3,)"),
+        (["train", "mlp_bf16", "--rules", "x"], "write it as 'pattern=policy'"),
+        (["train", "mlp_bf16", "--rules", "head=bf61"], "did you mean 'bf16'"),
         (["train", "mlp_bf16", "stray"], "Unrecognized options: stray"),
         (["train", "mlp_bf16", "--run-dir"], "--run-dir"),
         (["eval"], "expected the directory of a run"),

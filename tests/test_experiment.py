@@ -15,6 +15,7 @@ from jmp_train.experiment import (
 )
 from jmp_train.models import MlpConfig
 from jmp_train.precision.loss_scale import DynamicLossScale, NoOpLossScale, StaticLossScale
+from jmp_train.precision.policy import get_policy
 
 
 def make(**fields):
@@ -89,6 +90,8 @@ def test_a_file_that_sets_no_experiment_is_not_run(tmp_path, monkeypatch):
     "fields,words",
     [
         ({"policy": "c=float17"}, "did you mean 'float16'"),
+        ({"rules": ("head",)}, "rule 'head' has no policy"),
+        ({"rules": ("**=mixed_bf16",)}, "did you mean 'mixed_bfloat16'"),
         ({"steps": 0}, "steps is 0; expected at least 1"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"log_every": 0}, "log_every is 0"),
@@ -123,11 +126,13 @@ def test_an_impossible_loss_scale_is_refused_by_the_fields_own_name(fields, word
 
 
 def test_the_loss_scale_that_a_policy_needs():
-    assert isinstance(LossScaleConfig().make("mixed_float16"), DynamicLossScale)
-    assert isinstance(LossScaleConfig().make("mixed_bfloat16"), NoOpLossScale)
-    assert isinstance(LossScaleConfig("none").make("mixed_float16"), NoOpLossScale)
-    assert isinstance(LossScaleConfig("static").make("float32"), StaticLossScale)
-    made = LossScaleConfig("dynamic", 2.0**10, 7, 3.0, 0.25, 2.0, 2.0**20, 4).make("float32")
+    assert isinstance(LossScaleConfig().make([get_policy("mixed_float16")]), DynamicLossScale)
+    assert isinstance(LossScaleConfig().make([get_policy("mixed_bfloat16")]), NoOpLossScale)
+    assert isinstance(LossScaleConfig("none").make([get_policy("mixed_float16")]), NoOpLossScale)
+    assert isinstance(LossScaleConfig("static").make([get_policy("float32")]), StaticLossScale)
+    made = LossScaleConfig("dynamic", 2.0**10, 7, 3.0, 0.25, 2.0, 2.0**20, 4).make(
+        [get_policy("float32")]
+    )
     assert isinstance(made, DynamicLossScale)
     assert (float(made.loss_scale), made.period, made.factor) == (2.0**10, 7, 3.0)
     assert (made.backoff_factor, made.min_loss_scale, made.max_loss_scale) == (0.25, 2.0, 2.0**20)

@@ -316,3 +316,23 @@ def test_the_matmul_precision_reaches_the_compiled_step(tmp_path, monkeypatch):
             "mlp_fp32", small("mlp_fp32", matmul_precision=precision), tmp_path / precision, QUIET
         )
     assert "HIGHEST" not in texts[0] and "HIGHEST" in texts[1]
+
+
+def test_rules_give_modules_their_policies_and_the_run_its_loss_scale(tmp_path):
+    rules = ("layers/0=bf16", "layers/1=float32", "**=mixed_float16")
+    summary = train("mlp_fp32", small("mlp_fp32", rules=rules), tmp_path, QUIET)
+    assert summary["loss_scale"] > 1  # one rule computes in float16
+    arrays = final_arrays(tmp_path)
+    dtypes = {n: str(x.dtype) for n, x in arrays.items() if "params" in n and "kernel" in n}
+    assert sorted(dtypes.values()) == ["bfloat16", "float32"]
+    moments = [x for n, x in arrays.items() if "opt_state" in n and "kernel" in n]
+    assert moments and all(x.dtype == np.float32 for x in moments)
+    assert evaluate_run(tmp_path, small("mlp_fp32", rules=rules))["accuracy"] > 0.2
+
+
+def test_a_rule_that_matches_nothing_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"'layer/0' .* matches no module; the nearest are 'layers/"
+    ):
+        train("mlp_fp32", small("mlp_fp32", rules=("layer/0=bf16",)), tmp_path / "run", QUIET)
+    assert not list(tmp_path.iterdir())

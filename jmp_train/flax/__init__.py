@@ -76,6 +76,7 @@ def explain(module: Any, rules: Any, *args: Any, **kwargs: Any) -> RulesReport:
     >>> print(explain(net, [("layers/1", "float32"), ("**", "mixed_bfloat16")]))
     path      module      policy                rule
     (model)   Sequential  p=full,c=bf16,o=full  **
+    layers    List        p=full,c=bf16,o=full  **
     layers/0  Linear      p=full,c=bf16,o=full  **
     layers/1  LayerNorm   p=full,c=full,o=full  layers/1
     """

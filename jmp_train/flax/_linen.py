@@ -72,7 +72,8 @@ def _under_rules(kind: type, rules: Rules) -> type:
         return self.apply(variables, *args, rngs=rngs, **options), variables
 
     under = type(kind.__name__, (kind,), {"__module__": kind.__module__})
-    for method in (apply, init, init_with_output):  # set late: Linen binds what a class begins with
+    methods: list[Any] = [apply, init, init_with_output]
+    for method in methods:  # set late: Linen binds what a class begins with
         name = method.__name__
         setattr(under, name, functools.update_wrapper(method, getattr(kind, name)))
     return under
@@ -86,9 +87,10 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
     def enter(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module, path = context.module, "/".join(context.module.path)
         seen.add(path)
-        if context.method_name == "setup":
+        name = context.method_name
+        if name == "setup" or (name.startswith("_") and name != "__call__"):
             return run_next(*args, **kwargs)
-        own = getattr(module, "dtype", None)
+        own = vars(module).get("dtype")
         if not _region.gives_way(own):
             return _region.run(_region.region_of(rules, path), run_next, args, kwargs)
         object.__setattr__(module, "dtype", None)  # this call's own copy of the module

@@ -34,8 +34,7 @@ def apply_policy(module: M, rules: Rules) -> M:
             if isinstance(value, nnx.Param):
                 value[...] = value[...]  # a reference of its own
                 value.set_value(cast_floating(value.get_value(), dtype))
-    module.__class__ = _under_rules(type(module))
-    module._jmp_train_rules = rules  # pyright: ignore[reportAttributeAccessIssue]
+    module.__class__ = _under_rules(type(module), rules)
     return module
 
 
@@ -51,13 +50,16 @@ def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
 
 
 @functools.cache
-def _under_rules(kind: type) -> type:
-    """A subclass whose public methods run the model under its rules."""
+def _under_rules(kind: type, rules: Rules) -> type:
+    """A subclass whose public methods run the model under its rules.
+
+    The rules lie in the class, not in the module: fields of a module are its state and checkpoints.
+    """
 
     def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _run(self, kind, name, args, kwargs)
+            return _run(self, kind, rules, name, args, kwargs)
 
         return wrapped
 
@@ -65,9 +67,8 @@ def _under_rules(kind: type) -> type:
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
 
 
-def _run(model: Any, kind: type, name: str, args: Any, kwargs: Any) -> Any:
+def _run(model: Any, kind: type, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
     """One call of the model: pure in its state, traced, recast, its new state written back."""
-    rules = model._jmp_train_rules
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     objects = [leaf for leaf in leaves if _is_object(leaf)]
     rest = [None if _is_object(leaf) else leaf for leaf in leaves]
@@ -78,7 +79,9 @@ def _run(model: Any, kind: type, name: str, args: Any, kwargs: Any) -> Any:
         inner.__class__ = kind
         _mark(inner, rules)
         given = iter(objects)
-        full = [next(given) if _is_object(old) else new for old, new in zip(leaves, rest, strict=True)]
+        full = [
+            next(given) if _is_object(old) else new for old, new in zip(leaves, rest, strict=True)
+        ]
         args, kwargs = jax.tree.unflatten(tree, full)
         out = getattr(inner, name)(*args, **kwargs)
         return out, _changed(state, nnx.state((inner, objects), nnx.Not(nnx.Param)))
@@ -107,27 +110,22 @@ def _is_object(x: Any) -> bool:
 def _mark(model: nnx.Module, rules: Rules) -> None:
     """Makes every module of a model, which is this call's own, run in its region."""
     for path, module in list(nnx.iter_modules(model)):
-        if hasattr(type(module), "_jmp_train_region"):
-            continue
-        module.__class__ = _in_region(type(module))
-        module._jmp_train_region = _region.region_of(rules, "/".join(map(str, path)))
-        if _region.gives_way(getattr(module, "dtype", None)):
-            module.dtype = None
+        region = _region.region_of(rules, "/".join(map(str, path)))
+        module.__class__ = _in_region(type(module), region)
+        if _region.gives_way(vars(module).get("dtype")):
+            setattr(module, "dtype", None)  # noqa: B010  (a Module need not have one)
 
 
 @functools.cache
-def _in_region(kind: type) -> type:
-    """A subclass whose public methods run in the region of their module."""
+def _in_region(kind: type, region: _region.Region) -> type:
+    """A subclass whose public methods run in a region."""
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _region.run(
-                self._jmp_train_region, functools.partial(method, self), args, kwargs
-            )
+            return _region.run(region, functools.partial(method, self), args, kwargs)
 
         return wrapped
 
     methods = {name: wrap(method) for name, method in _public_methods(kind).items()}
-    extra = {"__module__": kind.__module__, "_jmp_train_region": None}
-    return type(kind.__name__, (kind,), {**extra, **methods})
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})

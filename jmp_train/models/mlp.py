@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from jmp_train.flax import apply_policy
 from jmp_train.models.classification import classification
-from jmp_train.precision.policy import Policy
+from jmp_train.precision.policy import Policy, get_policy
+from jmp_train.precision.rules import NO_RULES, Rules
 from jmp_train.task import DataSpec, Task
 
 
@@ -59,12 +61,24 @@ class MlpConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
 
-    def task(self, data: DataSpec, policy: Policy) -> Task:
-        """The classification task of this network on a data set."""
+    def task(self, data: DataSpec, policy: Policy, rules: Rules = NO_RULES) -> Task:
+        """The classification task of this network on a data set.
+
+        Args:
+          data: gives the widths of input and output.
+          policy: of the whole network.
+          rules: where there are any, they give each module its policy instead.
+        """
         widths = (data.features, *self.hidden, data.classes)
+        if rules.entries:
+            policy = rules.policy_of("")
 
         def make(key: jax.Array) -> Mlp:
-            return Mlp(widths, policy, dropout=self.dropout, rngs=nnx.Rngs(params=key))
+            if not rules.entries:
+                return Mlp(widths, policy, dropout=self.dropout, rngs=nnx.Rngs(params=key))
+            plain = get_policy("float32")
+            net = Mlp(widths, plain, dropout=self.dropout, rngs=nnx.Rngs(params=key))
+            return apply_policy(net, rules)
 
         graph, *_ = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, ...)
 

@@ -32,7 +32,7 @@ class GradResult(NamedTuple):
 
 def value_and_grad(
     loss_fn: Callable[..., Any],
-    policy: str | Policy = "float32",
+    policy: str | Policy | None = "float32",
     *,
     has_aux: bool = False,
     cast_batch: bool = True,
@@ -52,7 +52,8 @@ def value_and_grad(
       loss_fn: `loss_fn(params, batch, *args, **kwargs)` returns a real scalar, or
         `(scalar, aux)` with `has_aux`. Reduce it in float32: cast the model's outputs with
         `policy.cast_to_output` first.
-      policy: a `Policy` or a string for `get_policy`.
+      policy: a `Policy` or a string for `get_policy`; None casts nothing, for a loss function that
+        does so itself (`autocast`, or a model under `jmp_train.flax.apply_policy`).
       has_aux: whether `loss_fn` returns `(loss, aux)`. `aux` is passed through as it is.
       cast_batch: whether the batch's floating leaves are cast too. Turn it off where the batch
         holds regression targets that the compute dtype would round.
@@ -82,7 +83,7 @@ def value_and_grad(
 
     Source: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740.
     """
-    policy = get_policy(policy)
+    to_compute = _as_it_is if policy is None else get_policy(policy).cast_to_compute
 
     def grad_fn(
         params: Any,
@@ -94,14 +95,14 @@ def value_and_grad(
         loss_scale = NoOpLossScale() if loss_scale is None else loss_scale
         _check_params(params)
         if cast_batch:
-            batch = policy.cast_to_compute(batch)
+            batch = to_compute(batch)
 
         def compute(params: Any) -> tuple[jax.Array, Any]:
             out = loss_fn(params, batch, *args, **kwargs)
             loss, aux = out if has_aux else (out, None)
             return _real_scalar(loss), aux
 
-        loss, backward, aux = jax.vjp(compute, policy.cast_to_compute(params), has_aux=True)
+        loss, backward, aux = jax.vjp(compute, to_compute(params), has_aux=True)
         loss_scale = _fit(loss_scale, loss.dtype)
         seed = jnp.asarray(loss_scale.loss_scale, loss.dtype)
         (grads,) = backward(seed)
@@ -116,6 +117,10 @@ def value_and_grad(
         )
 
     return grad_fn
+
+
+def _as_it_is(tree: Any) -> Any:
+    return tree
 
 
 def _check_params(params: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -113,6 +114,9 @@ class Rules:
         return _table([("pattern", "policy"), *((r.pattern, str(r.policy)) for r in self.entries)])
 
 
+NO_RULES = Rules(())
+
+
 class RuleRow(NamedTuple):
     """One module of a report."""
 
@@ -159,7 +163,9 @@ def _compiled(pattern: str) -> Any:
 
 def _regex_of_glob(pattern: str) -> str:
     regex = ""
-    *firsts, last = pattern.split("/")
+    parts = pattern.split("/")
+    again = [a == b == "**" for a, b in itertools.pairwise(parts)]  # `**/**` says no more than `**`
+    *firsts, last = [part for part, more in zip(parts, [*again, False], strict=True) if not more]
     for part in firsts:
         regex += "(?:[^/]+/)*" if part == "**" else _regex_of_name(part) + "/"
     if last != "**":

@@ -12,7 +12,7 @@ from jmp_train.precision.policy import Policy, get_policy
 
 
 def make_evaluate(
-    metrics_fn: Callable[..., dict[str, jax.Array]], policy: str | Policy = "float32"
+    metrics_fn: Callable[..., dict[str, jax.Array]], policy: str | Policy | None = "float32"
 ) -> Callable[..., dict[str, float]]:
     """Makes `evaluate(params, batches, model_state=None) -> {name: mean over the examples}`.
 
@@ -20,7 +20,7 @@ def make_evaluate(
       metrics_fn: `metrics_fn(params, batch)`, called with `model_state=` too where there is one,
         returns one value per example for each metric: shape (batch,), floating or bool. It sees
         parameters and batch in the policy's compute dtype.
-      policy: a `Policy` or a string for `get_policy`.
+      policy: a `Policy` or a string for `get_policy`; None casts nothing.
 
     Returns:
       The function. A batch is any pytree; a dict may hold `"mask"`, bool of shape (batch,): false marks padding, so that
@@ -35,12 +35,12 @@ def make_evaluate(
     >>> evaluate(0.0, batches)
     {'positive': 1.0}
     """
-    policy = get_policy(policy)
+    to_compute = (lambda tree: tree) if policy is None else get_policy(policy).cast_to_compute
 
     @jax.jit
     def sums(params: Any, batch: Any, **extras: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        batch = policy.cast_to_compute(batch)
-        values = metrics_fn(policy.cast_to_compute(params), batch, **extras)
+        batch = to_compute(batch)
+        values = metrics_fn(to_compute(params), batch, **extras)
         values = {name: value.astype(jnp.float32) for name, value in values.items()}
         mask = batch.get("mask") if isinstance(batch, Mapping) else None
         if mask is None:

@@ -38,7 +38,7 @@ class Stepper(NamedTuple):
 def make_step(
     loss_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
-    policy: str | Policy = "float32",
+    policy: str | Policy | None = "float32",
     *,
     loss_scale: LossScale | None = None,
     skip_nonfinite: bool | None = None,
@@ -61,7 +61,9 @@ def make_step(
         `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
         model's output to float32 first, or with `policy.cast_to_output` where that is float32.
       optimizer: any Optax transformation; it need not know of precision.
-      policy: a `Policy` or a string for `get_policy`.
+      policy: a `Policy` or a string for `get_policy`. None casts neither parameters nor batch, for
+        a loss function that does so itself: one under `autocast`, or with a model under
+        `jmp_train.flax.apply_policy`.
       loss_scale: the first state of the loss scale; by default `default_loss_scale(policy)`:
         dynamic where the policy computes in float16, else none.
       skip_nonfinite: whether steps with non-finite gradients are skipped; by default only where
@@ -90,15 +92,18 @@ def make_step(
     >>> int(state.skipped)  # a scale of 65,536 was too large for a gradient of 1
     1
     """
-    policy = get_policy(policy)
-    first_scale = default_loss_scale(policy) if loss_scale is None else loss_scale
+    policy = None if policy is None else get_policy(policy)
+    first_scale = loss_scale
+    if first_scale is None:
+        first_scale = NoOpLossScale() if policy is None else default_loss_scale(policy)
     if skip_nonfinite is None:
         skip_nonfinite = not isinstance(first_scale, NoOpLossScale)
     optimizer = fp32_state(optimizer)
     grad_fn = value_and_grad(_loss_and_rest(loss_fn), policy, has_aux=True, cast_batch=cast_batch)
 
     def init(params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
-        params = jax.tree.map(_own, policy.cast_to_param(params))
+        params = params if policy is None else policy.cast_to_param(params)
+        params = jax.tree.map(_own, params)
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -291,3 +291,18 @@ def test_the_batch_can_be_kept_in_its_dtype():
         stepper = jt.make_step(spying, optax.sgd(0.1), "mixed_bfloat16", cast_batch=cast_batch)
         stepper.step(stepper.init(jnp.ones(3)), jnp.ones(3))
     assert seen == [(jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]
+
+
+def test_without_a_policy_nothing_is_cast():
+    seen = []
+
+    def spying(params, batch):
+        seen.append((params["a"].dtype, params["b"].dtype, batch.dtype))
+        return jnp.sum(params["a"].astype(jnp.float32) + params["b"] * batch)
+
+    stepper = jt.make_step(spying, optax.adam(0.1), None)
+    state = stepper.init({"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3)})
+    state, info = stepper.step(state, jnp.ones(3))
+    assert seen == [(jnp.bfloat16, jnp.float32, jnp.float32)]
+    assert state.params["a"].dtype == jnp.bfloat16 and info.loss_scale is None
+    assert state.opt_state[0].mu["a"].dtype == jnp.float32
