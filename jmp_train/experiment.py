@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jmp_train.optim.optimizers import OptimizerConfig, make_schedule
+from jmp_train.optim.optimizers import OptimizerConfig, check_parameters, make_schedule
 from jmp_train.precision.dtypes import nearest
 from jmp_train.precision.loss_scale import (
     DynamicLossScale,
@@ -117,7 +117,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
 
     def __post_init__(self) -> None:
-        get_policy(self.policy)
+        check_parameters(self.optimizer, get_policy(self.policy).param_dtype)
         for field in (
             "steps",
             "batch_size",

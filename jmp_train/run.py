@@ -311,7 +311,7 @@ def _build(experiment: Experiment[Any, Any]) -> _Parts:
     task = experiment.model.task(dataset.spec, policy)
     stepper = make_step(
         task.loss_fn,
-        make_optimizer(experiment.optimizer, experiment.steps),
+        make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
         policy,
         loss_scale=experiment.loss_scale.make(experiment.policy),
         skip_nonfinite=experiment.skip_nonfinite,

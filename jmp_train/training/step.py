@@ -60,7 +60,9 @@ def make_step(
         called with `model_state=` too and returns `(loss, aux, new_model_state)`; with a key, with
         `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
         model's output to float32 first, or with `policy.cast_to_output` where that is float32.
-      optimizer: any Optax transformation; it need not know of precision.
+      optimizer: any Optax transformation; it need not know of precision. For parameters narrower
+        than float32, `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan` around
+        one keeps updates that are too small for them.
       policy: a `Policy` or a string for `get_policy`.
       loss_scale: the first state of the loss scale; by default `default_loss_scale(policy)`:
         dynamic where the policy computes in float16, else none.
