@@ -128,7 +128,7 @@ def map_narrow(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
       params: the parameters.
       *trees: of the parameters' structure; a whole subtree or None may stand for a leaf.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = _flatten(params)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     rows = zip(leaves, *columns, strict=True)
     return treedef.unflatten([function(*row) if is_narrow(row[0]) else None for row in rows])
@@ -141,8 +141,6 @@ def in_full(params: Any, full: Any = None) -> Any:
       params: the parameters.
       full: those float32 values, from `map_narrow`; the parameters' own when None.
     """
-    if params is None:
-        raise ValueError("the parameters are missing; expected update(updates, state, params)")
     full = map_narrow(to_float32, params) if full is None else full
     return _merge(params, full, params)
 
@@ -158,7 +156,13 @@ def bit_updates(updates: Any, params: Any, new: Any) -> Any:
     return _merge(params, map_narrow(BitUpdate.between, params, new), updates)
 
 
+def _flatten(params: Any) -> tuple[list[Any], Any]:
+    if params is None:
+        raise ValueError("the parameters are missing; expected update(updates, state, params)")
+    return jax.tree.flatten(params)
+
+
 def _merge(params: Any, narrow: Any, others: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = _flatten(params)
     rows = zip(leaves, treedef.flatten_up_to(narrow), treedef.flatten_up_to(others), strict=True)
     return treedef.unflatten([n if is_narrow(p) else other for p, n, other in rows])
