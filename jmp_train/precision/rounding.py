@@ -237,6 +237,8 @@ def _truncate(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.
     """
     info = jnp.finfo(dtype)
     magnitude = jax.lax.bitcast_convert_type(x, jnp.uint32) & 0x7FFFFFFF
+    if dtype == _BFLOAT16:  # float32's own exponents: the general way would find the same
+        return magnitude >> 16, magnitude & 0xFFFF, jnp.full_like(magnitude, 16)
     is_normal = magnitude >= 0x00800000
     significand = (magnitude & 0x007FFFFF) | (is_normal.astype(jnp.uint32) << 23)
     exponent = jnp.maximum(magnitude >> 23, 1).astype(jnp.int32) - 127
