@@ -39,7 +39,9 @@ def main() -> None:
     rows = []
     for name in RATES:
         timed = {way: timed_step(name, way, options.width) for way in WAYS}
-        seconds = interleaved({way: work for way, (work, _) in timed.items()}, rounds=options.rounds)
+        seconds = interleaved(
+            {way: work for way, (work, _) in timed.items()}, rounds=options.rounds
+        )
         for way in WAYS:
             row = {
                 "optimizer": name,

@@ -65,7 +65,7 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
         return Bf16RemainderState(inner.init(in_full(params)), remainder)
 
     def update(
-        updates: Any, state: Bf16RemainderState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Bf16RemainderState]:
         joined = map_narrow(join_bf16_remainder, params, state.remainder)
         full = in_full(params, joined)

@@ -68,7 +68,7 @@ def kahan(optimizer: optax.GradientTransformation) -> NarrowParameters:
         return KahanState(inner.init(in_full(params)), compensation)
 
     def update(
-        updates: Any, state: KahanState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KahanState]:
         updates, inner_state = inner.update(updates, state.inner, in_full(params), **extra_args)
         sums = map_narrow(kahan_add, params, state.compensation, updates)

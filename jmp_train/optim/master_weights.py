@@ -69,7 +69,7 @@ def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
         return MasterWeightsState(inner.init(in_full(params, master)), master)
 
     def update(
-        updates: Any, state: MasterWeightsState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, MasterWeightsState]:
         full = in_full(params, state.master)
         updates, inner_state = inner.update(updates, state.inner, full, **extra_args)

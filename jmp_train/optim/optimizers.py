@@ -42,9 +42,9 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
     """Global norm that unscaled gradients are clipped to; None does not clip."""
     parameters: Literal["direct", "master", "remainder", "stochastic", "kahan"] = "direct"
-    """What becomes of an update too small for a 16-bit parameter. direct: it is lost. Kept in the
-    state: master, a float32 copy; remainder, the 16 bits that bfloat16 lacks; kahan, the rounding
-    error. stochastic: rounded up or down by chance."""
+    """Way with parameters narrower than float32 and the small updates that they lose (direct). In the
+    optimizer's state: master, a float32 copy; remainder, the 16 bits that bfloat16 lacks; kahan,
+    the rounding error; stochastic, nothing: parameters are rounded up or down by chance."""
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "eps"):

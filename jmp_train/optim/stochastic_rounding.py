@@ -73,7 +73,7 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
         return StochasticRoundingState(inner.init(in_full(params)), jax.random.key_data(first))
 
     def update(
-        updates: Any, state: StochasticRoundingState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, StochasticRoundingState]:
         full = in_full(params)
         updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
