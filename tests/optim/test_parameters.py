@@ -1,6 +1,8 @@
 """What holds for each of the four ways with narrow parameters, around each optimizer."""
 
 import functools
+import json
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -19,6 +21,7 @@ from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.optim.optimizers import check_parameters
 from jmp_train.training.checkpoints import Checkpoints
 
+ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("master", "remainder", "stochastic", "kahan")
 NAMES = ("adamw", "adam", "sgd", "lion", "muon")
 FUNCTIONS = (jt.master_weights, jt.bf16_remainder, jt.stochastic_rounding, jt.kahan)
@@ -320,3 +323,20 @@ def test_the_seed_of_a_run_is_the_seed_of_its_rounding():
         return raw(optax.apply_updates(start(), updates))
 
     assert params_after(0) == params_after(0) != params_after(1)
+
+
+def test_the_table_of_the_docs_is_the_kept_result():
+    kept = json.loads((ROOT / "benchmarks/results/parameters-cpu.json").read_text())["rows"]
+    line = (
+        "| {optimizer} | {parameters} | {bytes_per_parameter:.2f} | {train_loss:.4f} | "
+        "{accuracy:.4f} | {time_over_float32:.2f} |"
+    )
+    page = (ROOT / "docs/parameters.md").read_text()
+    assert all(line.format(**row) in page for row in kept)
+    assert {row["parameters"] for row in kept} == {"float32", "direct", *WAYS}
+    loss = {(row["optimizer"], row["parameters"]): row["train_loss"] for row in kept}
+    for name in ("adamw", "lion", "sgd", "muon"):
+        assert loss[name, "direct"] > 1.9 * loss[name, "float32"]
+        assert all(
+            loss[name, way] == pytest.approx(loss[name, "float32"], rel=0.01) for way in WAYS
+        )
