@@ -6,7 +6,6 @@ from pathlib import Path
 
 import chex
 import flax.linen as nn
-import flax.nnx as nnx
 import flax.training.train_state
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jmp_train as jt
 from jmp_train.experiment import Experiment
