@@ -126,7 +126,14 @@ def main() -> None:
         temporary = memory.temp_size_in_bytes / 2**20
         rows[name] = {"temporary_mib": temporary, "of_float32": temporary / (first or temporary)}
         print(f"{name:28} {temporary:9.1f} MiB  {rows[name]['of_float32']:.3f} of float32")
-    print(keep("memory-for-tpu" if options.target else "memory", rows, device_kind=device.device_kind, **vars(options)))
+    print(
+        keep(
+            "memory-for-tpu" if options.target else "memory",
+            rows,
+            device_kind=device.device_kind,
+            **vars(options),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """jmp_train: mixed-precision training for JAX and Flax, in pure functions."""
 
+from jmp_train.optim.bf16_remainder import bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state
+from jmp_train.optim.kahan import kahan
+from jmp_train.optim.master_weights import master_weights
+from jmp_train.optim.stochastic_rounding import stochastic_rounding
 from jmp_train.precision.autocast import (
     AutocastReport,
     OpRow,
@@ -21,6 +25,13 @@ from jmp_train.precision.loss_scale import (
 )
 from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
+from jmp_train.precision.rounding import (
+    join_bf16_remainder,
+    kahan_add,
+    round_to_nearest,
+    split_bf16_remainder,
+    stochastic_round,
+)
 from jmp_train.training.evaluation import make_evaluate
 from jmp_train.training.state import StepInfo, TrainState
 from jmp_train.training.step import Stepper, make_step
@@ -40,6 +51,7 @@ __all__ = [
     "TrainState",
     "all_finite",
     "autocast",
+    "bf16_remainder",
     "cast_to_full",
     "cast_to_half",
     "default_loss_scale",
@@ -50,9 +62,17 @@ __all__ = [
     "fp32_state",
     "get_policy",
     "half_dtype",
+    "join_bf16_remainder",
+    "kahan",
+    "kahan_add",
     "make_evaluate",
     "make_step",
+    "master_weights",
+    "round_to_nearest",
     "select_tree",
+    "split_bf16_remainder",
+    "stochastic_round",
+    "stochastic_rounding",
     "value_and_grad",
     "with_precision",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from jmp_train.optim.optimizers import OptimizerConfig, make_schedule
+from jmp_train.optim.optimizers import OptimizerConfig, check_parameters, make_schedule
 from jmp_train.precision.dtypes import nearest
 from jmp_train.precision.loss_scale import (
     DynamicLossScale,
@@ -121,8 +121,10 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
 
     def __post_init__(self) -> None:
-        get_policy(self.policy)
-        Rules(self.rules)
+        policies = [rule.policy for rule in Rules(self.rules).entries] or [get_policy(self.policy)]
+        misfits = [m for p in policies if (m := self._parameters_misfit(p.param_dtype))]
+        if len(misfits) == len(policies):
+            raise ValueError(misfits[0])
         for field in (
             "steps",
             "batch_size",
@@ -142,6 +144,14 @@ class Experiment(Generic[ModelConfig, DataConfig]):
                     f"({self.steps_per_call})"
                 )
         make_schedule(self.optimizer, self.steps)
+
+    def _parameters_misfit(self, param_dtype: Any) -> str:
+        """Why the optimizer's way with narrow parameters does not fit a dtype; "" if it does."""
+        try:
+            check_parameters(self.optimizer, param_dtype)
+        except ValueError as error:
+            return str(error)
+        return ""
 
 
 class UsageError(Exception):

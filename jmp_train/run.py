@@ -318,7 +318,7 @@ def _build(experiment: Experiment[Any, Any]) -> _Parts:
         policies, policy = [rule.policy for rule in rules.entries], None
     stepper = make_step(
         task.loss_fn,
-        make_optimizer(experiment.optimizer, experiment.steps),
+        make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
         policy,
         loss_scale=experiment.loss_scale.make(policies),
         skip_nonfinite=experiment.skip_nonfinite,

@@ -1,6 +1,32 @@
-"""Optax transformations whose state is float32 whatever the parameters are."""
+"""Optax transformations whose state is float32 whatever the parameters are, and four ways to train
+parameters that are narrower."""
 
+from jmp_train.optim.bf16_remainder import Bf16RemainderState, bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.optim.optimizers import OptimizerConfig, make_optimizer, make_schedule
+from jmp_train.optim.kahan import KahanState, kahan
+from jmp_train.optim.master_weights import MasterWeightsState, master_weights
+from jmp_train.optim.narrow_parameters import BitUpdate
+from jmp_train.optim.optimizers import (
+    OptimizerConfig,
+    check_parameters,
+    make_optimizer,
+    make_schedule,
+)
+from jmp_train.optim.stochastic_rounding import StochasticRoundingState, stochastic_rounding
 
-__all__ = ["OptimizerConfig", "fp32_state", "make_optimizer", "make_schedule"]
+__all__ = [
+    "Bf16RemainderState",
+    "BitUpdate",
+    "KahanState",
+    "MasterWeightsState",
+    "OptimizerConfig",
+    "StochasticRoundingState",
+    "bf16_remainder",
+    "check_parameters",
+    "fp32_state",
+    "kahan",
+    "make_optimizer",
+    "make_schedule",
+    "master_weights",
+    "stochastic_rounding",
+]

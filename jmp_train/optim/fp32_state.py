@@ -6,6 +6,7 @@ from typing import Any
 
 import optax
 
+from jmp_train.optim.narrow_parameters import NarrowParameters
 from jmp_train.precision.policy import widen_to_full
 
 
@@ -21,10 +22,12 @@ def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     itself, at no cost. A dtype that the optimizer itself was told to use (`mu_dtype`) is kept.
 
     The rounding of the sum still loses updates smaller than half a unit in the last place of a
-    16-bit parameter; keep parameters in float32 (`mixed_bfloat16`, `mixed_float16`) to avoid it.
+    16-bit parameter. Keep parameters in float32 (`mixed_bfloat16`, `mixed_float16`) to avoid it,
+    or use one of `master_weights`, `bf16_remainder`, `stochastic_rounding` and `kahan`.
 
     Args:
-      optimizer: any Optax transformation.
+      optimizer: any Optax transformation. One of those four comes back as it is: it widens what its
+        own inner optimizer sees.
 
     Returns:
       A transformation with the same arguments.
@@ -39,6 +42,8 @@ def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
     Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1; Kingma & Ba 2015,
     "Adam", algorithm 1.
     """
+    if isinstance(optimizer, NarrowParameters):
+        return optimizer
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> Any:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from jmp_train.optim.bf16_remainder import bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state
+from jmp_train.optim.kahan import kahan
+from jmp_train.optim.master_weights import master_weights
+from jmp_train.optim.stochastic_rounding import stochastic_rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,10 @@ class OptimizerConfig:
     """Momentum (sgd), Nesterov's."""
     max_grad_norm: float | None = 1.0
     """Global norm that unscaled gradients are clipped to; None does not clip."""
+    parameters: Literal["direct", "master", "remainder", "stochastic", "kahan"] = "direct"
+    """Way with parameters narrower than float32 and the small updates that they lose (direct). In the
+    optimizer's state: master, a float32 copy; remainder, the 16 bits that bfloat16 lacks; kahan,
+    the rounding error; stochastic, nothing: parameters are rounded up or down by chance."""
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "eps"):
@@ -83,12 +93,50 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, schedule], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+def check_parameters(config: OptimizerConfig, param_dtype: Any) -> None:
+    """Whether a config's way with narrow parameters fits the dtype that they are stored in.
+
+    Args:
+      config: its `parameters`.
+      param_dtype: of the policy.
+
+    Raises:
+      ValueError: if it does not.
+
+    >>> check_parameters(OptimizerConfig(parameters="remainder"), jnp.float16)
+    Traceback (most recent call last):
+    ValueError: optimizer.parameters is 'remainder' and the policy stores parameters in float16; \
+expected bfloat16 parameters, as in policy 'bf16-true', or 'direct'
+    """
+    dtype = jnp.dtype(param_dtype)
+    if config.parameters == "direct":
+        return
+    if config.parameters == "remainder":
+        fits, expected = dtype == jnp.bfloat16, "bfloat16 parameters, as in policy 'bf16-true'"
+    else:
+        fits = jnp.finfo(dtype).bits < 32
+        expected = "narrower ones, as in policies 'bf16-true' and '16-true'"
+    if not fits:
+        raise ValueError(
+            f"optimizer.parameters is {config.parameters!r} and the policy stores parameters in "
+            f"{dtype}; expected {expected}, or 'direct'"
+        )
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config: clip by global norm, then the named update, state in float32.
 
     Args:
       config: which one.
       steps: updates in the whole run, for the schedule.
+      seed: of stochastic rounding.
+
+    Returns:
+      The optimizer, its `init` and `update` given the parameters in their own dtype. Where
+      `config.parameters` is not "direct", `init` raises a ValueError for parameters whose dtype
+      does not fit (`check_parameters`), and `update` wants `params`.
 
     Raises:
       ValueError: if the warm-up is longer than the run.
@@ -106,4 +154,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     }[config.name]()
     if config.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
-    return fp32_state(optimizer)
+    # A stream of its own: the run's seed also makes its parameters and its dropout.
+    rounding_key = jax.random.fold_in(jax.random.key(seed), 0x524F554E)
+    return {
+        "direct": lambda: fp32_state(optimizer),
+        "master": lambda: master_weights(optimizer),
+        "remainder": lambda: bf16_remainder(optimizer),
+        "stochastic": lambda: stochastic_rounding(optimizer, rounding_key),
+        "kahan": lambda: kahan(optimizer),
+    }[config.parameters]()

@@ -20,6 +20,13 @@ from jmp_train.precision.loss_scale import (
 )
 from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
+from jmp_train.precision.rounding import (
+    join_bf16_remainder,
+    kahan_add,
+    round_to_nearest,
+    split_bf16_remainder,
+    stochastic_round,
+)
 
 __all__ = [
     "AutocastReport",
@@ -42,7 +49,12 @@ __all__ = [
     "fastest_dtype",
     "get_policy",
     "half_dtype",
+    "join_bf16_remainder",
+    "kahan_add",
+    "round_to_nearest",
     "select_tree",
+    "split_bf16_remainder",
+    "stochastic_round",
     "value_and_grad",
     "with_precision",
 ]

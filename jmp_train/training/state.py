@@ -14,7 +14,7 @@ class TrainState(NamedTuple):
 
     step: jax.Array  # shape=(), int32: steps taken, skipped ones included
     params: Any  # in the policy's parameter dtype
-    opt_state: Any  # float32
+    opt_state: Any  # float32, but for what keeps narrow parameters exact
     model_state: Any  # batch statistics and the like, float32; None without
     loss_scale: LossScale
     skipped: jax.Array  # shape=(), int32: steps skipped because something was not finite

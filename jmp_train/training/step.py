@@ -60,7 +60,9 @@ def make_step(
         called with `model_state=` too and returns `(loss, aux, new_model_state)`; with a key, with
         `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
         model's output to float32 first, or with `policy.cast_to_output` where that is float32.
-      optimizer: any Optax transformation; it need not know of precision.
+      optimizer: any Optax transformation; it need not know of precision. For parameters narrower
+        than float32, `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan` around
+        one keeps updates that are too small for them.
       policy: a `Policy` or a string for `get_policy`. None casts neither parameters nor batch, for
         a loss function that does so itself: one under `autocast`, or with a model under
         `jmp_train.flax.apply_policy`.

@@ -1,0 +1,86 @@
+"""bfloat16 and remainder are the float32 parameters of training by hand, bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jmp_train as jt
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(1e-3),
+    "adam": lambda: optax.adam(1e-3),
+    "sgd": lambda: optax.sgd(3e-2, momentum=0.9),
+    "lion": lambda: optax.lion(3e-4),
+    "muon": lambda: optax.contrib.muon(1e-3),
+}
+
+
+def start():
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (16, 32), "b1": (32,), "w2": (32, 4)}
+    return {k: jnp.asarray(rng.normal(size=s) / 4, jnp.bfloat16) for k, s in shapes.items()}
+
+
+def loss_fn(params, x):
+    p = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    target = jnp.sin(x @ jnp.linspace(-1, 1, 64).reshape(16, 4))
+    return jnp.mean((jnp.tanh(x @ p["w1"] + p["b1"]) @ p["w2"] - target) ** 2)
+
+
+def nearest_away(master):
+    """The nearest bfloat16, ties away from zero: the carry of an addition to the magnitude."""
+    bits = (jax.lax.bitcast_convert_type(master, jnp.uint32) + 0x8000) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+@functools.cache
+def by_hand(name, steps):
+    """float32 parameters, the model computed on their nearest bfloat16, Optax as its page says."""
+    optimizer = OPTIMIZERS[name]()
+
+    def step(carry, x):
+        master, state, ties = carry
+        grads = jax.grad(loss_fn)(jax.tree.map(nearest_away, master), x)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        updates, state = optimizer.update(grads, state, master)
+        low = [jax.lax.bitcast_convert_type(m, jnp.uint32) & 0xFFFF for m in master.values()]
+        ties += sum(jnp.sum(x == 0x8000) for x in low)
+        return (optax.apply_updates(master, updates), state, ties), None
+
+    master = jax.tree.map(lambda p: p.astype(jnp.float32), start())
+    carry = (master, optimizer.init(master), jnp.int32(0))
+    (master, state, ties), _ = jax.jit(functools.partial(jax.lax.scan, step))(carry, data(steps))
+    return master, state, int(ties)
+
+
+def data(steps):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(steps, 8, 16)), jnp.float32)
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("way", [jt.bf16_remainder, jt.master_weights])
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in list(OPTIMIZERS)[1:])]
+)
+def test_a_thousand_steps_are_those_of_float32_parameters_bit_for_bit(name, way):
+    steps = 1000
+    master, inner, ties = by_hand(name, steps)
+    if name == "adamw":
+        assert ties > 0  # the case that a remainder can lose did come up
+    stepper = jt.make_step(loss_fn, way(OPTIMIZERS[name]()), "bf16", cast_batch=False)
+    state, info = stepper.scan(stepper.init(start()), data(steps))
+    assert info.loss[-10:].mean() < info.loss[:10].mean()
+    ours = state.opt_state[1]
+    if way is jt.bf16_remainder:
+        ours = jax.tree.map(jt.join_bf16_remainder, state.params, ours)
+    assert_same_bits(ours, master)
+    assert_same_bits(state.opt_state.inner, inner)
+    assert_same_bits(state.params, jax.tree.map(nearest_away, master))
