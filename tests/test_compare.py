@@ -14,7 +14,7 @@ from jmp_train.compare import compare, variants_of
 def shortened(variants):
     return {
         label: dataclasses.replace(
-            e, steps=60, eval_every=60, optimizer=dataclasses.replace(e.optimizer, warmup_steps=5)
+            e, steps=20, eval_every=20, optimizer=dataclasses.replace(e.optimizer, warmup_steps=5)
         )
         for label, e in variants.items()
     }
@@ -22,7 +22,7 @@ def shortened(variants):
 
 def test_the_comparison_holds_what_the_runs_say(tmp_path):
     out = io.StringIO()
-    variants = shortened(variants_of("mlp", "fp32,fp16,bf16"))
+    variants = shortened(variants_of("mlp", "fp32,fp16"))
     result = compare("mlp", variants, seeds=2, out=tmp_path, console=Console(file=out, width=120))
     assert json.loads((tmp_path / "compare.json").read_text()) == result
     for label in variants:

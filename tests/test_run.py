@@ -91,8 +91,9 @@ def test_a_finished_run_directory_is_complete(tmp_path):
     assert evaluate_run(run, small()) == {"step": 40, **summary["eval"]}
 
 
-@pytest.mark.parametrize("name", ["mlp_fp32", "mlp_fp16", "mlp_bf16"])
-@pytest.mark.parametrize("per_call", [1, 5])
+@pytest.mark.parametrize(
+    "name,per_call", [("mlp_fp32", 1), ("mlp_fp16", 1), ("mlp_bf16", 1), ("mlp_fp16", 5)]
+)
 def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     tmp_path, monkeypatch, name, per_call
 ):

@@ -62,15 +62,16 @@ def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
 def test_values_and_gradients_are_those_of_float32_but_for_rounding(policy):
     net, under = Net(), apply_policy(Net(), policy)
     variables = net.init(KEY, TOKENS)
-    assert under.apply(variables, TOKENS).dtype == jnp.float32
-    got, want = (model.apply(variables, TOKENS) for model in (under, net))
+    got, want = (jax.jit(model.apply)(variables, TOKENS) for model in (under, net))
+    assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=TOLERANCE[policy])
 
     def loss(params, model):
         logits = model.apply({**variables, "params": params}, TOKENS)
         return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS).mean()
 
-    ours, theirs = (jax.grad(loss)(variables["params"], model) for model in (under, net))
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    ours, theirs = (grad(variables["params"], model) for model in (under, net))
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
     # Against the largest gradient of the model: that of a key's bias is zero but for rounding.
     scale = max(float(jnp.abs(b).max()) for b in jax.tree.leaves(theirs))
@@ -105,7 +106,8 @@ def test_statistics_stay_float32_and_dropout_draws_what_it_drew():
     net, under = Net(), apply_policy(Net(), "mixed_float16")
     variables = net.init(KEY, TOKENS)
     options = {"train": True, "rngs": {"dropout": KEY}, "mutable": ["batch_stats"]}
-    (got, ours), (want, theirs) = (m.apply(variables, TOKENS, **options) for m in (under, net))
+    calls = (jax.jit(functools.partial(m.apply, **options)) for m in (under, net))
+    (got, ours), (want, theirs) = (call(variables, TOKENS) for call in calls)
     chex.assert_trees_all_equal_dtypes(ours, theirs)
     chex.assert_trees_all_close(ours, theirs, atol=2**-8)
     np.testing.assert_allclose(got, want, atol=TOLERANCE["mixed_float16"])
@@ -238,16 +240,17 @@ def test_a_published_model_runs_unedited():
     jax_resnet = pytest.importorskip("jax_resnet")
     net = jax_resnet.ResNet18(n_classes=10)
     images = jax.random.normal(KEY, (2, 32, 32, 3))
-    variables = net.init(KEY, images)
+    variables = jax.jit(net.init)(KEY, images)
 
     def loss(params, model):
         out, changed = model.apply({**variables, "params": params}, images, mutable=["batch_stats"])
         return (jax.nn.log_softmax(out)[:, 0]).mean(), changed
 
-    want, _ = loss(variables["params"], net)
+    jitted = lambda params, model: jax.jit(lambda p: loss(p, model))(params)
+    want, _ = jitted(variables["params"], net)
     for policy, half in HALVES.items():
         under = apply_policy(net, policy)
-        got, changed = loss(variables["params"], under)
+        got, changed = jitted(variables["params"], under)
         np.testing.assert_allclose(got, want, atol=TOLERANCE[policy])
         assert {str(x.dtype) for x in jax.tree.leaves(changed)} == {"float32"}
         grad = jax.make_jaxpr(jax.grad(lambda p, m=under: loss(p, m)[0]))(variables["params"])

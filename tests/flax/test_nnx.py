@@ -70,14 +70,15 @@ def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
 def test_values_and_gradients_are_those_of_float32_but_for_rounding(policy):
     net = Net(nnx.Rngs(0))
     under = apply_policy(net, policy)
-    assert under(TOKENS).dtype == jnp.float32
-    np.testing.assert_allclose(under(TOKENS), net(TOKENS), atol=TOLERANCE[policy])
+    forward = nnx.jit(lambda model: model(TOKENS))
+    assert forward(under).dtype == jnp.float32
+    np.testing.assert_allclose(forward(under), forward(net), atol=TOLERANCE[policy])
 
     def loss(model):
         logits = model(TOKENS)
         return optax.softmax_cross_entropy_with_integer_labels(logits, TOKENS).mean()
 
-    ours, theirs = (jax.tree.leaves(nnx.grad(loss)(model)) for model in (under, net))
+    ours, theirs = (jax.tree.leaves(nnx.jit(nnx.grad(loss))(model)) for model in (under, net))
     # Against the largest gradient of the model: that of a key's bias is zero but for rounding.
     scale = max(float(jnp.abs(b).max()) for b in theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -167,8 +168,9 @@ IMAGES = jax.random.normal(jax.random.key(5), (4, 6, 6, 3))
 def test_batch_statistics_stay_float32_and_move_as_without_a_policy():
     net = Noisy(nnx.Rngs(0))
     under = apply_policy(net, "mixed_bfloat16")
+    call = nnx.jit(lambda model: model(IMAGES))
     for model in (net, under):
-        model(IMAGES)
+        call(model)
     assert under.norm.mean[...].dtype == under.norm.var[...].dtype == jnp.float32
     assert float(jnp.abs(under.norm.mean[...]).max()) > 0
     np.testing.assert_allclose(under.norm.mean[...], net.norm.mean[...], atol=2**-8)
@@ -230,11 +232,12 @@ def test_layers_under_scan_and_remat(policy):
     net = Stacked(nnx.Rngs(0))
     under = apply_policy(net, [("head", "float32"), ("**", policy)])
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
-    np.testing.assert_allclose(under(x), net(x), atol=2 * TOLERANCE[policy])
+    forward = nnx.jit(lambda model: model(x))
+    np.testing.assert_allclose(forward(under), forward(net), atol=2 * TOLERANCE[policy])
     counts = ran_in(jaxpr_of(under, x))
     assert counts["float32"] == 1 and counts[HALVES[policy].__name__] >= 6
     ours, theirs = (
-        nnx.grad(lambda model: (model(x) ** 2).mean())(model).layers.up.kernel[...]
+        nnx.jit(nnx.grad(lambda model: (model(x) ** 2).mean()))(model).layers.up.kernel[...]
         for model in (under, net)
     )
     np.testing.assert_allclose(
@@ -305,10 +308,11 @@ def test_a_published_model_runs_unedited():
     )
     net = mamba2.Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
     tokens = jnp.arange(32).reshape(2, 16) % 50
-    want = net(tokens)["logits"]
+    forward = nnx.jit(lambda model: model(tokens)["logits"])
+    want = forward(net)
     for policy, half in HALVES.items():
         under = apply_policy(net, policy)
-        got = under(tokens)["logits"]
+        got = forward(under)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, atol=4 * TOLERANCE[policy])  # logits reach 3
         graph, params = nnx.split(under)

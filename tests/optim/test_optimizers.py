@@ -1,5 +1,6 @@
 """Schedules against closed forms, clipping against float64, and refused settings."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -42,9 +43,14 @@ def test_every_optimizer_walks_down_a_quadratic(name):
     params = {"w": jnp.full((4, 4), 2.0) + jnp.eye(4)}
     state = optimizer.init(params)
     first = float(jnp.sum(params["w"] ** 2))
-    for _ in range(100):
+
+    @jax.jit
+    def step(params, state):
         updates, state = optimizer.update({"w": 2 * params["w"]}, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(100):
+        params, state = step(params, state)
     assert float(jnp.sum(params["w"] ** 2)) < 0.7 * first
 
 

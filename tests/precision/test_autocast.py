@@ -650,7 +650,7 @@ def _cases():
             yield pytest.param(construct, order, marks=marks)
 
 
-@pytest.mark.parametrize("construct,order", _cases())
+@pytest.mark.parametrize("construct,order", list(_cases()))
 def test_every_construct_in_every_order(construct, order):
     if order.startswith("jvp") and construct in NOT_FORWARD:
         pytest.skip("JAX has no forward mode for custom_vjp")

@@ -57,12 +57,12 @@ def hand_written(opt):
 
 def test_the_float32_step_computes_what_the_hand_written_one_does():
     opt, params = optimizer(), make_params()
-    theirs, opt_state = params, opt.init(params)
+    theirs, opt_state, by_hand = params, opt.init(params), hand_written(opt)
     stepper = jt.make_step(loss_fn, opt, "float32")
     state = stepper.init(params)
     for n in range(10):
         state, info = stepper.step(state, make_batch(n))
-        theirs, opt_state, loss, _ = hand_written(opt)(theirs, opt_state, make_batch(n))
+        theirs, opt_state, loss, _ = by_hand(theirs, opt_state, make_batch(n))
         assert float(info.loss) == float(loss)
     chex.assert_trees_all_equal(state.params, theirs)
     chex.assert_trees_all_equal(state.opt_state, opt_state)
