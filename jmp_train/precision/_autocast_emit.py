@@ -370,7 +370,7 @@ class Emitter:
 
     def scan(self, op: OpPlan, values: list[Any]) -> list[Any]:
         params = dict(op.eqn.params)
-        nc, ncar = params["num_consts"], params["num_carry"]
+        nc, ncar = compat.scan_counts(params)
         consts = Parcel(values[:nc], op.asks[:nc], copies=True)
         carry = Parcel(*_carried(values[nc : nc + ncar], op.outs[:ncar]))
         xs = Parcel(values[nc + ncar :], op.asks[nc + ncar :])
@@ -382,7 +382,7 @@ class Emitter:
         ]
         parcel = Together(consts, carry, xs)
         params["jaxpr"] = self.traced(op.subs[0], parcel, avals, op.outs)
-        params["num_consts"] = len(consts.args)
+        params = compat.with_scan_consts(params, len(consts.args))
         if "linear" in params:
             linear = params["linear"]
             params["linear"] = (*consts.spread(linear[:nc], lambda _: False), *linear[nc:])

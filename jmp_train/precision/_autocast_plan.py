@@ -20,7 +20,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Literal
 
-from jmp_train.precision._jax_compat import Body, body_of
+from jmp_train.precision._jax_compat import Body, body_of, scan_counts
 from jmp_train.precision.dtypes import is_floating
 from jmp_train.precision.op_rules import INDEPENDENT, LAYOUT, MOVES, POWERS, RAISED, OpRules
 
@@ -468,7 +468,7 @@ class _Walk:
 
     def scan(self, eqn: Any, region: Region | None) -> OpPlan:
         """As `while_loop`; scanned inputs are cast a slice at a time, inside."""
-        nc, ncar = eqn.params["num_consts"], eqn.params["num_carry"]
+        nc, ncar = scan_counts(eqn.params)
         carry = [kind_of_aval(v.aval) for v in eqn.outvars[:ncar]]
         consts, xs = self.kinds_in(eqn.invars[:nc]), self.kinds_in(eqn.invars[nc + ncar :])
         sub = self.planner.plan(eqn.params["jaxpr"], [*consts, *carry, *xs], region, ncar)

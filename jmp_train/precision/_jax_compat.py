@@ -9,6 +9,7 @@ names the installed version, so that a change in JAX is never a silent change in
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -180,3 +181,21 @@ def known_primitives() -> frozenset[str]:
     """The names of the primitives that JAX publishes in `jax.extend.core.primitives`."""
     primitives = vars(jex_core.primitives).values()
     return frozenset(p.name for p in primitives if isinstance(p, jex_core.Primitive))
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of constants and of carries of a scan: plain in jax 0.10, a tree's in 0.11."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = map(list, params["ft_in"].unpack())
+    return len(consts), len(carry)
+
+
+def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
+    """A scan's parameters with another number of constants."""
+    if "num_consts" in params:
+        return {**params, "num_consts": count}
+    # The trees of jax 0.11 have no public maker; their own module has, wherever it lies.
+    trees = importlib.import_module(type(params["ft_in"]).__module__)
+    _, carry, xs = params["ft_in"].unpack()
+    return {**params, "ft_in": trees.pack((trees.nones(count), carry, xs))}
