@@ -154,6 +154,11 @@ def jvp_rule(params: dict[str, Any], zeros: Sequence[bool]) -> tuple[Body, Seque
     return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(consts)), out_zeros
 
 
+#: Whether functions with a `custom_vjp` are entered. From jax 0.11 on they run as written, with
+#: the author's rule: re-emitting them lost an operand's gradient there (measured on 0.11.2).
+ENTERS_CUSTOM_VJP = jax.__version_info__ < (0, 11)
+
+
 class VjpRule(NamedTuple):
     """A `custom_vjp` rule, flat: `forward` returns the residuals that are not inputs, then the
     outputs; `inputs[i]` is the operand that residual i is, None where `forward` returns it."""
