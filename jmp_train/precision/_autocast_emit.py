@@ -465,22 +465,23 @@ class Emitter:
 
         def backward(residuals: Any, cotangents: Any) -> Any:
             given = [value_of(k, r) for (k, _), r in zip(held, residuals, strict=True)]
-            cts = self._backward(op, given, [a.dtype for _, a in held], cotangents)
+            cts, logs = self._backward(op, given, [a.dtype for _, a in held], cotangents)
             back: list[Any] = [None] * len(parcel.args)
             for i, ct in zip(first[skip:], cts, strict=True):
                 back[i] = ct if ct is None else _as_dtype(ct, jax.typeof(parcel.args[i]).dtype)
-            return tuple(back)
+            return tuple(back), logs
 
         fun = self._named(op, lambda *args: list(self.body(op.subs[0], parcel, op.outs)(*args)))
         custom = jax.custom_vjp(fun)
-        custom.defvjp(forward, backward, symbolic_zeros=symbolic)
+        compat.define_vjp(custom, forward, backward, symbolic)
         outs = custom(*parcel.args)
         return [value_of(kind, out) for kind, out in zip(op.outs, outs, strict=True)]
 
     def _backward(
         self, op: OpPlan, residuals: list[Any], dtypes: list[Any], cotangents: Sequence[Any]
-    ) -> list[Any]:
-        """Runs the user's backward rule, traced in the dtypes that it was written for."""
+    ) -> tuple[list[Any], dict[str, Any] | None]:
+        """Runs the user's backward rule, traced in the dtypes that it was written for; returns the
+        cotangents, None for a zero, and what the rule logs, in the dtypes that it was written in."""
         n, params = len(residuals), op.eqn.params
         static: dict[int, Any] = {}  # zeros, which hold no array
         values, avals = (
@@ -500,19 +501,29 @@ class Emitter:
                 values.append(value_of(kind_of_aval(jax.typeof(ct)), ct))
                 avals.append(compat.aval_like(jax.typeof(ct), var.aval.dtype))
         zero: list[bool] = []
+        logged: list[Any] = []  # the structure of the logs
 
         def written_rule(*args: Any) -> Any:
             rest = iter(args)
             total = n + len(cotangents)
             args = tuple(static[i] if i in static else next(rest) for i in range(total))
-            outs = compat.run_backward(params, args)
+            outs, logs = compat.run_backward(params, args)
             zero[:] = [out is None or compat.is_symbolic_zero(out) for out in outs]
-            return [out for out, is_zero in zip(outs, zero, strict=True) if not is_zero]
+            leaves, tree = jax.tree.flatten(logs)
+            logged[:] = [tree]
+            return [
+                *[out for out, is_zero in zip(outs, zero, strict=True) if not is_zero],
+                *leaves,
+            ]
 
         closed = compat.trace(written_rule, avals)
         plan = self.planner.plan(closed, [_kind(v) for v in values], op.subs[0].region)
         outs = iter(self.run(plan, values))
-        return [None if is_zero else next(outs) for is_zero in zero]
+        cts = [None if is_zero else next(outs) for is_zero in zero]
+        (tree,) = logged
+        log_avals = closed.out_avals[len(closed.out_avals) - tree.num_leaves :]
+        logs = [_as_dtype(v, a.dtype) for v, a in zip(outs, log_avals, strict=True)]
+        return cts, jax.tree.unflatten(tree, logs)
 
     def _named(self, op: OpPlan, fun: Any) -> Any:
         name = compat.function_name(op.eqn.params["call_jaxpr"])

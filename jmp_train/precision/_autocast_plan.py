@@ -20,7 +20,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Literal
 
-from jmp_train.precision._jax_compat import ENTERS_CUSTOM_VJP, Body, body_of, scan_counts
+from jmp_train.precision._jax_compat import Body, body_of, scan_counts
 from jmp_train.precision.dtypes import is_floating
 from jmp_train.precision.op_rules import INDEPENDENT, LAYOUT, MOVES, POWERS, RAISED, OpRules
 
@@ -248,7 +248,7 @@ class _Walk:
         cell = None
         if name == "convert_element_type":
             op, cell = self.author_cast(eqn)
-        elif name in _ENTERED and (ENTERS_CUSTOM_VJP or name != "custom_vjp_call"):
+        elif name in _ENTERED:
             op = _ENTERED[name](self, eqn, region)
         else:
             op = self.plain(index, eqn, region)

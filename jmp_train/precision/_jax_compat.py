@@ -154,11 +154,6 @@ def jvp_rule(params: dict[str, Any], zeros: Sequence[bool]) -> tuple[Body, Seque
     return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(consts)), out_zeros
 
 
-#: Whether functions with a `custom_vjp` are entered. From jax 0.11 on they run as written, with
-#: the author's rule: re-emitting them lost an operand's gradient there (measured on 0.11.2).
-ENTERS_CUSTOM_VJP = jax.__version_info__ < (0, 11)
-
-
 class VjpRule(NamedTuple):
     """A `custom_vjp` rule, flat: `forward` returns the residuals that are not inputs, then the
     outputs; `inputs[i]` is the operand that residual i is, None where `forward` returns it."""
@@ -177,9 +172,25 @@ def vjp_rule(params: dict[str, Any], nonzeros: Sequence[bool]) -> VjpRule:
     return VjpRule(Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(consts)), inputs)
 
 
-def run_backward(params: dict[str, Any], residuals_and_cotangents: Sequence[Any]) -> list[Any]:
-    """The cotangents that a `custom_vjp` rule gives for its operands, constants left out."""
-    return list(_call(params["bwd"], *residuals_and_cotangents))
+def run_backward(
+    params: dict[str, Any], residuals_and_cotangents: Sequence[Any]
+) -> tuple[list[Any], dict[str, Any] | None]:
+    """The cotangents that a `custom_vjp` rule gives for its operands, constants left out, and what
+    it logs: JAX 0.10 returns the cotangents alone, 0.11 both."""
+    out = _call(params["bwd"], *residuals_and_cotangents)
+    if len(out) == 2 and isinstance(out[0], (list, tuple)):  # a cotangent is never one
+        return list(out[0]), out[1]
+    return list(out), None
+
+
+def define_vjp(
+    function: Any, forward: Callable[..., Any], backward: Callable[..., Any], symbolic_zeros: bool
+) -> None:
+    """Gives a `custom_vjp` its rules, `backward` one that returns `(cotangents, logs)`."""
+    if hasattr(function, "defvjp_with_logs"):
+        function.defvjp_with_logs(forward, backward, symbolic_zeros=symbolic_zeros)
+    else:
+        function.defvjp(forward, lambda *args: backward(*args)[0], symbolic_zeros=symbolic_zeros)
 
 
 def known_primitives() -> frozenset[str]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -765,6 +766,28 @@ def test_custom_rules_with_symbolic_zeros():
     for fn in (f, g):
         loss = jt.autocast(lambda a, fn=fn: fn(a, jnp.ones((2, 2))).sum())
         np.testing.assert_array_equal(jax.grad(loss)(a), 2.0)
+
+
+@pytest.mark.skipif(
+    not hasattr(jax.custom_vjp, "defvjp_with_logs"), reason="backward rules log from jax 0.11 on"
+)
+def test_what_a_backward_rule_logs_comes_through_in_its_dtype():
+    @jax.custom_vjp
+    def f(w, x):
+        return x @ w
+
+    def backward(residuals, ct):
+        w, x = residuals
+        return (x.T @ ct, ct @ w.T), {"size": jnp.abs(ct).sum(), "ct": ct}
+
+    f.defvjp_with_logs(lambda w, x: (x @ w, (w, x)), backward)
+    w, x = jnp.full((2, 2), 0.5), jnp.ones((3, 2))
+    back: Any = jax.vjp(jt.autocast(f), w, x)[1]
+    (dw, dx), logs = back.with_logs(jnp.ones((3, 2)))
+    np.testing.assert_array_equal(dw, 3.0)
+    np.testing.assert_array_equal(dx, 1.0)
+    assert float(logs["size"]) == 6.0
+    assert {k: v.dtype.name for k, v in logs.items()} == {"size": "float32", "ct": "float32"}
 
 
 def test_relu_keeps_half_and_its_derivative_at_zero():
