@@ -15,6 +15,7 @@ from jmp_train.experiment import Experiment, UsageError, experiment_files, find_
 from jmp_train.precision.dtypes import nearest
 from jmp_train.report.plots import plot_comparison
 from jmp_train.run import train
+from jmp_train.training.loop import Diverged
 from jmp_train.training.metrics import write_json
 
 _MATMUL = typing.get_args(typing.get_type_hints(Experiment)["matmul_precision"])
@@ -64,7 +65,8 @@ def compare(
 ) -> dict[str, Any]:
     """Trains each variant with each seed, then prints, writes and draws the comparison.
 
-    The seeds go outermost, so that a machine that slows down slows all variants alike.
+    The seeds go outermost, so that a machine that slows down slows all variants alike. A run that
+    diverges is counted, and left out of its row's means.
 
     Args:
       family: its name.
@@ -78,15 +80,23 @@ def compare(
 
     Raises:
       UsageError: for a folder that cannot be written.
-      Diverged, Stopped: as `run.train`.
+      Diverged: if every run did.
+      Stopped: as `run.train`.
     """
     summaries: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
+    diverged: dict[str, list[int]] = {label: [] for label in variants}  # their seeds
     quiet = Console(quiet=True)
     for seed in range(seeds):
         for label, experiment in variants.items():
             run_dir = out / "runs" / f"{label}-seed{seed}"
             seeded = dataclasses.replace(experiment, seed=seed)
-            summary = train(f"{family}_{label.partition('@')[0]}", seeded, run_dir, quiet)
+            try:
+                summary = train(f"{family}_{label.partition('@')[0]}", seeded, run_dir, quiet)
+            except Diverged as error:
+                diverged[label].append(seed)
+                message = f"{label} seed {seed} diverged: {error}"
+                console.print(message, highlight=False, markup=False, soft_wrap=True)
+                continue
             summaries[label].append(summary)
             console.print(
                 f"{label} seed {seed}: {experiment.model.metric} "
@@ -95,11 +105,19 @@ def compare(
                 markup=False,
             )
     metric = next(iter(variants.values())).model.metric
-    rows = {label: _row(runs, metric) for label, runs in summaries.items()}
+    finished = [run for runs in summaries.values() for run in runs]
+    if not finished:
+        raise Diverged(f"every run of {family} diverged")
+    example = finished[0]
+    rows = {
+        label: _row(runs, metric)
+        | {"policy": variants[label].policy, "diverged_seeds": diverged[label]}
+        for label, runs in summaries.items()
+    }
     reference = next(iter(rows.values()))["seconds"]["mean"]
     for row in rows.values():
-        row["speed_up"] = reference / row["seconds"]["mean"]
-    example = next(iter(summaries.values()))[0]
+        both = reference and row["seconds"]["mean"]
+        row["speed_up"] = reference / row["seconds"]["mean"] if both else None
     result = {
         "family": family,
         "metric": metric,
@@ -127,16 +145,16 @@ def compare(
 
 def _row(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     def spread(values: list[float]) -> dict[str, Any]:
+        mean = statistics.fmean(values) if values else None
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return {"mean": statistics.fmean(values), "std": deviation, "values": values}
+        return {"mean": mean, "std": deviation, "values": values}
 
     return {
-        "policy": runs[0]["policy"],
         "seconds": spread([run["train_time_s"] for run in runs]),
         metric: spread([run["eval"][metric] for run in runs]),
         "loss_scale": [run["loss_scale"] for run in runs],
         "skipped_steps": [run["skipped_steps"] for run in runs],
-        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "peak_memory_bytes": max((run["peak_memory_bytes"] for run in runs), default=None),
     }
 
 
@@ -153,13 +171,19 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for label, row in result["rows"].items():
+        lost = len(row["diverged_seeds"])
+        if not row["seconds"]["values"]:
+            rows.append([label, "", "", f"diverged ({lost} of {lost})", "", "", ""])
+            continue
         scales = sorted({f"{scale:g}" for scale in row["loss_scale"]}, key=float)
+        some = f" ({lost} of {result['seeds']} diverged)" if lost else ""
+        speed_up = row["speed_up"]
         rows.append(
             [
                 label,
                 f"{row['seconds']['mean']:.2f}",
-                f"{row['speed_up']:.2f}",
-                f"{row[metric]['mean']:.4f} ± {row[metric]['std']:.4f}",
+                "" if speed_up is None else f"{speed_up:.2f}",
+                f"{row[metric]['mean']:.4f} ± {row[metric]['std']:.4f}{some}",
                 ", ".join(scales),
                 f"{statistics.fmean(row['skipped_steps']):g}",
                 f"{row['peak_memory_bytes'] / 2**20:.1f}",

@@ -8,7 +8,8 @@ import statistics
 import pytest
 from rich.console import Console
 
-from jmp_train.compare import compare, variants_of
+from jmp_train.compare import compare, markdown_table, variants_of
+from jmp_train.training.loop import Diverged
 
 
 def shortened(variants):
@@ -43,6 +44,27 @@ def test_the_comparison_holds_what_the_runs_say(tmp_path):
     assert table.startswith("| precision | time (s) | speed-up | accuracy |")
     assert "| fp16 |" in table and "65536" in out.getvalue()
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_diverge_are_counted_and_the_others_compared(tmp_path):
+    variants = shortened(variants_of("mlp", "fp32,pure_fp16"))
+    console = Console(file=io.StringIO(), width=120)
+    result = compare("mlp", variants, seeds=1, out=tmp_path, console=console)
+    fp32, pure = result["rows"].values()
+    assert (fp32["diverged_seeds"], pure["diverged_seeds"]) == ([], [0])
+    assert pure["speed_up"] is None and pure["accuracy"]["values"] == []
+    assert "| diverged (1 of 1) |" in (tmp_path / "compare.md").read_text()
+    assert (tmp_path / "compare.png").exists()
+    with pytest.raises(Diverged, match="every run of mlp diverged"):
+        compare("mlp", {"pure_fp16": variants["pure_fp16"]}, seeds=1, out=tmp_path, console=console)
+
+
+def test_a_row_names_how_many_of_its_seeds_diverged():
+    values = {"mean": 0.9, "std": 0.0, "values": [0.9]}
+    row = {"seconds": values, "accuracy": values, "loss_scale": [1.0], "skipped_steps": [0]}
+    row |= {"speed_up": 1.0, "peak_memory_bytes": 2**20, "diverged_seeds": [1]}
+    table = markdown_table({"metric": "accuracy", "seeds": 2, "rows": {"fp16": row}})
+    assert "| 0.9000 ± 0.0000 (1 of 2 diverged) |" in table
 
 
 def test_a_precision_may_ask_for_the_highest_matmul_precision():

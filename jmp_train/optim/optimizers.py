@@ -15,6 +15,7 @@ from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.kahan import kahan
 from jmp_train.optim.master_weights import master_weights
 from jmp_train.optim.stochastic_rounding import stochastic_rounding
+from jmp_train.precision.policy import cast_floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class OptimizerConfig:
     """Which optimizer, its schedule and its clipping."""
 
     name: Literal["adamw", "adam", "sgd", "lion", "muon"] = "adamw"
-    """Optimizer; its state is float32 under every policy."""
+    """Optimizer; its state is float32 under every policy, unless state says otherwise."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -45,6 +46,9 @@ class OptimizerConfig:
     """Way with parameters narrower than float32 and the small updates that they lose (direct). In the
     optimizer's state: master, a float32 copy; remainder, the 16 bits that bfloat16 lacks; kahan,
     the rounding error; stochastic, nothing: parameters are rounded up or down by chance."""
+    state: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the optimizer computes and keeps its state in; the two narrow ones are there to show what
+    goes wrong (docs/parameters.md)."""
 
     def __post_init__(self) -> None:
         for field in ("learning_rate", "eps"):
@@ -154,6 +158,8 @@ def make_optimizer(
     }[config.name]()
     if config.max_grad_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+    if config.state != "float32":
+        optimizer = _narrow(optimizer, jnp.dtype(config.state))
     # A stream of its own: the run's seed also makes its parameters and its dropout.
     rounding_key = jax.random.fold_in(jax.random.key(seed), 0x524F554E)
     return {
@@ -163,3 +169,19 @@ def make_optimizer(
         "stochastic": lambda: stochastic_rounding(optimizer, rounding_key),
         "kahan": lambda: kahan(optimizer),
     }[config.parameters]()
+
+
+def _narrow(
+    optimizer: optax.GradientTransformation, dtype: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer as Optax alone runs it over parameters and gradients of a dtype."""
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: Any) -> Any:
+        return inner.init(cast_floating(params, dtype))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        params = None if params is None else cast_floating(params, dtype)
+        return inner.update(cast_floating(updates, dtype), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)

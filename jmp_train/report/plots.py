@@ -69,7 +69,8 @@ def plot_comparison(
     """Draws a comparison of precisions: the metric of every seed, and the time.
 
     Args:
-      rows: by precision, `{"metric": one value per seed, "seconds": one value per seed}`.
+      rows: by precision, `{"metric": one value per seed, "seconds": one value per seed}`, both
+        empty where every seed diverged.
       path: the PNG file.
       metric: its name, for the axis.
       title: stands above.
@@ -79,6 +80,9 @@ def plot_comparison(
     names = list(rows)
     for i, name in enumerate(names):
         values = np.asarray(rows[name]["metric"], float)
+        if not len(values):
+            left.text(i, 0.5, "diverged", transform=left.get_xaxis_transform(), ha="center")
+            continue
         left.plot(i + np.linspace(-0.2, 0.2, len(values)), values, "o", alpha=0.5, color=f"C{i}")
         left.errorbar(
             i,

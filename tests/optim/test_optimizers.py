@@ -101,3 +101,20 @@ def test_adam_with_settings_of_ones_own_follows_the_float64_closed_form(name):
         x = x - 0.05 * (step + (0.4 * x if name == "adamw" else 0))
     # Seven float32 updates of numbers of order 1.
     np.testing.assert_allclose(params, x, atol=7 * 4 * 2**-24)
+
+
+def test_a_narrow_state_is_optax_as_it_is_over_narrow_parameters():
+    config = OptimizerConfig(schedule="constant", max_grad_norm=None, state="float16", eps=1e-4)
+    params = {"w": jnp.linspace(-1, 1, 16, dtype=jnp.float16)}
+    rng = np.random.default_rng(0)
+    gradients = [{"w": jnp.asarray(rng.normal(size=16), jnp.float16)} for _ in range(5)]
+    ends = []
+    for optimizer in (make_optimizer(config, steps=5), optax.adamw(1e-3, eps=1e-4)):
+        p, state = params, optimizer.init(params)
+        for g in gradients:
+            updates, state = optimizer.update(g, state, p)
+            p = optax.apply_updates(p, updates)
+        ends.append((p["w"], optax.tree.get(state, "nu")["w"], optax.tree.get(state, "mu")["w"]))
+    for ours, theirs in zip(*ends, strict=True):
+        assert ours.dtype == theirs.dtype == jnp.float16
+        np.testing.assert_array_equal(ours, theirs)
