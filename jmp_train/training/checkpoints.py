@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jmp_train.training.digest import array_digests, json_digest
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,13 @@ class Checkpoints:
           metrics: evaluation results at this step, where there are any.
         """
         metrics = metrics if metrics and self._best in metrics else None
+        kept = {"extra": extra, "arrays": array_digests(state)}
         self._checkpointer.save_checkpointables_async(
-            step, {"state": state}, metrics=metrics, custom_metadata=extra, force=True
+            step,
+            {"state": state},
+            metrics=metrics,
+            custom_metadata={**kept, "digest": json_digest(kept)},
+            force=True,
         )
 
     def steps(self) -> list[int]:
@@ -119,8 +126,14 @@ class Checkpoints:
         metadata = self._checkpointer.checkpointables_metadata(step)
         _check_same(metadata.metadata["state"], like)
         abstract = jax.tree.map(_abstract, like)
-        loaded = self._checkpointer.load_checkpointables(step, {"state": abstract})
-        return Restored(step, loaded["state"], dict(metadata.custom_metadata or {}))
+        kept = dict(metadata.custom_metadata or {})
+        if kept.pop("digest", None) != json_digest(kept):
+            raise ValueError("what was saved beside the state is damaged: its digest differs")
+        state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        for name, digest in array_digests(state).items():
+            if kept["arrays"].get(name) != digest:
+                raise ValueError(f"{name!r} is damaged: its digest is not that of what was saved")
+        return Restored(step, state, kept["extra"])
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk."""

@@ -1,6 +1,9 @@
 """Checkpoints: bitwise round trips, the newest whole one, and no silent cast."""
 
+import contextlib
+import functools
 import logging
+import random
 import shutil
 
 import chex
@@ -14,6 +17,7 @@ import jmp_train as jt
 from jmp_train.training.checkpoints import Checkpoints, NoUsableCheckpoint
 
 
+@functools.cache
 def stepper(policy="mixed_float16"):
     return jt.make_step(
         lambda params, batch, key: jnp.sum(params["w"] * batch) + jax.random.uniform(key),
@@ -97,6 +101,77 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, cap
         restored = Checkpoints(tmp_path).restore_latest(trained(steps=0))
     assert restored is not None and restored.step == 1
     assert "checkpoint 2 cannot be loaded" in caplog.text
+
+
+def damaged(file, kind, rng):
+    content = bytearray(file.read_bytes())
+    if kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "truncate":
+        del content[len(content) // 2 :]
+    elif kind == "empty":
+        content.clear()
+    file.write_bytes(content)
+    if kind == "delete":
+        file.unlink()
+
+
+def check_damage(tmp_path, kind, times):
+    """Damages each file of the newest of two checkpoints in turn: what comes back, from it or from
+    the one before, is to the bit what was saved."""
+    saved = {n: trained(steps=n) for n in (1, 2)}
+    save(tmp_path / "whole", *saved).close()
+    rng = random.Random(kind)
+    files = [f for f in (tmp_path / "whole" / "2").rglob("*") if f.is_file()]
+    assert len(files) > 5
+    steps = []
+    for file in files:
+        for _ in range(times):
+            there = tmp_path / "there"
+            shutil.copytree(tmp_path / "whole", there)
+            damaged(there / file.relative_to(tmp_path / "whole"), kind, rng)
+            with contextlib.closing(Checkpoints(there)) as checkpoints:
+                restored = checkpoints.restore_latest(trained(steps=0))
+            assert restored is not None
+            assert restored.extra == {"data": {"next_index": restored.step}}
+            chex.assert_trees_all_equal(
+                as_numbers(restored.state), as_numbers(saved[restored.step])
+            )
+            steps.append(restored.step)
+            shutil.rmtree(there)
+    assert 1 in steps  # not every file matters to a load, but some do
+
+
+@pytest.mark.parametrize("kind", ["flip", "truncate"])
+def test_no_damage_comes_back_as_a_state(tmp_path, kind):
+    check_damage(tmp_path, kind, times=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind,times", [("flip", 20), ("empty", 1), ("delete", 1)])
+def test_no_damage_of_any_kind_comes_back_as_a_state(tmp_path, kind, times):
+    check_damage(tmp_path, kind, times)
+
+
+def test_what_orbax_does_not_notice_the_digest_does(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 1, 2).close()
+    checkpoints = Checkpoints(tmp_path)
+    load = checkpoints._checkpointer.load_checkpointables
+
+    def load_with_a_flipped_bit(step, abstract):
+        loaded = load(step, abstract)
+        if step == 2:
+            bits = np.asarray(loaded["state"].params["w"]).view(np.uint32).copy()
+            bits[0, 0] ^= 1
+            params = {**loaded["state"].params, "w": jnp.asarray(bits.view(np.float32))}
+            loaded["state"] = loaded["state"]._replace(params=params)
+        return loaded
+
+    monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", load_with_a_flipped_bit)
+    with caplog.at_level(logging.WARNING):
+        restored = checkpoints.restore_latest(trained(steps=0))
+    assert restored is not None and restored.step == 1
+    assert "checkpoint 2 cannot be loaded: 'params/w' is damaged" in caplog.text
 
 
 def test_all_damaged_is_an_error_that_names_them(tmp_path):
