@@ -16,7 +16,7 @@ from jmp_train.precision.loss_scale import DynamicLossScale, LossScale, all_fini
 class LossScalingState(NamedTuple):
     """The state of `loss_scaling`."""
 
-    loss_scale: LossScale  # what the next loss is to be multiplied by
+    loss_scale: Any  # a LossScale: what the next loss is to be multiplied by
     skipped: jax.Array  # shape=(), int32: steps whose gradients were not finite
     skipped_in_row: jax.Array  # shape=(), int32: of those, the ones since the last good step
     inner: Any  # of the inner optimizer, float32

@@ -111,9 +111,6 @@ class StaticLossScale:
     Attributes:
       loss_scale: the factor, a number; kept static, so it has no pytree leaves.
 
-    Raises:
-      ValueError: if it is not finite and above 0.
-
     >>> StaticLossScale(2.0**10).unscale({"g": jnp.float16(2.0)})
     {'g': Array(0.00195312, dtype=float32)}
     """
@@ -122,7 +119,6 @@ class StaticLossScale:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", _static_number(self.loss_scale, "loss_scale"))
-        _check_scale(self.loss_scale)
 
     def scale(self, tree: T) -> T:
         """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
@@ -243,8 +239,8 @@ class DynamicLossScale:
 
     def _check(self) -> None:
         # Written as `not (valid)`, which a NaN fails.
-        if isinstance(self.loss_scale, np.ndarray):
-            _check_scale(self.loss_scale)
+        if isinstance(self.loss_scale, np.ndarray) and not 0 < self.loss_scale < math.inf:
+            raise ValueError(f"loss_scale is {self.loss_scale}; expected 0 < it < inf")
         for name in ("period", "hysteresis"):  # their counters are int32 and never wrap
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 to 2147483647 steps")
@@ -394,11 +390,6 @@ def _int32_scalar(value: Any, name: str, highest: int) -> Any:
     if not 0 <= value <= highest:
         raise ValueError(f"{name} is {value}; expected 0 to {highest}")
     return np.asarray(value, np.int32)
-
-
-def _check_scale(scale: Any) -> None:
-    if not 0 < scale < math.inf:
-        raise ValueError(f"loss_scale is {scale}; expected 0 < it < inf")
 
 
 def _warn_if_not_floating(value: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -101,7 +102,10 @@ def loss_scale_from_dict(entries: dict[str, Any]) -> LossScale:
         )
     values = {name: value for name, value in entries.items() if name != "kind"}
     _check_entries(values, _ENTRIES[kind], f"a loss scale of kind {kind!r}")
-    return _make(_KINDS[kind], values)
+    loss_scale = _make(_KINDS[kind], values)
+    if not 0 < loss_scale.loss_scale < math.inf:  # StaticLossScale takes any number, as jmp's does
+        raise ValueError(f"loss_scale is {loss_scale.loss_scale}; expected 0 < it < inf")
+    return loss_scale
 
 
 def loss_scale_from_gradscaler(state_dict: dict[str, Any]) -> LossScale:

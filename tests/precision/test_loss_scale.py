@@ -641,12 +641,6 @@ def test_a_number_that_cannot_work_is_refused(wrong, message):
         jt.DynamicLossScale(**({"loss_scale": 1.0} | wrong))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, NAN, INF])
-def test_a_static_scale_that_cannot_work_is_refused(scale):
-    with pytest.raises(ValueError, match=f"loss_scale is {scale}; expected 0 < it < inf"):
-        jt.StaticLossScale(scale)
-
-
 def test_no_maximum_and_an_infinite_one_are_the_same():
     assert jt.DynamicLossScale(1.0, max_loss_scale=INF).max_loss_scale is None
 

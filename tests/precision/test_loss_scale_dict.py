@@ -67,6 +67,15 @@ GOOD = jt.loss_scale_to_dict(jt.DynamicLossScale(8.0, hysteresis=2))
         ({"kind": "none", "scale": 1}, "unknown key 'scale' in a loss scale of kind 'none'"),
         ({"kind": "static"}, "a loss scale of kind 'static' has no 'loss_scale'"),
         ({"kind": "static", "loss_scale": 0}, "loss_scale is 0.0; expected 0 < it < inf"),
+        ({"kind": "static", "loss_scale": -1.0}, "loss_scale is -1.0; expected 0 < it < inf"),
+        (
+            {"kind": "static", "loss_scale": float("nan")},
+            "loss_scale is nan; expected 0 < it < inf",
+        ),
+        (
+            {"kind": "static", "loss_scale": float("inf")},
+            "loss_scale is inf; expected 0 < it < inf",
+        ),
         ({"kind": "static", "loss_scale": None}, "loss_scale is None; expected a number"),
         (GOOD | {"perod": 1}, "unknown key 'perod' .*; did you mean 'period'"),
         ({k: v for k, v in GOOD.items() if k != "counter"}, "has no 'counter'; expected loss_sc"),
