@@ -118,6 +118,13 @@ def test_what_update_is_told_reaches_the_inner_optimizer():
     assert updates == 0.75
 
 
+def test_narrow_parameters_are_left_to_the_inner_optimizer_that_takes_them():
+    """So that `fp32_state`, and `make_step` with it, hands on the parameters as they are."""
+    for inner, as_it_is in ((jt.master_weights(optax.sgd(1.0)), True), (optax.sgd(1.0), False)):
+        optimizer = jt.loss_scaling(inner)
+        assert (jt.fp32_state(optimizer) is optimizer) == as_it_is
+
+
 # Skipped steps.
 
 

@@ -297,6 +297,7 @@ def lengthen_finite_runs(finite):
 @given(finite=sequences)
 @example(finite=[False] * LENGTH)
 @example(finite=[False, True] * (LENGTH // 2))
+@example(finite=([False] * 8 + [True]) * 5)  # a budget refilled at the minimum
 @example(finite=[True] * LENGTH)
 def test_trajectory_is_that_of_deepspeed_which_does_not_count_a_runs_first_step(
     window, hysteresis, consecutive, finite
