@@ -54,12 +54,12 @@ def loss_scaling(
     >>> state = optimizer.init(params)
     >>> def scaled_loss(params, state):
     ...     return scale_loss(params.astype(jnp.float16) ** 2, state)
-    >>> for _ in range(3):  # the gradient, 6 * 2^16 and then 6 * 2^15, overflows float16
+    >>> for _ in range(4):  # 6 * 2^16, 6 * 2^15, 6 * 2^14 overflow float16, and 6 * 2^13 does not
     ...     grads = jax.grad(scaled_loss)(params, state)
     ...     updates, state = optimizer.update(grads, state, params)
     ...     params = optax.apply_updates(params, updates)
     >>> float(params), int(state.skipped), float(state.loss_scale.loss_scale)
-    (3.0, 3, 8192.0)
+    (-3.0, 3, 8192.0)
 
     Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.2.
     """
