@@ -3,6 +3,7 @@
 from jmp_train.optim.bf16_remainder import bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.kahan import kahan
+from jmp_train.optim.loss_scaling import loss_scaling, scale_loss
 from jmp_train.optim.master_weights import master_weights
 from jmp_train.optim.stochastic_rounding import stochastic_rounding
 from jmp_train.precision.autocast import (
@@ -22,6 +23,11 @@ from jmp_train.precision.loss_scale import (
     all_finite,
     default_loss_scale,
     select_tree,
+)
+from jmp_train.precision.loss_scale_dict import (
+    loss_scale_from_dict,
+    loss_scale_from_gradscaler,
+    loss_scale_to_dict,
 )
 from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
@@ -65,10 +71,15 @@ __all__ = [
     "join_bf16_remainder",
     "kahan",
     "kahan_add",
+    "loss_scale_from_dict",
+    "loss_scale_from_gradscaler",
+    "loss_scale_to_dict",
+    "loss_scaling",
     "make_evaluate",
     "make_step",
     "master_weights",
     "round_to_nearest",
+    "scale_loss",
     "select_tree",
     "split_bf16_remainder",
     "stochastic_round",

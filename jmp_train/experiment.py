@@ -20,6 +20,7 @@ from jmp_train.precision.loss_scale import (
     StaticLossScale,
     default_loss_scale,
 )
+from jmp_train.precision.loss_scale_dict import rename
 from jmp_train.precision.policy import Policy, get_policy
 from jmp_train.precision.rules import Rules
 
@@ -56,6 +57,8 @@ class LossScaleConfig:
     """It never grows above this; None: float32 is the limit."""
     hysteresis: int = 1
     """The number of non-finite steps on which it first backs off; 1 backs off at once."""
+    consecutive_hysteresis: bool = False
+    """Whether only non-finite steps in a row count for that; else they count until it grows."""
 
     def __post_init__(self) -> None:
         if not 0 < self.initial < float("inf"):
@@ -63,10 +66,7 @@ class LossScaleConfig:
         try:
             self._dynamic()
         except ValueError as error:
-            message = str(error)
-            for theirs, ours in _FIELD_OF.items():
-                message = re.sub(rf"\b{theirs}\b", ours, message)
-            raise ValueError(message) from None
+            raise ValueError(rename(str(error), _FIELD_OF)) from None
 
     def _dynamic(self) -> DynamicLossScale:
         return DynamicLossScale(
@@ -77,6 +77,7 @@ class LossScaleConfig:
             backoff_factor=self.backoff_factor,
             max_loss_scale=self.maximum,
             hysteresis=self.hysteresis,
+            consecutive_hysteresis=self.consecutive_hysteresis,
         )
 
     def make(self, policies: Iterable[Policy]) -> LossScale:

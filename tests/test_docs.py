@@ -25,6 +25,7 @@ assert loss.dtype == jnp.float32 and params.dtype == jnp.float32
 }
 PRINTS = {
     "README.md": ["True 32768.0", "out      Linear  p=full,c=full,o=full  out", "dot_general"],
+    "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/flax.md": ["head                      Linear", "the nearest are 'head'"],
 }
 

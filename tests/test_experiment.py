@@ -130,13 +130,13 @@ def test_the_loss_scale_that_a_policy_needs():
     assert isinstance(LossScaleConfig().make([get_policy("mixed_bfloat16")]), NoOpLossScale)
     assert isinstance(LossScaleConfig("none").make([get_policy("mixed_float16")]), NoOpLossScale)
     assert isinstance(LossScaleConfig("static").make([get_policy("float32")]), StaticLossScale)
-    made = LossScaleConfig("dynamic", 2.0**10, 7, 3.0, 0.25, 2.0, 2.0**20, 4).make(
+    made = LossScaleConfig("dynamic", 2.0**10, 7, 3.0, 0.25, 2.0, 2.0**20, 4, True).make(
         [get_policy("float32")]
     )
     assert isinstance(made, DynamicLossScale)
     assert (float(made.loss_scale), made.period, made.factor) == (2.0**10, 7, 3.0)
     assert (made.backoff_factor, made.min_loss_scale, made.max_loss_scale) == (0.25, 2.0, 2.0**20)
-    assert made.hysteresis == 4
+    assert made.hysteresis == 4 and made.consecutive_hysteresis
 
 
 def test_nested_values_flatten_by_dotted_path():

@@ -1,9 +1,10 @@
 """Optax transformations whose state is float32 whatever the parameters are, and four ways to train
-parameters that are narrower."""
+parameters that are narrower; loss scaling in that form."""
 
 from jmp_train.optim.bf16_remainder import Bf16RemainderState, bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.kahan import KahanState, kahan
+from jmp_train.optim.loss_scaling import LossScalingState, loss_scaling, scale_loss
 from jmp_train.optim.master_weights import MasterWeightsState, master_weights
 from jmp_train.optim.narrow_parameters import BitUpdate
 from jmp_train.optim.optimizers import (
@@ -18,6 +19,7 @@ __all__ = [
     "Bf16RemainderState",
     "BitUpdate",
     "KahanState",
+    "LossScalingState",
     "MasterWeightsState",
     "OptimizerConfig",
     "StochasticRoundingState",
@@ -25,8 +27,10 @@ __all__ = [
     "check_parameters",
     "fp32_state",
     "kahan",
+    "loss_scaling",
     "make_optimizer",
     "make_schedule",
     "master_weights",
+    "scale_loss",
     "stochastic_rounding",
 ]

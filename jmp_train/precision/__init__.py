@@ -18,6 +18,11 @@ from jmp_train.precision.loss_scale import (
     default_loss_scale,
     select_tree,
 )
+from jmp_train.precision.loss_scale_dict import (
+    loss_scale_from_dict,
+    loss_scale_from_gradscaler,
+    loss_scale_to_dict,
+)
 from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
 from jmp_train.precision.rounding import (
@@ -51,6 +56,9 @@ __all__ = [
     "half_dtype",
     "join_bf16_remainder",
     "kahan_add",
+    "loss_scale_from_dict",
+    "loss_scale_from_gradscaler",
+    "loss_scale_to_dict",
     "round_to_nearest",
     "select_tree",
     "split_bf16_remainder",

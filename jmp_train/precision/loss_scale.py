@@ -144,9 +144,10 @@ class DynamicLossScale:
 
         if grads_finite:
             counter += 1
+            if counter == period or consecutive_hysteresis:
+                hysteresis_left = hysteresis
             if counter == period:
                 counter = 0
-                hysteresis_left = hysteresis
                 if loss_scale * factor is finite:
                     loss_scale = min(loss_scale * factor, max_loss_scale)
         else:
@@ -157,11 +158,12 @@ class DynamicLossScale:
 
     With the same numbers this is the trajectory of PyTorch's `GradScaler` (init_scale,
     growth_factor = factor, backoff_factor, growth_interval = period), of Megatron-LM's
-    `DynamicGradScaler` (hysteresis), and of jmp. GradScaler multiplies in float64, so a factor that
-    float32 rounds, such as 1.1, may differ from it by a rounding at each move, and it has no
-    minimum, so the two part at `min_loss_scale`. Flax's `DynamicScale` grows one step later: its
-    `growth_interval=N` is `period=N + 1` here; and where growth would overflow it goes to the
-    largest float32, which is no power of two, and the others stay.
+    `DynamicGradScaler` (hysteresis), and of jmp. DeepSpeed's `DynamicLossScaler` is the same, but the
+    first finite step after an overflow, and of the run, does not count. GradScaler multiplies in
+    float64, so a factor that float32 rounds, such as 1.1, may differ from it by a rounding at each
+    move, and it has no minimum, so the two part at `min_loss_scale`. Flax's `DynamicScale` grows
+    one step later: its `growth_interval=N` is `period=N + 1` here; and where growth would overflow
+    it goes to the largest float32, which is no power of two, and the others stay.
 
     Attributes:
       loss_scale: the scale; shape=(), float32.
@@ -172,12 +174,14 @@ class DynamicLossScale:
         normal number, which XLA would flush to a scale of zero.
       backoff_factor: what a non-finite step multiplies the scale by; `1 / factor` when None.
       max_loss_scale: it never grows above this; when None, float32 is the only limit.
-      hysteresis: the number of non-finite steps on which the scale first backs off. The budget is
-        refilled when the scale's growth is due. 1 backs off at once.
+      hysteresis: a budget of non-finite steps: the one that spends it backs off, and so does each
+        one after it until the budget is refilled. 1 backs off at once.
       hysteresis_left: what is left of that budget; shape=(), int32; None when hysteresis is 1.
+      consecutive_hysteresis: when the budget is refilled: by every finite step, so that only
+        non-finite steps in a row spend it, or (False) only when the scale's growth is due.
 
     Raises:
-      ValueError: for a period, factor, backoff factor, limit or hysteresis that cannot work.
+      ValueError: for a scale, counter, period, factor, limit or hysteresis that cannot work.
       TypeError: for a hyper-parameter that is traced; hyper-parameters are static.
 
     >>> state = DynamicLossScale(2.0**15, period=2)
@@ -198,6 +202,7 @@ class DynamicLossScale:
     max_loss_scale: Any = None
     hysteresis: int = 1
     hysteresis_left: Any = None
+    consecutive_hysteresis: bool = False
 
     _STATIC = (
         "period",
@@ -206,6 +211,7 @@ class DynamicLossScale:
         "backoff_factor",
         "max_loss_scale",
         "hysteresis",
+        "consecutive_hysteresis",
     )
 
     def __post_init__(self) -> None:
@@ -219,30 +225,50 @@ class DynamicLossScale:
                 put(name, _static_number(getattr(self, name), name))
         for name in ("period", "hysteresis"):
             put(name, _whole_number(getattr(self, name), name))
-        if isinstance(self.counter, int):  # weakly typed, it would make the second step recompile
-            put("counter", np.asarray(self.counter, np.int32))
-        if self.hysteresis > 1 and self.hysteresis_left is None:
-            put("hysteresis_left", np.asarray(self.hysteresis, np.int32))
+        put("consecutive_hysteresis", bool(self.consecutive_hysteresis))
+        if self.max_loss_scale == math.inf:
+            put("max_loss_scale", None)
         self._check()
+        if self.hysteresis > 1 and self.hysteresis_left is None:
+            put("hysteresis_left", self.hysteresis)
+        put("counter", _int32_scalar(self.counter, "counter", 2**31 - 1))
+        put(
+            "hysteresis_left",
+            _int32_scalar(self.hysteresis_left, "hysteresis_left", self.hysteresis),
+        )
 
     def _check(self) -> None:
         # Written as `not (valid)`, which a NaN fails.
         if isinstance(self.loss_scale, np.ndarray) and not 0 < self.loss_scale < math.inf:
             raise ValueError(f"loss_scale is {self.loss_scale}; expected 0 < it < inf")
-        if not 1 <= self.period < 2**31:  # the counter is an int32 and never wraps
-            raise ValueError(f"period is {self.period}; expected 1 to 2147483647 finite steps")
+        for name in ("period", "hysteresis"):  # their counters are int32 and never wrap
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 to 2147483647 steps")
         if not 1 <= self.factor < math.inf:
             raise ValueError(f"factor is {self.factor}; expected at least 1, such as 2")
         if self.backoff_factor is not None and not 0 < self.backoff_factor <= 1:
             raise ValueError(f"backoff_factor is {self.backoff_factor}; expected 0 < it <= 1")
-        if self.hysteresis < 1:
-            raise ValueError(f"hysteresis is {self.hysteresis}; expected at least 1")
-        if not 0 <= self.min_loss_scale < math.inf:
-            raise ValueError(f"min_loss_scale is {self.min_loss_scale}; expected 0 <= it < inf")
+        if not 0 <= self.min_loss_scale <= float(np.finfo(np.float32).max):
+            raise ValueError(
+                f"min_loss_scale is {self.min_loss_scale}; expected 0 <= it < inf in float32"
+            )
         if self.max_loss_scale is not None and not self.max_loss_scale >= self.min_loss_scale:
             raise ValueError(
                 f"max_loss_scale {self.max_loss_scale} is below min_loss_scale {self.min_loss_scale}"
             )
+
+    @property
+    def exhausted(self) -> jax.Array:
+        """Whether a non-finite step would find the budget spent and the scale at its minimum, so
+        that it could not back off; bool of shape (). DeepSpeed ends the run at such a step
+        (`raise_error_at_min_scale`)."""
+        at_minimum = jnp.asarray(self.loss_scale) <= self._lowest
+        left = self.hysteresis_left
+        return at_minimum if left is None else at_minimum & (left <= 1)
+
+    @property
+    def _lowest(self) -> float:
+        return max(self.min_loss_scale, float(np.finfo(np.float32).tiny))
 
     def scale(self, tree: T) -> T:
         """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
@@ -274,14 +300,14 @@ class DynamicLossScale:
         else:
             reduced = scale * self.backoff_factor
         # A scale that starts below the minimum is raised to it by the first overflow, as in jmp.
-        smallest_normal = float(np.finfo(np.float32).tiny)
-        reduced = jnp.maximum(reduced, max(self.min_loss_scale, smallest_normal))
+        reduced = jnp.maximum(reduced, self._lowest)
 
         left = self.hysteresis_left
         if left is not None:
             left_after_skip = jnp.maximum(left - 1, 0)
             reduced = jnp.where(left_after_skip == 0, reduced, scale)
-            left_after_step = jnp.where(due, self.hysteresis, left)
+            refilled = due | self.consecutive_hysteresis
+            left_after_step = jnp.where(refilled, self.hysteresis, left)
             left = jnp.where(finite, left_after_step, left_after_skip).astype(jnp.int32)
 
         counter = jnp.where(finite & ~due, jnp.asarray(self.counter) + 1, 0).astype(jnp.int32)
@@ -352,8 +378,18 @@ def _float32_scalar(value: Any, name: str) -> Any:
         _warn_if_not_floating(value, name)
         if isinstance(value, jax.Array):
             return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        return np.asarray(value, np.float32)
+        with np.errstate(over="ignore"):  # an infinite scale is refused
+            return np.asarray(value, np.float32)
     return value
+
+
+def _int32_scalar(value: Any, name: str, highest: int) -> Any:
+    """A Python integer as an int32 array: weakly typed, it would make the second step recompile."""
+    if not isinstance(value, int):
+        return value
+    if not 0 <= value <= highest:
+        raise ValueError(f"{name} is {value}; expected 0 to {highest}")
+    return np.asarray(value, np.int32)
 
 
 def _warn_if_not_floating(value: Any, name: str) -> None:

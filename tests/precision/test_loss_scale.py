@@ -1,4 +1,5 @@
-"""Loss scales follow GradScaler, jmp, Flax and Megatron-LM, and survive every pytree operation."""
+"""Loss scales follow GradScaler, jmp, Flax, Megatron-LM and DeepSpeed, and survive every pytree
+operation."""
 
 import dataclasses
 import itertools
@@ -21,6 +22,7 @@ from make_gradscaler_trajectories import PATH, gradscaler_trajectory
 
 import jmp_train as jt
 from jmp_train.precision.loss_scale import largest_power_of_two
+from jmp_train.training.checkpoints import Checkpoints
 
 LENGTH = 64  # every hypothesis sequence is padded to this, so that each machine compiles once
 with_and_without_jit: Any = partial(chex.variants, with_jit=True, without_jit=True)
@@ -250,6 +252,85 @@ def test_trajectory_with_hysteresis_is_that_of_megatron(hysteresis, period, fini
         assert np.asarray(states.hysteresis_left)[:n].tolist() == [left for _, _, left in want]
 
 
+class DeepSpeedScaler:
+    """DeepSpeed's rule: a distance from the last overflow instead of a count of good steps."""
+
+    def __init__(self, scale, window, minimum, hysteresis, consecutive):
+        self.scale, self.window, self.minimum = scale, window, minimum
+        self.hysteresis, self.consecutive = hysteresis, consecutive
+        self.budget, self.step, self.last_overflow = hysteresis, 0, -1
+
+    def update(self, finite):
+        """Whether it raises, if told to, instead of what it does here."""
+        raises = False
+        if finite:
+            between = self.step - self.last_overflow - 1  # without the first good step
+            grows = between > 0 and between % self.window == 0
+            if grows or self.consecutive:
+                self.budget = self.hysteresis
+            if grows:
+                self.scale *= 2
+        else:
+            if self.budget > 1:
+                self.budget -= 1
+            else:
+                raises = self.scale == self.minimum
+                self.scale = max(self.scale / 2, self.minimum)
+            self.last_overflow = self.step
+        self.step += 1
+        return raises
+
+
+def lengthen_finite_runs(finite):
+    """The steps with one more finite step before each run of them, and where each went."""
+    longer, places = [], []
+    for before, ok in zip([False, *finite], finite, strict=False):
+        longer += [True] * (ok and not before)
+        places.append(len(longer))
+        longer.append(ok)
+    return longer, places
+
+
+@pytest.mark.parametrize("hysteresis,consecutive", [(1, False), (2, False), (3, True)])
+@pytest.mark.parametrize("window", [1, 3])
+@settings(max_examples=25, deadline=None)
+@given(finite=sequences)
+@example(finite=[False] * LENGTH)
+@example(finite=[False, True] * (LENGTH // 2))
+@example(finite=([False] * 8 + [True]) * 5)  # a budget refilled at the minimum
+@example(finite=[True] * LENGTH)
+def test_trajectory_is_that_of_deepspeed_which_does_not_count_a_runs_first_step(
+    window, hysteresis, consecutive, finite
+):
+    model = DeepSpeedScaler(2.0**6, window, 4.0, hysteresis, consecutive)
+    longer, places = lengthen_finite_runs(finite)
+    raises, scales, budgets = zip(
+        *((model.update(ok), model.scale, model.budget) for ok in longer), strict=True
+    )
+    state = jt.DynamicLossScale(
+        2.0**6, period=window, min_loss_scale=4.0, hysteresis=hysteresis,
+        consecutive_hysteresis=consecutive,
+    )  # fmt: skip
+    states = adjust_all(state, pad(finite))
+    n = len(finite)
+    assert np.asarray(states.loss_scale)[:n].tolist() == [scales[place] for place in places]
+    if hysteresis > 1:  # theirs stops at 1, ours at 0; the next overflow backs off either way
+        ours = np.maximum(np.asarray(states.hysteresis_left)[:n], 1)
+        assert ours.tolist() == [budgets[place] for place in places]
+    exhausted = [bool(state.exhausted), *np.asarray(states.exhausted)][:n]
+    ends = [left and not ok for left, ok in zip(exhausted, finite, strict=True)]
+    assert ends == [raises[place] for place in places]
+
+
+def test_a_spent_budget_is_refilled_at_growth_or_by_any_finite_step():
+    finite = [False, True, False, False, True, True, False]
+    numbers: Any = {"period": 2, "hysteresis": 2, "min_loss_scale": 1.0}
+    at_growth = jt.DynamicLossScale(64.0, **numbers)
+    assert trajectory(at_growth, finite)[0].tolist() == [64, 64, 32, 16, 16, 32, 32]
+    by_any = jt.DynamicLossScale(64.0, **numbers, consecutive_hysteresis=True)
+    assert trajectory(by_any, finite)[0].tolist() == [64, 64, 64, 32, 32, 64, 64]
+
+
 # Limits and numbers.
 
 
@@ -292,9 +373,22 @@ def test_a_scale_at_the_top_of_float32_does_not_overflow_and_still_counts(start)
 @settings(max_examples=25, deadline=None)
 @given(finite=sequences, exponent=st.integers(-20, 127))
 def test_powers_of_two_stay_powers_of_two(finite, exponent):
-    state = jt.DynamicLossScale(2.0**exponent, period=1, min_loss_scale=2.0**-30)
-    scale, _ = trajectory(state, finite)
-    assert {math.frexp(s)[0] for s in scale.tolist()} == {0.5}
+    limits: Any = {"period": 1, "min_loss_scale": 2.0**-30}
+    for more in ({}, {"backoff_factor": 0.25, "max_loss_scale": 2.0**40, "hysteresis": 2}):
+        scale, _ = trajectory(jt.DynamicLossScale(2.0**exponent, **limits, **more), finite)
+        assert {math.frexp(s)[0] for s in scale.tolist()} == {0.5}
+
+
+def test_counters_at_the_top_of_int32_do_not_wrap():
+    top = 2**31 - 1
+    state = jt.DynamicLossScale(8.0, top - 2, period=top, hysteresis=top, hysteresis_left=2)
+    scale, counter = trajectory(state, [True] * 3)
+    assert scale.tolist() == [8, 16, 16] and counter.tolist() == [top - 1, 0, 1]
+    left = adjust_all(state, pad([False, False, False, True])).hysteresis_left[:4]
+    assert left.tolist() == [1, 0, 0, 0]
+    assert state.adjust(True).adjust(True).hysteresis_left == top
+    past = jt.DynamicLossScale(8.0, top, period=2)  # a period that was shortened in mid-run
+    assert trajectory(past, [True])[1].tolist() == [0]
 
 
 class ScaleTest(chex.TestCase):
@@ -363,6 +457,7 @@ def unusual():
         max_loss_scale=2.0**20,
         hysteresis=4,
         hysteresis_left=jnp.int32(2),
+        consecutive_hysteresis=True,
     )
 
 
@@ -392,7 +487,28 @@ def test_every_field_survives(passage):
     assert fields(passage(unusual())) == fields(unusual())
 
 
-STATIC = ("period", "factor", "min_loss_scale", "backoff_factor", "max_loss_scale", "hysteresis")
+STATIC = jt.DynamicLossScale._STATIC
+
+
+@pytest.mark.parametrize(
+    "state",
+    [unusual(), jt.StaticLossScale(1000.1), jt.NoOpLossScale()],
+    ids=["dynamic", "static", "none"],
+)
+def test_a_checkpoint_through_orbax_holds_every_bit(tmp_path, state):
+    if isinstance(state, jt.DynamicLossScale):
+        state = dataclasses.replace(state, loss_scale=jnp.float32(1 / 3))
+    saved = {"loss_scale": state, "step": jnp.int32(1)}  # Orbax wants an array in a state
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, saved, extra={}, metrics=None)
+    checkpoints.wait()
+    other = jax.tree.map(jnp.zeros_like, saved)
+    restored = checkpoints.restore_latest(other)
+    checkpoints.close()
+    assert restored is not None
+    after = restored.state["loss_scale"]
+    assert type(after) is type(state) and fields(after) == fields(state)
+    chex.assert_trees_all_equal_dtypes(after, state)
 
 
 @pytest.mark.parametrize("leaf", [object(), None, "x", jax.ShapeDtypeStruct((), jnp.float32)])
@@ -498,7 +614,7 @@ NAN, INF = math.nan, math.inf
         ({"loss_scale": NAN}, "loss_scale is nan; expected 0 < it < inf"),
         ({"loss_scale": np.float32(INF)}, "loss_scale is inf; expected 0 < it < inf"),
         ({"loss_scale": 1e39}, "loss_scale is inf; expected 0 < it < inf"),
-        ({"period": 0}, "period is 0; expected 1 to 2147483647 finite steps"),
+        ({"period": 0}, "period is 0; expected 1 to 2147483647 steps"),
         ({"period": 2**31}, "period is 2147483648; expected 1 to 2147483647"),
         ({"period": 2.5}, "period is 2.5; expected a whole number of steps"),
         ({"period": NAN}, "period is nan; expected a whole number of steps"),
@@ -512,17 +628,25 @@ NAN, INF = math.nan, math.inf
         ({"min_loss_scale": NAN}, "min_loss_scale is nan; expected 0 <= it < inf"),
         ({"max_loss_scale": 0.5}, "max_loss_scale 0.5 is below min_loss_scale 1.0"),
         ({"max_loss_scale": NAN}, "max_loss_scale nan is below min_loss_scale 1.0"),
-        ({"hysteresis": 0}, "hysteresis is 0; expected at least 1"),
+        ({"min_loss_scale": 1e39}, "min_loss_scale is 1e\\+39; expected 0 <= it < inf"),
+        ({"hysteresis": 0}, "hysteresis is 0; expected 1 to 2147483647 steps"),
+        ({"hysteresis": 2**31}, "hysteresis is 2147483648; expected 1 to 2147483647"),
+        ({"hysteresis": 2, "hysteresis_left": 3}, "hysteresis_left is 3; expected 0 to 2"),
+        ({"counter": -1}, "counter is -1; expected 0 to 2147483647"),
+        ({"counter": 2**31}, "counter is 2147483648; expected 0 to 2147483647"),
         ({"hysteresis": 1.5}, "hysteresis is 1.5; expected a whole number of steps"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_number_that_cannot_work_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         jt.DynamicLossScale(**({"loss_scale": 1.0} | wrong))
 
 
-@pytest.mark.parametrize("name", ["period", "factor", "min_loss_scale", "backoff_factor"])
+def test_no_maximum_and_an_infinite_one_are_the_same():
+    assert jt.DynamicLossScale(1.0, max_loss_scale=INF).max_loss_scale is None
+
+
+@pytest.mark.parametrize("name", jt.DynamicLossScale._STATIC)
 def test_a_hyper_parameter_that_is_no_number_or_traced_is_a_type_error(name):
     wrong: Any = {name: "two"}
     with pytest.raises(TypeError, match=f"{name} is 'two'; expected a number"):

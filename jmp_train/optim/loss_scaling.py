@@ -1,0 +1,129 @@
+"""Loss scaling as an Optax transformation, for training loops of one's own."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmp_train.optim.fp32_state import fp32_state
+from jmp_train.optim.narrow_parameters import NarrowParameters
+from jmp_train.precision.loss_scale import DynamicLossScale, LossScale, all_finite, select_tree
+
+
+class LossScalingState(NamedTuple):
+    """The state of `loss_scaling`."""
+
+    loss_scale: Any  # a LossScale: what the next loss is to be multiplied by
+    skipped: jax.Array  # shape=(), int32: steps whose gradients were not finite
+    skipped_in_row: jax.Array  # shape=(), int32: of those, the ones since the last good step
+    inner: Any  # of the inner optimizer, float32
+
+
+def loss_scaling(
+    optimizer: optax.GradientTransformation, loss_scale: LossScale | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Makes an optimizer take the gradients of a scaled loss.
+
+    `update` divides the gradients by the scale in float32, checks that all are finite, runs the
+    optimizer on them and adjusts the scale. On a non-finite step its updates leave the parameters
+    as they are, the optimizer's state (its counts too) is bitwise what it was, and the step is
+    counted. `scale_loss` multiplies the loss by the scale that the state holds.
+
+    Put everything else inside, clipping, schedules and `master_weights` among them:
+    `loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))`. What is chained
+    behind it acts on skipped steps too (weight decay would still decay), and what is chained before
+    it sees scaled gradients. Around `optax.MultiSteps` each micro-batch is unscaled and checked by
+    itself, and one that is not finite is left out; inside `optax.MultiSteps` it is their mean.
+
+    `optax.apply_if_finite` skips such steps too, but unscales nothing, takes a non-finite update
+    after so many in a row, and its updates of +0.0 turn a parameter of -0.0 into +0.0.
+
+    Args:
+      optimizer: any Optax transformation. Its state is float32, as `fp32_state` makes it.
+      loss_scale: the first state of the loss scale; `DynamicLossScale(2.0**16)` when None. With
+        `NoOpLossScale()` the steps are only checked.
+
+    Returns:
+      A transformation with the same arguments and a `LossScalingState`.
+
+    >>> optimizer = loss_scaling(optax.sgd(1.0), DynamicLossScale(2.0**16))
+    >>> params = jnp.float32(3.0)
+    >>> state = optimizer.init(params)
+    >>> def scaled_loss(params, state):
+    ...     return scale_loss(params.astype(jnp.float16) ** 2, state)
+    >>> for _ in range(4):  # 6 * 2^16, 6 * 2^15, 6 * 2^14 overflow float16, and 6 * 2^13 does not
+    ...     grads = jax.grad(scaled_loss)(params, state)
+    ...     updates, state = optimizer.update(grads, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> float(params), int(state.skipped), float(state.loss_scale.loss_scale)
+    (-3.0, 3, 8192.0)
+
+    Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.2.
+    """
+    inner = fp32_state(optimizer)
+    first = DynamicLossScale(2.0**16) if loss_scale is None else loss_scale
+
+    def init(params: Any) -> LossScalingState:
+        return LossScalingState(
+            loss_scale=jax.tree.map(lambda x: jnp.array(x, dtype=x.dtype), first),
+            skipped=jnp.zeros((), jnp.int32),
+            skipped_in_row=jnp.zeros((), jnp.int32),
+            inner=inner.init(params),
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, LossScalingState]:
+        grads = state.loss_scale.unscale(updates)
+        finite = all_finite(grads)
+        updates, inner_state = inner.update(grads, state.inner, params, **extra_args)
+        # Selected, not multiplied by 0, which would make a NaN of an infinity.
+        updates, inner_state = select_tree(
+            finite, (updates, inner_state), (_no_updates(updates), state.inner)
+        )
+        return updates, LossScalingState(
+            loss_scale=state.loss_scale.adjust(finite),
+            skipped=jnp.where(finite, state.skipped, optax.safe_increment(state.skipped)),
+            skipped_in_row=jnp.where(finite, 0, optax.safe_increment(state.skipped_in_row)),
+            inner=inner_state,
+        )
+
+    narrow = isinstance(optimizer, NarrowParameters)
+    return (NarrowParameters if narrow else optax.GradientTransformationExtraArgs)(init, update)
+
+
+def scale_loss(loss: Any, opt_state: Any) -> Any:
+    """A loss times the scale in an optimizer's state, in float32 or wider.
+
+    Args:
+      loss: of any shape; a float16 one cannot pass on a derivative above 65,504, so reduce it in
+        float32.
+      opt_state: holds one `LossScalingState`, at any depth (`optax.chain`, `optax.MultiSteps`,
+        `optax.partition`). To read its numbers: `optax.tree.get(opt_state, "LossScalingState")`.
+
+    Raises:
+      ValueError: if the state holds none, or more than one.
+
+    >>> optimizer = optax.chain(loss_scaling(optax.adam(1e-3), DynamicLossScale(2.0**10)))
+    >>> state = optimizer.init(jnp.zeros(3))
+    >>> scale_loss(jnp.float16(3.0), state)
+    Array(3072., dtype=float32)
+    >>> int(optax.tree.get(state, "LossScalingState").skipped)
+    0
+    """
+    found = optax.tree.get_all_with_path(opt_state, LossScalingState.__name__)
+    if len(found) != 1:
+        raise ValueError(
+            f"the optimizer's state holds {len(found)} loss scales; expected one: put loss_scaling "
+            "around the whole optimizer"
+        )
+    return found[0][1].loss_scale.scale(loss)
+
+
+def _no_updates(updates: Any) -> Any:
+    """Updates that change nothing: x + -0.0 is x for every x, where -0.0 + 0.0 is +0.0. The zeros of
+    a `BitUpdate`, unsigned integers, stay what they are."""
+    return jax.tree.map(lambda update: -jnp.zeros_like(update), updates)
