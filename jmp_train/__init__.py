@@ -5,6 +5,7 @@ from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.kahan import kahan
 from jmp_train.optim.master_weights import master_weights
 from jmp_train.optim.stochastic_rounding import stochastic_rounding
+from jmp_train.precision.accumulation import WeightedLoss
 from jmp_train.precision.autocast import (
     AutocastReport,
     OpRow,
@@ -49,6 +50,7 @@ __all__ = [
     "StepInfo",
     "Stepper",
     "TrainState",
+    "WeightedLoss",
     "all_finite",
     "autocast",
     "bf16_remainder",
