@@ -225,7 +225,6 @@ def _over_devices(
         mesh=mesh,
         in_specs=(P(), P(axis_name), P(), P()),
         out_specs=(P(), P(axis_name)),
-        axis_names={axis_name},
         check_vma=False,
     )
 
