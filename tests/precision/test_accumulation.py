@@ -1,5 +1,7 @@
 """Micro-batches: the large batch's gradients, accumulated in float32 and checked once."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -63,11 +65,13 @@ def test_float64_parameters_accumulate_in_float64():
         def loss_fn(params, batch):
             return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
 
-        result = jt.value_and_grad(loss_fn, "float64", micro_batches=4)(params, batch)
+        grad_fn = jt.value_and_grad(loss_fn, "float64", micro_batches=4)
+        result = jax.jit(grad_fn)(params, batch)
         assert result.grads["w"].dtype == result.loss.dtype == jnp.float64
         assert (np.abs(result.grads["w"] - grads) <= bound * 2.0**-29).all()
         # A float32 loss with a weight, and float64 gradients of it.
-        result = jt.value_and_grad(weighted_loss, "p=f64,c=f32", micro_batches=4)(params, batch)
+        grad_fn = jt.value_and_grad(weighted_loss, "p=f64,c=f32", micro_batches=4)
+        result = jax.eval_shape(grad_fn, params, batch)
         assert result.grads["w"].dtype == jnp.float64 and result.loss.dtype == jnp.float32
 
 
@@ -86,7 +90,7 @@ def test_a_batch_without_any_weight_has_zero_loss_and_gradients(micro_batches):
     params, batch = data()
     batch["mask"][:] = False
     grad_fn = jt.value_and_grad(weighted_loss, "mixed_float16", micro_batches=micro_batches)
-    result = grad_fn(params, batch, loss_scale=jt.StaticLossScale(8.0))
+    result = jax.jit(grad_fn)(params, batch, loss_scale=jt.StaticLossScale(8.0))
     assert result.loss == 0 and result.finite
     np.testing.assert_array_equal(result.grads["w"], 0)
 
@@ -95,7 +99,7 @@ def test_a_nan_in_a_part_without_weight_is_not_hidden():
     params, batch = data()
     assert not batch["mask"][8:12].any()
     batch["x"][9] = np.nan
-    result = jt.value_and_grad(weighted_loss, micro_batches=4)(params, batch)
+    result = jax.jit(jt.value_and_grad(weighted_loss, micro_batches=4))(params, batch)
     assert not result.finite
 
 
@@ -106,7 +110,7 @@ def test_a_weight_of_100000_does_not_bring_float16_nearer_to_its_limit():
     params, batch = {"w": jnp.ones(4)}, jnp.ones((4, 4))
     for micro_batches in (1, 4):
         grad_fn = jt.value_and_grad(loss_fn, "mixed_float16", micro_batches=micro_batches)
-        result = grad_fn(params, batch, loss_scale=jt.StaticLossScale(2.0**15))
+        result = jax.jit(grad_fn)(params, batch, loss_scale=jt.StaticLossScale(2.0**15))
         assert result.finite and result.loss == 1
         np.testing.assert_array_equal(result.grads["w"], 0.25)
 
@@ -211,7 +215,7 @@ def test_auxiliary_scalars_are_averaged_by_weight_and_the_rest_is_stacked():
         return weighted_loss(params, batch), {"mean": mean, **rest}
 
     params, batch = data()
-    aux = jt.value_and_grad(loss_fn, has_aux=True, micro_batches=4)(params, batch).aux
+    aux = jax.jit(jt.value_and_grad(loss_fn, has_aux=True, micro_batches=4))(params, batch).aux
     want = batch["y"].astype(np.float64)[batch["mask"][:, 0]].mean()
     assert float(aux["mean"]) == pytest.approx(want, rel=2.0**-20) and aux["mean"].shape == ()
     np.testing.assert_array_equal(aux["rows"], batch["y"].reshape(4, 4))
@@ -244,7 +248,7 @@ def test_the_memory_for_activations_is_that_of_one_micro_batch():
     temporary = {}
     for n in (1, 16):
         compiled = jax.jit(jt.value_and_grad(loss_fn, micro_batches=n)).lower(params, batch)
-        analysis = compiled.compile().memory_analysis()
+        analysis: Any = compiled.compile().memory_analysis()
         temporary[n] = analysis.temp_size_in_bytes
     activations = 4 * 4096 * 16 * 4
     assert temporary[1] >= activations
