@@ -81,8 +81,8 @@ def value_and_grad(
         is then `(aux, new model state)`. All others reach each part as they are.
       axis_name: the axis to average over, for a function under `jax.shard_map(...,
         check_vma=False)` that gets its device's share of the batch; `make_step(mesh=...)` sets
-        that up. Each device takes its micro-batches as parts of one batch, and a model state's
-        floating leaves are averaged.
+        that up. Each device takes its micro-batches, even if one, as parts of one batch, so `aux`
+        and `key` are treated as above, and a model state's floating leaves are averaged.
       reduce_dtype: what gradients are summed over the devices in: "float32", "bfloat16",
         "float16", or None for their own, float32 (float64 for float64 parameters). bfloat16
         halves the bytes and keeps 8 bits. float16 keeps 11, but what is beyond its range becomes
