@@ -6,6 +6,7 @@ from jmp_train.optim.kahan import kahan
 from jmp_train.optim.loss_scaling import loss_scaling, scale_loss
 from jmp_train.optim.master_weights import master_weights
 from jmp_train.optim.stochastic_rounding import stochastic_rounding
+from jmp_train.precision.accumulation import WeightedLoss
 from jmp_train.precision.autocast import (
     AutocastReport,
     OpRow,
@@ -55,6 +56,7 @@ __all__ = [
     "StepInfo",
     "Stepper",
     "TrainState",
+    "WeightedLoss",
     "all_finite",
     "autocast",
     "bf16_remainder",

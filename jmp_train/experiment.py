@@ -104,6 +104,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Training steps in the whole run."""
     batch_size: int = 128
     """Examples in a batch."""
+    micro_batches: int = 1
+    """Parts of a batch that run in turn, to save memory; divides batch_size."""
     seed: int = 0
     """Of the initial parameters, the order of the data and dropout."""
     log_every: int = 100
@@ -129,6 +131,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         for field in (
             "steps",
             "batch_size",
+            "micro_batches",
             "log_every",
             "eval_every",
             "checkpoint_every",
@@ -144,6 +147,11 @@ class Experiment(Generic[ModelConfig, DataConfig]):
                     f"{field} is {getattr(self, field)}; expected a multiple of steps_per_call "
                     f"({self.steps_per_call})"
                 )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected a multiple of micro_batches "
+                f"({self.micro_batches})"
+            )
         make_schedule(self.optimizer, self.steps)
 
     def _parameters_misfit(self, param_dtype: Any) -> str:

@@ -323,6 +323,7 @@ def _build(experiment: Experiment[Any, Any]) -> _Parts:
         loss_scale=experiment.loss_scale.make(policies),
         skip_nonfinite=experiment.skip_nonfinite,
         grad_norm=True,
+        micro_batches=experiment.micro_batches,
     )
     run = make_evaluate(task.metrics_fn, policy)
     size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))

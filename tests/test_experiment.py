@@ -97,6 +97,8 @@ def test_a_file_that_sets_no_experiment_is_not_run(tmp_path, monkeypatch):
         ({"log_every": 0}, "log_every is 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is"),
+        ({"micro_batches": 0}, "micro_batches is 0; expected at least 1"),
+        ({"micro_batches": 3}, r"batch_size is 128; expected a multiple of micro_batches \(3\)"),
         ({"steps_per_call": 3}, "steps is 1000; expected a multiple of steps_per_call"),
         ({"steps": 10, "steps_per_call": 10}, "log_every|eval_every"),
     ],

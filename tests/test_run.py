@@ -92,12 +92,18 @@ def test_a_finished_run_directory_is_complete(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,per_call", [("mlp_fp32", 1), ("mlp_fp16", 1), ("mlp_bf16", 1), ("mlp_fp16", 5)]
+    "name,fields",
+    [
+        ("mlp_fp32", {}),
+        ("mlp_fp16", {"micro_batches": 4}),
+        ("mlp_bf16", {}),
+        ("mlp_fp16", {"steps_per_call": 5}),
+    ],
 )
 def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
-    tmp_path, monkeypatch, name, per_call
+    tmp_path, monkeypatch, name, fields
 ):
-    experiment = small(name, steps_per_call=per_call, log_every=5)
+    experiment = small(name, log_every=5, **fields)
     train(name, experiment, tmp_path / "whole", QUIET)
 
     # A signal at a log point, where the step is not a multiple of checkpoint_every.
@@ -131,6 +137,18 @@ def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     ]
     assert [r for r in kept[1] if r[0] % 5 == 0] == kept[0]
     assert len({r[:2] for r in kept[1]}) == len(kept[1])
+
+
+def test_the_number_of_micro_batches_reaches_the_step(tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def spy(*args, micro_batches, **options):
+        raise Seen(micro_batches)
+
+    monkeypatch.setattr("jmp_train.run.make_step", spy)
+    with pytest.raises(Seen, match="^4$"):
+        train("mlp_fp16", small(micro_batches=4), tmp_path, QUIET)
 
 
 def test_a_run_killed_by_sigterm_exits_143_and_goes_on(tmp_path):

@@ -1,5 +1,6 @@
 """Numbers: dtypes, policies, casts, loss scales and gradients under them. Depends on JAX alone."""
 
+from jmp_train.precision.accumulation import WeightedLoss
 from jmp_train.precision.autocast import (
     AutocastReport,
     OpRow,
@@ -43,6 +44,7 @@ __all__ = [
     "OpRules",
     "Policy",
     "StaticLossScale",
+    "WeightedLoss",
     "all_finite",
     "autocast",
     "cast_to_full",

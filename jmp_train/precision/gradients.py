@@ -9,6 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmp_train.precision.accumulation import (
+    Part,
+    check_micro_batches,
+    check_reduce_dtype,
+    combine,
+    mean_of,
+)
 from jmp_train.precision.dtypes import at_least_float32
 from jmp_train.precision.loss_scale import (
     DynamicLossScale,
@@ -36,6 +43,9 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     cast_batch: bool = True,
+    micro_batches: int = 1,
+    axis_name: str | None = None,
+    reduce_dtype: Any = None,
 ) -> Callable[..., GradResult]:
     """Differentiates a loss in the compute dtype and returns its gradients in float32.
 
@@ -48,22 +58,43 @@ def value_and_grad(
     The gradients are those of the cast parameters: the cast itself counts as the identity.
     A loss in float16 cannot pass on a derivative above 65,504, so the scale is then held at 2^15.
 
+    With micro-batches, or over the devices of a mesh axis, scaled gradients are converted to
+    float32 and accumulated on each device, divided by the number of parts (or their weight), cast
+    to the reduce dtype, summed over the devices, and only then unscaled and tested, once. An
+    overflow in any part thus makes the whole not finite, on all devices alike.
+
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)` returns a real scalar, or
         `(scalar, aux)` with `has_aux`. Reduce it in float32: cast the model's outputs with
-        `policy.cast_to_output` first.
+        `policy.cast_to_output` first. A mean over examples; a mean over something else, tokens
+        for one, as a `WeightedLoss`.
       policy: a `Policy` or a string for `get_policy`; None casts nothing, for a loss function that
         does so itself (`autocast`, or a model under `jmp_train.flax.apply_policy`).
       has_aux: whether `loss_fn` returns `(loss, aux)`. `aux` is passed through as it is.
       cast_batch: whether the batch's floating leaves are cast too. Turn it off where the batch
         holds regression targets that the compute dtype would round.
+      micro_batches: the number of equal parts, in order, that the batch's leading axis is split
+        into. One compiled body runs them in turn, so that the memory for activations is that of
+        one part. Of `aux`, floating scalars are averaged, weighted like the loss, and any other
+        leaf comes back with a leading axis of micro-batches. Of the keyword arguments, `key` is
+        folded with the number of the part, and `model_state` is handed from part to part: `aux`
+        is then `(aux, new model state)`. All others reach each part as they are.
+      axis_name: the axis to average over, for a function under `jax.shard_map(...,
+        check_vma=False)` that gets its device's share of the batch; `make_step(mesh=...)` sets
+        that up. Each device takes its micro-batches, even if one, as parts of one batch, so `aux`
+        and `key` are treated as above, and a model state's floating leaves are averaged.
+      reduce_dtype: what gradients are summed over the devices in: "float32", "bfloat16",
+        "float16", or None for their own, float32 (float64 for float64 parameters). bfloat16
+        halves the bytes and keeps 8 bits. float16 keeps 11, but what is beyond its range becomes
+        infinite, which the test then finds, or zero.
 
     Returns:
       `grad_fn(params, batch, *args, loss_scale=None, **kwargs) -> GradResult`; pure, to be called
       inside jit. No loss scale means none is applied. Further arguments reach `loss_fn` uncast.
 
     Raises:
-      ValueError: for an unknown policy.
+      ValueError: for an unknown policy or reduce dtype, or less than one micro-batch; when traced,
+        for a batch that cannot be split into equal micro-batches.
       TypeError: when traced, for a loss that is not a real scalar, and for a parameter that is not
         floating (a counter or a PRNG key, say), by its path.
 
@@ -84,6 +115,8 @@ def value_and_grad(
     Source: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740.
     """
     to_compute = _as_it_is if policy is None else get_policy(policy).cast_to_compute
+    micro_batches = check_micro_batches(micro_batches)
+    reduce_dtype = check_reduce_dtype(reduce_dtype, axis_name)
 
     def grad_fn(
         params: Any,
@@ -92,28 +125,46 @@ def value_and_grad(
         loss_scale: LossScale | None = None,
         **kwargs: Any,
     ) -> GradResult:
-        loss_scale = NoOpLossScale() if loss_scale is None else loss_scale
+        scale = NoOpLossScale() if loss_scale is None else loss_scale
         _check_params(params)
-        if cast_batch:
-            batch = to_compute(batch)
+        cast_params = to_compute(params)
 
-        def compute(params: Any) -> tuple[jax.Array, Any]:
-            out = loss_fn(params, batch, *args, **kwargs)
-            loss, aux = out if has_aux else (out, None)
-            return _real_scalar(loss), aux
+        def run(batch: Any, kwargs: dict[str, Any]) -> Part:
+            if cast_batch:
+                batch = to_compute(batch)
 
-        loss, backward, aux = jax.vjp(compute, to_compute(params), has_aux=True)
-        loss_scale = _fit(loss_scale, loss.dtype)
-        seed = jnp.asarray(loss_scale.loss_scale, loss.dtype)
-        (grads,) = backward(seed)
-        grads = _unscale(_widen(grads, params), loss_scale, seed)
+            def compute(params: Any) -> tuple[jax.Array, Any]:
+                out = loss_fn(params, batch, *args, **kwargs)
+                loss, aux = out if has_aux else (out, None)
+                loss, own_weight, weight = mean_of(loss, axis_name)
+                return _real_scalar(loss), (aux, own_weight, weight)
+
+            loss, backward, (aux, own, weight) = jax.vjp(compute, cast_params, has_aux=True)
+            (grads,) = backward(_seed(_fit(scale, loss.dtype), loss.dtype))
+            return Part(loss, own, weight, _widen(grads, params), aux)
+
+        if micro_batches == 1 and axis_name is None:
+            whole = run(batch, kwargs)
+            loss_dtype = whole.loss.dtype
+        else:
+            whole, loss_dtype = combine(
+                run,
+                params,
+                batch,
+                kwargs,
+                micro_batches=micro_batches,
+                axis_name=axis_name,
+                reduce_dtype=reduce_dtype,
+            )
+        scale = _fit(scale, loss_dtype)
+        grads = _unscale(whole.grads, scale, _seed(scale, loss_dtype))
         finite = all_finite(grads)
         return GradResult(
-            loss=loss.astype(at_least_float32(loss.dtype)),
+            loss=whole.loss.astype(at_least_float32(whole.loss.dtype)),
             grads=grads,
             finite=finite,
-            loss_scale=loss_scale.adjust(finite),
-            aux=aux,
+            loss_scale=scale.adjust(finite),
+            aux=whole.aux,
         )
 
     return grad_fn
@@ -152,6 +203,11 @@ def _fit(loss_scale: LossScale, dtype: Any) -> LossScale:
     if isinstance(loss_scale, DynamicLossScale):
         return dataclasses.replace(loss_scale, loss_scale=jnp.minimum(loss_scale.loss_scale, limit))
     return dataclasses.replace(loss_scale, loss_scale=min(loss_scale.loss_scale, limit))
+
+
+def _seed(loss_scale: LossScale, dtype: Any) -> jax.Array:
+    """What the backward pass starts from."""
+    return jnp.asarray(loss_scale.loss_scale, dtype)
 
 
 def _unscale(grads: Any, loss_scale: LossScale, seed: jax.Array) -> Any:

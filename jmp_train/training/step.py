@@ -8,9 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.precision.gradients import value_and_grad
+from jmp_train.precision.accumulation import check_batch
+from jmp_train.precision.dtypes import nearest
+from jmp_train.precision.gradients import GradResult, value_and_grad
 from jmp_train.precision.loss_scale import (
     LossScale,
     NoOpLossScale,
@@ -44,6 +48,10 @@ def make_step(
     skip_nonfinite: bool | None = None,
     grad_norm: bool = False,
     cast_batch: bool = True,
+    micro_batches: int = 1,
+    mesh: Mesh | None = None,
+    axis_name: str = "data",
+    reduce_dtype: Any = None,
 ) -> Stepper:
     """Makes the train step of a loss under a precision policy.
 
@@ -59,7 +67,8 @@ def make_step(
       loss_fn: `loss_fn(params, batch)` returns `loss` or `(loss, aux)`. With a model state it is
         called with `model_state=` too and returns `(loss, aux, new_model_state)`; with a key, with
         `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
-        model's output to float32 first, or with `policy.cast_to_output` where that is float32.
+        model's output to float32 first, or with `policy.cast_to_output` where that is float32. A
+        mean over anything but examples, over tokens say, is returned as a `WeightedLoss`.
       optimizer: any Optax transformation; it need not know of precision. For parameters narrower
         than float32, `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan` around
         one keeps updates that are too small for them.
@@ -72,13 +81,24 @@ def make_step(
         there is a loss scale, because the check reads every gradient.
       grad_norm: whether to compute the gradients' global norm.
       cast_batch: whether the batch's floating leaves are cast to the compute dtype.
+      micro_batches: the number of equal parts of a batch that run one after the other, with the
+        memory of one; their gradients are accumulated in float32, then unscaled, checked and
+        clipped once. Each gets its own key and the model state that the one before returned. In
+        the info's `aux`, floating scalars are their mean; other leaves get a leading axis.
+      mesh: devices to share each batch out to, by its leading axis; the state is whole on each.
+        Each device takes its micro-batches as above; losses, metrics and the model state's
+        floating leaves are averaged over the devices, and gradients before they are unscaled.
+      axis_name: the mesh axis to share out over; `loss_fn` may reduce over it.
+      reduce_dtype: what gradients are summed over the devices in: "float32", "bfloat16" (half the
+        bytes), "float16"; None for their own, float32 (float64 for float64 parameters).
 
     Returns:
       A `Stepper`. With the float32 policy and the defaults, its step compiles to what one would
       write by hand around `jax.value_and_grad` and `optax.apply_updates`.
 
     Raises:
-      ValueError: for an unknown policy.
+      ValueError: for an unknown policy, reduce dtype or mesh axis, and less than one micro-batch;
+        when traced, for a batch that does not split into equal parts.
       TypeError: when traced, for a loss that is not a real scalar, or a parameter that is not
         floating.
 
@@ -101,12 +121,25 @@ def make_step(
     if skip_nonfinite is None:
         skip_nonfinite = not isinstance(first_scale, NoOpLossScale)
     optimizer = fp32_state(optimizer)
-    grad_fn = value_and_grad(_loss_and_rest(loss_fn), policy, has_aux=True, cast_batch=cast_batch)
+    grad_fn = value_and_grad(
+        _loss_and_rest(loss_fn),
+        policy,
+        has_aux=True,
+        cast_batch=cast_batch,
+        micro_batches=micro_batches,
+        axis_name=None if mesh is None else axis_name,
+        reduce_dtype=reduce_dtype,
+    )
+    if mesh is not None:
+        # By default the axes of `jax.make_mesh` are explicit, and `shard_map` would then refuse a
+        # batch that is not sharded yet.
+        mesh = Mesh(mesh.devices, mesh.axis_names)
+        grad_fn = _over_devices(grad_fn, mesh, axis_name, micro_batches)
 
     def init(params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
         params = params if policy is None else policy.cast_to_param(params)
         params = jax.tree.map(_own, params)
-        return TrainState(
+        state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=jax.tree.map(_own, optimizer.init(params)),
@@ -116,6 +149,7 @@ def make_step(
             skipped_in_row=jnp.zeros((), jnp.int32),
             key=None if key is None else _own(key),
         )
+        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, P()))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         extras = {} if state.model_state is None else {"model_state": state.model_state}
@@ -164,6 +198,46 @@ def make_step(
         scan=jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0),
         skips_nonfinite=skip_nonfinite,
     )
+
+
+def _over_devices(
+    grad_fn: Callable[..., GradResult], mesh: Mesh, axis_name: str, micro_batches: int
+) -> Callable[..., GradResult]:
+    """`grad_fn` on each device's share of the batch, everything else being the same on all."""
+    if axis_name not in mesh.axis_names:
+        raise ValueError(
+            f"the mesh has no axis {axis_name!r}; {nearest(axis_name, mesh.axis_names)}"
+        )
+    devices = mesh.shape[axis_name]
+    meaning = f"{devices} devices x {micro_batches} micro-batches"
+
+    def local(params: Any, batch: Any, loss_scale: Any, extras: Any) -> Any:
+        result = grad_fn(params, batch, loss_scale=loss_scale, **extras)
+        aux, model_state = result.aux
+        means = jax.tree.map(lambda x: x if x.ndim == 0 else None, aux)
+        stacked = jax.tree.map(lambda x: None if x.ndim == 0 else x, aux)
+        return result._replace(aux=(means, model_state)), stacked
+
+    # check_vma=False: with it on, a loop in a user's model that starts from zeros is a type error,
+    # and gradients are summed in the compute dtype, inside the backward pass.
+    sharded = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P(axis_name), P(), P()),
+        out_specs=(P(), P(axis_name)),
+        check_vma=False,
+    )
+
+    def over_devices(params: Any, batch: Any, *, loss_scale: Any, **extras: Any) -> GradResult:
+        check_batch(batch, devices * micro_batches, meaning)
+        result, stacked = sharded(params, batch, loss_scale, extras)
+        means, model_state = result.aux
+        aux = jax.tree.map(
+            lambda a, b: b if a is None else a, means, stacked, is_leaf=lambda x: x is None
+        )
+        return result._replace(aux=(aux, model_state))
+
+    return over_devices
 
 
 def _own(x: Any) -> jax.Array:

@@ -1,0 +1,259 @@
+"""One gradient from the parts of a batch: micro-batches in turn, and the devices of a mesh axis."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_train.precision.dtypes import at_least_float32, parse_dtype
+
+# `optax.microbatch` splits a batch too, but hands its function neither the number of the
+# micro-batch, which a dropout key needs, nor the model state that the one before has left.
+
+_REDUCE_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedLoss:
+    """A loss that is a weighted mean, for parts of a batch that do not weigh the same.
+
+    A loss function returns it in place of the loss: `WeightedLoss(sum of the token losses, number
+    of tokens)`, for example. The loss is `total / weight`, and over micro-batches and devices the
+    sum of the totals divided by the sum of the weights, gradients likewise: what one large batch
+    would give. A mean of the parts' means would weigh a token of a short part more.
+
+    The division is left to the caller because a part without a token would be 0 / 0. A total of 0
+    over a weight of 0 counts for nothing here, and if no part has any weight, loss and gradients
+    are zero. What is not finite is not hidden, whatever its weight.
+
+    Attributes:
+      total: the sum; a real scalar, at best in float32.
+      weight: a scalar, float or integer; a constant to differentiation.
+
+    >>> WeightedLoss(jnp.float32(6), jnp.int32(3)).total
+    Array(6., dtype=float32)
+    """
+
+    total: Any
+    weight: Any
+
+
+class Part(NamedTuple):
+    """What one micro-batch on one device gives."""
+
+    loss: jax.Array  # shape=(), in its own dtype
+    own_weight: Any  # shape=(), float32: of this part; None where parts weigh the same
+    weight: Any  # shape=(), float32: its mean over the devices, which `loss` was divided by
+    grads: Any  # of `loss`, scaled; at least float32
+    aux: Any
+
+
+def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Any, Any]:
+    """The mean that a `WeightedLoss` stands for, its own weight, and the weight divided by.
+
+    Divided before the backward pass, not after: the gradients of a sum over 10^5 tokens would be
+    10^5 times nearer to float16's limit. The devices' mean weight is taken, not each its own, so
+    that a loss function which itself reduces over the devices differentiates rightly.
+    """
+    if not isinstance(loss, WeightedLoss):
+        return loss, None, None
+    total, own = jnp.asarray(loss.total), jnp.asarray(loss.weight)
+    if own.shape != () or jnp.issubdtype(own.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"the weight has shape {own.shape} and dtype {own.dtype}; expected a scalar"
+        )
+    dtype = jnp.float32
+    if jnp.issubdtype(total.dtype, jnp.floating):  # else it is refused as a loss
+        dtype = at_least_float32(total.dtype)
+    own = jax.lax.stop_gradient(own.astype(dtype))
+    weight = own if axis_name is None else jax.lax.pmean(own, axis_name)
+    return total.astype(dtype) / _or_one(weight), own, weight
+
+
+def combine(
+    run: Callable[[Any, dict[str, Any]], Part],
+    params: Any,
+    batch: Any,
+    kwargs: dict[str, Any],
+    *,
+    micro_batches: int,
+    axis_name: str | None,
+    reduce_dtype: Any,
+) -> tuple[Part, np.dtype]:
+    """The whole batch from its parts, its gradients still scaled; and the parts' loss dtype.
+
+    Args:
+      run: gives a part from a micro-batch and keyword arguments.
+      params: what the gradients are of.
+      batch: this device's, if there are several.
+      kwargs: `key` is folded with the number of the part, `model_state` handed from each
+        micro-batch to the next.
+      micro_batches: how many.
+      axis_name: the mesh axis of the devices, inside a `shard_map` over it; None for one device.
+      reduce_dtype: what gradients are summed over the devices in.
+    """
+    rows = split(batch, micro_batches)
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * micro_batches
+    stateful = kwargs.get("model_state") is not None
+
+    def body(carry: Any, at: Any) -> Any:
+        grads, model_state = carry
+        number, rows = at
+        extras = dict(kwargs)
+        if kwargs.get("key") is not None:
+            extras["key"] = jax.random.fold_in(kwargs["key"], first + number)
+        if stateful:
+            extras["model_state"] = model_state
+        part = run(rows, extras)
+        aux = part.aux
+        if stateful:
+            aux, new = part.aux
+            model_state = jax.tree.map(_as_before, new, model_state)
+        added = part.grads
+        if part.weight is not None:
+            added = jax.tree.map(lambda g: g * _as_real(part.weight, g), added)
+        grads = added if grads is None else jax.tree.map(jnp.add, grads, added)
+        return (grads, model_state), part._replace(grads=None, aux=aux)
+
+    model_state = kwargs.get("model_state")
+    if micro_batches == 1:
+        carry, parts = body((None, model_state), (0, jax.tree.map(lambda x: x[0], rows)))
+        parts = jax.tree.map(lambda x: jnp.asarray(x)[None], parts)
+    else:
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros(jnp.shape(p), at_least_float32(jnp.result_type(p))), params
+        )
+        numbers = jnp.arange(micro_batches, dtype=jnp.int32)
+        carry, parts = jax.lax.scan(body, (zeros, model_state), (numbers, rows))
+    grads, model_state = carry
+
+    devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
+    weight = devices * (micro_batches if parts.weight is None else _or_one(parts.weight.sum()))
+
+    def mean(x: jax.Array, weights: Any) -> jax.Array:
+        wide = x.astype(at_least_float32(x.dtype))
+        if weights is not None:
+            wide = wide * weights
+        total = wide.sum() if axis_name is None else jax.lax.psum(wide.sum(), axis_name)
+        return total / weight
+
+    def reduced(g: jax.Array) -> jax.Array:
+        g = g / _as_real(
+            weight, g
+        )  # first: a sum of weighted gradients may be beyond the reduce dtype
+        if axis_name is None:
+            return g
+        narrow = g.dtype
+        if reduce_dtype is not None and not jnp.issubdtype(g.dtype, jnp.complexfloating):
+            narrow = reduce_dtype
+        return jax.lax.psum(g.astype(narrow), axis_name).astype(g.dtype)
+
+    def metric(x: jax.Array) -> jax.Array:
+        """A floating scalar's mean; a part without weight is left out, its own is often 0 / 0."""
+        if x.ndim != 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        if parts.own_weight is None:
+            return mean(x, None).astype(x.dtype)
+        x = jnp.where(parts.own_weight == 0, 0, x)
+        return mean(x, parts.own_weight).astype(x.dtype)
+
+    aux = jax.tree.map(metric, parts.aux)
+    if stateful:
+        aux = aux, _mean_over_devices(model_state, axis_name)
+    loss = mean(parts.loss, parts.weight)
+    return Part(loss, None, None, jax.tree.map(reduced, grads), aux), parts.loss.dtype
+
+
+def check_batch(batch: Any, parts: int, meaning: str) -> None:
+    """Raises ValueError for a batch whose leaves cannot all be split into `parts` equal parts."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    if not leaves:
+        raise ValueError(f"the batch has no arrays; expected some to split into {meaning}")
+    sizes = {}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if np.ndim(leaf) == 0:
+            raise ValueError(
+                f"batch leaf {name!r} is a scalar; expected a leading axis of examples, to be split "
+                f"into {meaning}; give what all examples share to the loss function otherwise"
+            )
+        sizes[name] = np.shape(leaf)[0]
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"batch leaves differ in the size of their leading axis: {sizes}")
+    size = next(iter(sizes.values()))
+    if size % parts:
+        raise ValueError(
+            f"the batch has {size} examples; expected a multiple of {parts}, to be split into "
+            f"{meaning}"
+        )
+
+
+def split(batch: Any, micro_batches: int) -> Any:
+    """The leading axis B of each leaf as (micro_batches, B / micro_batches), in order."""
+    check_batch(batch, micro_batches, f"{micro_batches} micro-batches")
+    return jax.tree.map(
+        lambda x: jnp.reshape(x, (micro_batches, x.shape[0] // micro_batches, *x.shape[1:])), batch
+    )
+
+
+def check_micro_batches(micro_batches: Any) -> int:
+    """The number, if it is one of at least 1.
+
+    Raises:
+      ValueError: if not.
+    """
+    try:
+        if operator.index(micro_batches) >= 1:
+            return operator.index(micro_batches)
+    except TypeError:
+        pass
+    raise ValueError(f"micro_batches is {micro_batches!r}; expected a whole number of at least 1")
+
+
+def check_reduce_dtype(reduce_dtype: Any, axis_name: str | None) -> Any:
+    """The dtype that a name stands for, if gradients can be summed in it; None for None.
+
+    Raises:
+      ValueError: if not, or if there is no axis to reduce over.
+    """
+    if reduce_dtype is None:
+        return None
+    if axis_name is None:
+        raise ValueError(
+            f"reduce_dtype is {reduce_dtype!r} but nothing is reduced; expected a mesh (make_step) "
+            "or an axis_name (value_and_grad)"
+        )
+    dtype = parse_dtype(reduce_dtype)
+    if dtype.name not in _REDUCE_DTYPES:
+        raise ValueError(
+            f"reduce_dtype is {reduce_dtype!r}; expected one of {', '.join(_REDUCE_DTYPES)}"
+        )
+    return dtype
+
+
+def _as_real(x: Any, g: jax.Array) -> jax.Array:
+    """A real scalar in the dtype of a gradient's parts, so that the gradient keeps its own."""
+    return jnp.asarray(x, jnp.finfo(g.dtype).dtype)
+
+
+def _or_one(weight: jax.Array) -> jax.Array:
+    return jnp.where(weight == 0, 1, weight)
+
+
+def _as_before(new: Any, old: Any) -> Any:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
+def _mean_over_devices(tree: Any, axis_name: str | None) -> Any:
+    if axis_name is None:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.lax.pmean(x, axis_name) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
