@@ -87,6 +87,8 @@ class TrainArguments(Generic[E]):
     experiment: Annotated[E, tyro.conf.arg(name="")]
     run_dir: Path | None = None
     """Folder of the run, which goes on if it holds one; default runs/NAME/TIME."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, for a quick start of the next run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,8 @@ class CompareOptions:
     """Runs of each, with the seeds 0 to N - 1."""
     out: Path | None = None
     """Folder of the results; default runs/compare/FAMILY/TIME."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, for a quick start of the next run."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -114,6 +118,7 @@ class CompareArguments(CompareOptions, Generic[E]):
 
 def _train(words: list[str]) -> None:
     from jmp_train.run import train
+    from jmp_train.training.compilation_cache import keep_compiled
 
     name, words = _positional(words, "train NAME", "the name of an experiment")
     experiment = find_experiment(name)
@@ -123,6 +128,8 @@ def _train(words: list[str]) -> None:
         words,
         f"jmp-train train {name}",
     )
+    if arguments.compilation_cache:
+        keep_compiled()
     run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
     summary = train(name, arguments.experiment, run_dir, Console())
     results = ", ".join(f"{k} {v:.4f}" for k, v in summary["eval"].items())
@@ -135,6 +142,7 @@ def _train(words: list[str]) -> None:
 
 def _eval(words: list[str]) -> None:
     from jmp_train.run import evaluate_run, read_config
+    from jmp_train.training.compilation_cache import keep_compiled
 
     folder, words = _positional(words, "eval RUN_DIR", "the directory of a run")
     run_dir = Path(folder)
@@ -146,6 +154,7 @@ def _eval(words: list[str]) -> None:
     except UsageError as error:
         raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
     experiment = _parse(_typed(default), experiment, words, f"jmp-train eval {folder}")
+    keep_compiled()
     result = evaluate_run(run_dir, experiment)
     step = result.pop("step")
     print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
@@ -170,6 +179,7 @@ def _list(words: list[str]) -> None:
 
 def _compare(words: list[str]) -> None:
     from jmp_train.compare import compare, variants_of
+    from jmp_train.training.compilation_cache import keep_compiled
 
     family, words = _positional(words, "compare FAMILY", "the name of a family")
     prog = f"jmp-train compare {family}"
@@ -183,6 +193,8 @@ def _compare(words: list[str]) -> None:
         for field in ("policy", "seed"):
             if getattr(variants[label], field) != getattr(default, field):
                 raise UsageError(f"compare sets --{field} itself; expected no --{field}")
+    if options.compilation_cache:
+        keep_compiled()
     out = options.out or _new_folder(Path("runs") / "compare" / family)
     compare(family, variants, seeds=options.seeds, out=out, console=Console())
 

@@ -1,0 +1,11 @@
+"""What every test needs."""
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder_of_the_session(tmp_path_factory):
+    """Nothing that a test starts leaves compiled programs in the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
