@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -120,6 +122,27 @@ def context_of(eqn: Any) -> Iterator[None]:
 def source_line(eqn: Any) -> str:
     """Where an equation was written: `path/file.py:12:4 (function)`, as JAX prints it."""
     return source_info_util.summarize(eqn.source_info)
+
+
+def user_line(eqn: Any) -> str:
+    """`path/file.py:12 (function)` of the innermost frame outside Python's own library, JAX, Flax,
+    Optax and this package's machinery; as `source_line` where there is none."""
+    for frame in getattr(eqn.source_info.traceback, "frames", ()):
+        if not _is_library(frame.file_name.replace("\\", "/")):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return source_line(eqn)
+
+
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib").replace("\\", "/")
+
+
+def _is_library(file: str) -> bool:
+    if re.search(r"/jmp_train/(flax|precision|training)/", file):
+        return True
+    _, installed, inside = file.rpartition("/site-packages/")
+    if installed:
+        return inside.split("/")[0] in ("jax", "jaxlib", "flax", "optax")
+    return file.startswith((_STANDARD_LIBRARY, "<"))
 
 
 def function_name(jaxpr: Any) -> str:

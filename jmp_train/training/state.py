@@ -9,6 +9,13 @@ import jax
 from jmp_train.precision.loss_scale import LossScale
 
 
+class LastSkip(NamedTuple):
+    """The last step that was skipped."""
+
+    step: jax.Array  # shape=(), int32: steps taken after it; 0 where none was skipped
+    nonfinite: jax.Array  # shape=(parameter leaves,), bool: whose gradient was not finite
+
+
 class TrainState(NamedTuple):
     """Everything that changes during training: a pytree of arrays."""
 
@@ -19,6 +26,7 @@ class TrainState(NamedTuple):
     loss_scale: LossScale
     skipped: jax.Array  # shape=(), int32: steps skipped because something was not finite
     skipped_in_row: jax.Array  # shape=(), int32: of those, the ones since the last good step
+    last_skip: Any  # a LastSkip; None where steps are not skipped
     key: Any  # a PRNG key, the same all along: step n uses fold_in(key, n); None without
 
 
