@@ -118,6 +118,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Steps in one dispatch to the device; divides the four numbers of steps above."""
     skip_nonfinite: bool | None = None
     """Skip steps whose gradients are not finite; None: where there is a loss scale."""
+    max_skipped_in_row: int = 100
+    """So many skipped steps in a row end the run, with a report of what went non-finite first."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """Precision of float32 matrix products: on a recent GPU default is TF32, highest is float32."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -136,6 +138,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
             "eval_every",
             "checkpoint_every",
             "steps_per_call",
+            "max_skipped_in_row",
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")

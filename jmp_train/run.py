@@ -14,24 +14,42 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from jmp_train.data.batches import eval_batches, iterate, train_batches
 from jmp_train.experiment import Experiment, UsageError, flatten
 from jmp_train.optim.optimizers import make_optimizer
-from jmp_train.precision.policy import get_policy
+from jmp_train.precision.loss_scale import NoOpLossScale, StaticLossScale
+from jmp_train.precision.nonfinite import NonFiniteReport, first_nonfinite
+from jmp_train.precision.numerics import (
+    EXPONENTS,
+    exponent_histogram,
+    nonfinite_leaves,
+    path_names,
+    shares_in,
+)
+from jmp_train.precision.policy import Policy, get_policy, widen_to_full
 from jmp_train.precision.rules import Rules
-from jmp_train.report.plots import plot_run
+from jmp_train.report.divergence import Divergence, Float32Gradients, advise
+from jmp_train.report.plots import plot_exponents, plot_run
 from jmp_train.task import Dataset, Task
 from jmp_train.training.checkpoints import Checkpoints
 from jmp_train.training.evaluation import make_evaluate
-from jmp_train.training.loop import Every, run_loop
+from jmp_train.training.loop import Diverged, Every, LastCall, nonfinite_gradients, run_loop
 from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json, write_json
 from jmp_train.training.progress import RunProgress
 from jmp_train.training.state import TrainState
 from jmp_train.training.step import Stepper, make_step
 
-_MAY_CHANGE = ("steps", "log_every", "eval_every", "checkpoint_every", "optimizer.learning_rate")
+_MAY_CHANGE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "max_skipped_in_row",
+    "optimizer.learning_rate",
+)
 
 
 class Stopped(Exception):
@@ -81,7 +99,8 @@ def train(
       UsageError: if the directory cannot be written, or holds a run of another experiment, with
         other settings, or something that is no run.
       NoUsableCheckpoint: if it holds checkpoints and none can be loaded.
-      Diverged: if training diverges.
+      Diverged: if training diverges; its words are the report that diverged.txt and diverged.json in
+        the run directory hold too. Nothing is saved after the newest checkpoint.
       Stopped: if SIGTERM or SIGINT ended the run, after saving.
     """
     began = time.perf_counter()
@@ -148,21 +167,35 @@ def _train(
             step, state, extra=extra, metrics=evaluated[1] if evaluated[0] == step else None
         )
 
-    with contextlib.closing(writer), contextlib.closing(progress):
-        result = run_loop(
-            compiled,
-            start.state,
-            batches,
-            start=start.step,
-            stop=experiment.steps,
-            steps_per_call=experiment.steps_per_call,
-            every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
-            log=log,
-            evaluate=evaluate,
-            checkpoint=checkpoint,
-            should_stop=lambda: bool(stopped),
-            skips_nonfinite=parts.stepper.skips_nonfinite,
-        )
+    for file in ("diverged.json", "diverged.txt"):  # of an attempt that this one takes up again
+        (run_dir / file).unlink(missing_ok=True)
+    try:
+        with contextlib.closing(writer), contextlib.closing(progress):
+            result = run_loop(
+                compiled,
+                start.state,
+                batches,
+                start=start.step,
+                stop=experiment.steps,
+                steps_per_call=experiment.steps_per_call,
+                every=Every(
+                    experiment.log_every, experiment.eval_every, experiment.checkpoint_every
+                ),
+                log=log,
+                evaluate=evaluate,
+                checkpoint=checkpoint,
+                should_stop=lambda: bool(stopped),
+                skips_nonfinite=parts.stepper.skips_nonfinite,
+                max_skipped_in_row=experiment.max_skipped_in_row,
+            )
+    except Diverged as error:
+        if error.last is None:
+            raise
+        checkpoints.wait()
+        steps = checkpoints.steps()
+        _say(console, "diverged; looking for what went non-finite first")
+        report = _investigate(name, experiment, run_dir, parts, error, steps[-1] if steps else None)
+        raise Diverged(f"{report}\n{run_dir / 'diverged.json'} holds more", error.last) from None
     checkpoints.wait()
     if result.step == start.step:  # it was finished, but for its summary
         evaluated = (result.step, parts.evaluate(result.state.params))
@@ -185,6 +218,141 @@ def _train(
         title=f"{name}, policy {experiment.policy}",
     )
     return summary
+
+
+def _investigate(
+    name: str,
+    experiment: Experiment[Any, Any],
+    run_dir: Path,
+    parts: _Parts,
+    error: Diverged,
+    checkpoint: int | None,
+) -> Divergence:
+    """Finds out what it can about a run that diverged, and writes it into the run's directory."""
+    last = error.last
+    assert last is not None
+    state, problems = last.state, []
+    operations = float32 = None
+    flags = jax.device_get(jax.jit(nonfinite_leaves)(state.params))
+    lost = [n for n, bad in zip(path_names(state.params), flags, strict=True) if bad]
+    if last.skipped and not lost:
+        # As it stood before that step, which changed nothing but the counters and the scale.
+        before = state._replace(step=state.step - 1, loss_scale=_scale_of(state, last.loss_scale))
+        try:
+            operations = _replay(parts.stepper, before, last.batch)
+            float32 = _float32_gradients(experiment, parts, before, last)
+        # The report matters more than any part of it, so what fails here is told in it.
+        except Exception as failure:  # noqa: BLE001
+            what = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            problems.append(f"the last step could not be replayed: {what}")
+    elif not parts.stepper.skips_nonfinite:
+        problems.append(
+            "the last good state is gone, because the update with that step's gradients was made: so "
+            "the step cannot be replayed"
+        )
+
+    def fits(rules: tuple[str, ...]) -> bool:
+        try:
+            experiment.model.task(parts.dataset.spec, get_policy("float32"), Rules(rules))
+        except ValueError:
+            return False
+        return True
+
+    skips = parts.stepper.skips_nonfinite
+    history = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["split"] == "train"]
+    report = Divergence(
+        experiment=name,
+        reason=str(error),
+        step=last.step,
+        policy=experiment.policy,
+        rules=experiment.rules,
+        loss_scale=last.loss_scale,
+        skips=skips,
+        history=tuple(history[-20:]),
+        gradients=tuple(nonfinite_gradients(state)) if last.skipped else (),
+        parameters=tuple(lost),
+        operations=operations,
+        float32=float32,
+        problems=tuple(problems),
+        advice=advise(
+            experiment=experiment, operations=operations, float32=float32, skips=skips, fits=fits
+        ),
+        checkpoint=checkpoint,
+    )
+    write_json(run_dir / "diverged.json", report.to_json())
+    (run_dir / "diverged.txt").write_text(f"{report}\n", encoding="utf-8")
+    if float32 is not None and float32.exponents:
+        plot_exponents(
+            float32.exponents,
+            float32.format,
+            run_dir / "plots" / "gradient_exponents.png",
+            scale=last.loss_scale,
+            title=f"{name}: gradients at step {last.step}, in float32",
+        )
+    return report
+
+
+def _scale_of(state: TrainState, value: float) -> Any:
+    """The loss scale that a step was taken under, as a state that stays as it is."""
+    return state.loss_scale if value == 1.0 else StaticLossScale(value)
+
+
+def _replay(stepper: Stepper, state: TrainState, batch: Any) -> NonFiniteReport:
+    """The operations of a step that went non-finite first."""
+
+    def gradients(params: Any, batch: Any, model_state: Any) -> dict[str, Any]:
+        result = stepper.grads(state._replace(params=params, model_state=model_state), batch)
+        return {"loss": result.loss, "gradient": result.grads}
+
+    return first_nonfinite(gradients, state.params, batch, state.model_state)
+
+
+def _float32_gradients(
+    experiment: Experiment[Any, Any], parts: _Parts, state: TrainState, last: LastCall
+) -> Float32Gradients:
+    """The gradients of a step with the same parameters and batch in float32 throughout."""
+    full = dataclasses.replace(
+        experiment,
+        policy="float32",
+        rules=(),
+        optimizer=dataclasses.replace(experiment.optimizer, parameters="direct"),
+        loss_scale=dataclasses.replace(experiment.loss_scale, kind="none"),
+    )
+    stepper = _stepper(full, _task(full, parts.dataset))
+    state = state._replace(params=widen_to_full(state.params), loss_scale=NoOpLossScale())
+    dtype = _narrowest(experiment)
+
+    @jax.jit
+    def measure(state: TrainState, batch: Any) -> Any:
+        result = stepper.grads(state, batch)
+        leaves = jax.tree.leaves(result.grads)
+        finite = [jnp.where(jnp.isfinite(g), jnp.abs(g), 0).max(initial=0) for g in leaves]
+        return (
+            result.loss,
+            result.finite,
+            jnp.stack(finite).max(),
+            shares_in(result.grads, dtype, scale=last.loss_scale),
+            shares_in(result.grads, dtype),
+            exponent_histogram(result.grads).counts,
+        )
+
+    loss, finite, largest, scaled, unscaled, counts = jax.device_get(measure(state, last.batch))
+    return Float32Gradients(
+        loss=float(loss),
+        finite=bool(finite),
+        largest=float(largest),
+        count=sum(x.size for x in jax.tree.leaves(state.params)),
+        format=dtype.name,
+        shares={k: float(v) for k, v in scaled._asdict().items()},
+        shares_unscaled={k: float(v) for k, v in unscaled._asdict().items()},
+        exponents={e: int(n) for e, n in zip(EXPONENTS, counts, strict=True) if n},
+    )
+
+
+def _narrowest(experiment: Experiment[Any, Any]) -> Any:
+    """The narrowest dtype that a run computes in; of two as wide, the one with the smaller range."""
+    dtypes = [policy.compute_dtype for policy in _policies(experiment)]
+    return min(dtypes, key=lambda dtype: (dtype.itemsize, float(jnp.finfo(dtype).max)))
 
 
 def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, Any]:
@@ -306,26 +474,41 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _build(experiment: Experiment[Any, Any]) -> _Parts:
-    dataset = experiment.data.load()
+def _policies(experiment: Experiment[Any, Any]) -> list[Policy]:
+    rules = Rules(experiment.rules).entries
+    return [rule.policy for rule in rules] or [get_policy(experiment.policy)]
+
+
+def _step_policy(experiment: Experiment[Any, Any]) -> Policy | None:
+    """The step's policy; None under rules: the model casts then, each module as its rule says."""
+    return None if experiment.rules else get_policy(experiment.policy)
+
+
+def _task(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
     policy, rules = get_policy(experiment.policy), Rules(experiment.rules)
     try:
-        task = experiment.model.task(dataset.spec, policy, rules)
+        return experiment.model.task(dataset.spec, policy, rules)
     except ValueError as error:  # a rule that matches no module of the model
         raise UsageError(str(error)) from None
-    policies = [policy]
-    if rules.entries:  # the model casts, each module as its rule says; the step does not
-        policies, policy = [rule.policy for rule in rules.entries], None
-    stepper = make_step(
+
+
+def _stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
+    return make_step(
         task.loss_fn,
         make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
-        policy,
-        loss_scale=experiment.loss_scale.make(policies),
+        _step_policy(experiment),
+        loss_scale=experiment.loss_scale.make(_policies(experiment)),
         skip_nonfinite=experiment.skip_nonfinite,
         grad_norm=True,
         micro_batches=experiment.micro_batches,
     )
-    run = make_evaluate(task.metrics_fn, policy)
+
+
+def _build(experiment: Experiment[Any, Any]) -> _Parts:
+    dataset = experiment.data.load()
+    task = _task(experiment, dataset)
+    stepper = _stepper(experiment, task)
+    run = make_evaluate(task.metrics_fn, _step_policy(experiment))
     size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
     batches = train_batches(
         dataset.train,

@@ -228,7 +228,9 @@ class _Replay:
         self._after = ""
 
     def given(self, array: Any, name: str) -> _Value:
-        """An argument (with a name) or a constant."""
+        """An argument (with a name) or a constant; integers among them name nothing."""
+        if not _inexact(array):
+            return _Value(array)
         if _finite(array):
             return _Value(array, (), name)
         node = _Node(next(self._count))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -101,5 +103,43 @@ def plot_comparison(
     left.set(ylabel=f"held-out {metric}", title=f"{metric}: each seed, mean and deviation")
     right.set(ylabel="seconds", title="training time, mean over seeds")
     figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_exponents(
+    exponents: Mapping[int, int], dtype: Any, path: Path, *, scale: float, title: str
+) -> None:
+    """Draws how many numbers have which exponent, as they are and times a scale, over a format's range.
+
+    Figure 3 of Micikevicius et al. 2018, "Mixed Precision Training", with the scale's effect.
+
+    Args:
+      exponents: how many of the numbers have which exponent, floor(log2 |x|).
+      dtype: the format.
+      path: the PNG file.
+      scale: what they are multiplied by.
+      title: stands above.
+    """
+    plt = _pyplot()
+    info = jnp.finfo(dtype)
+    smallest, normal, end = (
+        math.frexp(float(x))[1] - 1
+        for x in (info.smallest_subnormal, info.smallest_normal, info.max)
+    )
+    total = max(sum(exponents.values()), 1)
+    where = np.array(sorted(exponents))
+    share = np.array([100 * exponents[e] / total for e in where])
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.bar(where, share, width=1.0, alpha=0.6, label="as they are")
+    shift = math.log2(scale)
+    if shift:
+        axes.bar(where + shift, share, width=1.0, alpha=0.6, label=f"times {scale:g}")
+    axes.axvspan(normal - 0.5, end + 0.5, alpha=0.12, color="C2", label=f"normal in {info.dtype}")
+    axes.axvspan(smallest - 0.5, normal - 0.5, alpha=0.12, color="C1", label="subnormal")
+    axes.set(xlabel="exponent, floor(log2 |x|)", ylabel="share of numbers other than 0, %")
+    axes.set_title(title)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -10,14 +10,38 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jmp_train.precision.loss_scale import all_finite
+from jmp_train.precision.loss_scale import DynamicLossScale, all_finite
+from jmp_train.precision.numerics import path_names
 from jmp_train.training.state import StepInfo, TrainState
 
 _all_finite = jax.jit(all_finite)
 
 
+#: So many skipped steps in a row end the run when the scale can go no lower. From 65,536 to 1 it
+#: takes 16, so this is DeepSpeed's rule (an overflow at the minimum is an error), but a run that lives
+#: at the minimum survives a few bad batches.
+SKIPS_AT_MINIMUM = 10
+
+#: How many names of tensors a train record holds at most.
+_NAMES = 8
+
+
+class LastCall(NamedTuple):
+    """Where a loop stood when it gave up."""
+
+    step: int  # steps taken
+    state: TrainState
+    batch: Any  # of the last step alone
+    loss_scale: float  # that the last step was taken under
+    skipped: bool  # whether the last step was skipped, and so can be replayed
+
+
 class Diverged(Exception):
-    """Training has diverged and cannot go on."""
+    """Training has diverged and cannot go on; `last` tells where the loop stood."""
+
+    def __init__(self, message: str, last: LastCall | None = None):
+        super().__init__(message)
+        self.last = last
 
 
 class LoopResult(NamedTuple):
@@ -75,27 +99,34 @@ def run_loop(
 
     Raises:
       Diverged: at an event, before it saves: if the loss is not finite and such steps are not
-        skipped, if too many in a row were skipped, or if a parameter is not finite.
+        skipped, if too many in a row were skipped, if `SKIPS_AT_MINIMUM` were and the last of them
+        at the dynamic loss scale's minimum, or if a parameter is not finite.
     """
     at = logged = start
     seconds = since_log = 0.0
     stopped = False
     began = time.perf_counter()
     while at < stop and not stopped:
-        state, info = step_fn(state, next(batches))
+        batch = next(batches)
+        state, info = step_fn(state, batch)
         at += steps_per_call
         stopped = should_stop()
         last = stopped or at >= stop
         log_due, evaluate_due, checkpoint_due = (last or at % n == 0 for n in every)
         if not (log_due or evaluate_due or checkpoint_due):
             continue
-        values = _train_values(info, state, steps_per_call)  # waits for the device
+        values = _train_values(info, state, steps_per_call, logged)  # waits for the device
         elapsed = time.perf_counter() - began
         seconds, since_log = seconds + elapsed, since_log + elapsed
         if log_due:
             log(at, {**values, "steps_per_second": (at - logged) / since_log})
             logged, since_log = at, 0.0
-        _check_diverged(at, values, state, skips_nonfinite, max_skipped_in_row)
+        reason = _diverged(at, values, state, skips_nonfinite, max_skipped_in_row)
+        if reason:
+            if steps_per_call > 1:
+                batch = jax.tree.map(lambda x: x[-1], batch)
+            skipped = values["skipped_in_row"] > 0
+            raise Diverged(reason, LastCall(at, state, batch, values["loss_scale"], skipped))
         if evaluate_due and not stopped:
             evaluate(at, state)
         if checkpoint_due:
@@ -104,30 +135,60 @@ def run_loop(
     return LoopResult(state, at, seconds)
 
 
-def _train_values(info: StepInfo, state: TrainState, steps_per_call: int) -> dict[str, Any]:
-    """The last step's numbers, on the host."""
-    info, skipped, in_row = jax.device_get((info, state.skipped, state.skipped_in_row))
+def _train_values(
+    info: StepInfo, state: TrainState, steps_per_call: int, logged: int
+) -> dict[str, Any]:
+    """The last step's numbers, on the host, and the last skip's if it came after step `logged`."""
+    info, skipped, in_row, last_skip = jax.device_get(
+        (info, state.skipped, state.skipped_in_row, state.last_skip)
+    )
     if steps_per_call > 1:
         info = jax.tree.map(lambda x: x[-1], info)
-    values = {"loss": float(info.loss)}
+    values: dict[str, Any] = {"loss": float(info.loss)}
     if isinstance(info.aux, dict):
         values = {k: v.item() for k, v in info.aux.items() if np.ndim(v) == 0} | values
     if info.grad_norm is not None:
         values["grad_norm"] = float(info.grad_norm)
     values["loss_scale"] = 1.0 if info.loss_scale is None else float(info.loss_scale)
-    return {**values, "skipped_steps": int(skipped), "skipped_in_row": int(in_row)}
+    values |= {"skipped_steps": int(skipped), "skipped_in_row": int(in_row)}
+    if last_skip is not None and last_skip.step > logged:
+        values["last_skipped_step"] = int(last_skip.step)
+        values["nonfinite"] = nonfinite_gradients(state)[:_NAMES]
+        values["nonfinite_tensors"] = int(last_skip.nonfinite.sum())
+    return values
 
 
-def _check_diverged(
+def nonfinite_gradients(state: TrainState) -> list[str]:
+    """The paths of the parameters whose gradients were not finite in the last skipped step."""
+    if state.last_skip is None:
+        return []
+    flags = np.asarray(state.last_skip.nonfinite)
+    return [name for name, bad in zip(path_names(state.params), flags, strict=True) if bad]
+
+
+def _diverged(
     at: int, values: dict[str, Any], state: TrainState, skips_nonfinite: bool, limit: int
-) -> None:
-    if values["skipped_in_row"] >= limit:
-        raise Diverged(
-            f"{values['skipped_in_row']} steps in a row up to step {at} had non-finite gradients "
-            f"and were skipped (loss scale {values['loss_scale']:g}); try a lower learning rate "
-            "or --policy mixed_bfloat16"
+) -> str:
+    """Why the run cannot go on; '' where it can."""
+    in_row, scale = values["skipped_in_row"], values["loss_scale"]
+    lowest = _lowest_scale(state)
+    at_minimum = scale <= lowest and in_row >= min(limit, SKIPS_AT_MINIMUM)
+    if in_row >= limit or at_minimum:
+        why = f", the lowest that it may be ({lowest:g})" if at_minimum else ""
+        return (
+            f"{in_row} steps in a row up to step {at} had non-finite gradients and were skipped "
+            f"(loss scale {scale:g}{why})"
         )
     if not skips_nonfinite and not math.isfinite(values["loss"]):
-        raise Diverged(f"the loss is {values['loss']} at step {at}; try a lower learning rate")
+        return f"the loss is {values['loss']} at step {at}"
     if not _all_finite(state.params):
-        raise Diverged(f"a parameter is not finite after step {at}; try a lower learning rate")
+        return f"a parameter is not finite after step {at}"
+    return ""
+
+
+def _lowest_scale(state: TrainState) -> float:
+    """The scale below which a dynamic loss scale does not back off; 0 without one."""
+    scale = state.loss_scale
+    if not isinstance(scale, DynamicLossScale):
+        return 0.0
+    return max(scale.min_loss_scale, float(np.finfo(np.float32).tiny))

@@ -88,14 +88,14 @@ class MetricsWriter:
         Args:
           step: steps taken.
           split: "train" or "eval".
-          values: numbers by name.
+          values: numbers by name, or lists of words, which TensorBoard does not get.
         """
         values = {k: v for k, v in values.items() if k not in ("step", "split")}
         record = strict_json({"step": step, "split": split, **values})
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._lines.flush()
         for name, value in values.items():
-            if math.isfinite(value):
+            if not isinstance(value, list) and math.isfinite(value):
                 self._events.add_scalar(f"{split}/{name}", float(value), step)
 
     def close(self) -> None:
