@@ -54,7 +54,9 @@ def main() -> None:
             rows.append(row)
             print(
                 "{size:6} {way:10} {ms_per_step:8.3f} ms  over never {over_never:.4f}  over select "
-                "{over_select:.4f}  {megabytes_accessed:.2f} MB  {megaflops:.2f} MFLOP".format(**row)
+                "{over_select:.4f}  {megabytes_accessed:.2f} MB  {megaflops:.2f} MFLOP".format(
+                    **row
+                )
             )
     print(keep("skipping", rows, **vars(options)))
 
@@ -74,7 +76,7 @@ def timed(steps: dict[str, Callable[[], Any]], options: Any) -> dict[str, list[f
 
 def time_of(call: Callable[[], Any], count: int) -> float:
     """Seconds of one of `count` calls in a row."""
-    began = time.perf_counter()
+    out, began = None, time.perf_counter()
     for _ in range(count):
         out = call()
     jax.block_until_ready(out)

@@ -30,6 +30,13 @@ from jmp_train.precision.loss_scale_dict import (
     loss_scale_from_gradscaler,
     loss_scale_to_dict,
 )
+from jmp_train.precision.nonfinite import NonFiniteOp, NonFiniteReport, first_nonfinite
+from jmp_train.precision.numerics import (
+    ExponentHistogram,
+    FormatShares,
+    exponent_histogram,
+    shares_in,
+)
 from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
 from jmp_train.precision.rounding import (
@@ -40,15 +47,20 @@ from jmp_train.precision.rounding import (
     stochastic_round,
 )
 from jmp_train.training.evaluation import make_evaluate
-from jmp_train.training.state import StepInfo, TrainState
+from jmp_train.training.state import LastSkip, StepInfo, TrainState
 from jmp_train.training.step import Stepper, make_step
 
 __all__ = [
     "AutocastReport",
     "DynamicLossScale",
+    "ExponentHistogram",
+    "FormatShares",
     "GradResult",
+    "LastSkip",
     "LossScale",
     "NoOpLossScale",
+    "NonFiniteOp",
+    "NonFiniteReport",
     "OpRow",
     "OpRules",
     "Policy",
@@ -66,7 +78,9 @@ __all__ = [
     "default_op_rules",
     "dtype_to_names",
     "explain_autocast",
+    "exponent_histogram",
     "fastest_dtype",
+    "first_nonfinite",
     "fp32_state",
     "get_policy",
     "half_dtype",
@@ -83,6 +97,7 @@ __all__ = [
     "round_to_nearest",
     "scale_loss",
     "select_tree",
+    "shares_in",
     "split_bf16_remainder",
     "stochastic_round",
     "stochastic_rounding",

@@ -24,6 +24,13 @@ from jmp_train.precision.loss_scale_dict import (
     loss_scale_from_gradscaler,
     loss_scale_to_dict,
 )
+from jmp_train.precision.nonfinite import NonFiniteOp, NonFiniteReport, first_nonfinite
+from jmp_train.precision.numerics import (
+    ExponentHistogram,
+    FormatShares,
+    exponent_histogram,
+    shares_in,
+)
 from jmp_train.precision.op_rules import OpRules, default_op_rules
 from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
 from jmp_train.precision.rounding import (
@@ -37,9 +44,13 @@ from jmp_train.precision.rounding import (
 __all__ = [
     "AutocastReport",
     "DynamicLossScale",
+    "ExponentHistogram",
+    "FormatShares",
     "GradResult",
     "LossScale",
     "NoOpLossScale",
+    "NonFiniteOp",
+    "NonFiniteReport",
     "OpRow",
     "OpRules",
     "Policy",
@@ -53,7 +64,9 @@ __all__ = [
     "default_op_rules",
     "dtype_to_names",
     "explain_autocast",
+    "exponent_histogram",
     "fastest_dtype",
+    "first_nonfinite",
     "get_policy",
     "half_dtype",
     "join_bf16_remainder",
@@ -63,6 +76,7 @@ __all__ = [
     "loss_scale_to_dict",
     "round_to_nearest",
     "select_tree",
+    "shares_in",
     "split_bf16_remainder",
     "stochastic_round",
     "value_and_grad",

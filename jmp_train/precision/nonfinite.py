@@ -85,7 +85,7 @@ class NonFiniteOp:
             wider = f"; {self.wide:.3g} in {_wider(self.dtype).name}" if self.wide else ""
             what = f"overflow of {self.dtype} (largest {limit:.5g}{wider})"
         else:
-            what = f"{ {'nan': 'NaN', 'inf': 'infinity'}[self.kind]} in {self.dtype}"
+            what = f"{ {'nan': 'NaN', 'inf': 'infinity'}[self.kind] } in {self.dtype}"
         size = int(np.prod(self.shape, dtype=np.int64))
         return (
             f"{self.op} ({way}{', ' + where if where else ''}): {what}, {self.count} of {size} "
@@ -157,7 +157,7 @@ def first_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> NonFin
         return call(full)
 
     closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(leaves[i] for i in arrays))
-    outs = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    outs = [path_name(path) or "result" for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     replay = _Replay()
     given = [replay.given(leaves[i], names[i]) for i in arrays]
     body = compat.body_of(closed)
@@ -259,7 +259,7 @@ class _Replay:
 
     def _evaluate(self, eqn: Any, operands: list[_Value], place: _Place) -> list[_Value]:
         name = eqn.primitive.name
-        if name in _BODIES:
+        if _BODIES.get(name) in eqn.params:
             body = compat.body_of(eqn.params[_BODIES[name]])
             called = eqn.params.get("name") or compat.function_name(body.jaxpr)
             inner = place.inside(eqn, f"{name}:{called}" if called else name)
@@ -382,7 +382,9 @@ def _named_arguments(
     """The leaves of the arguments with their names, and the function over such leaves."""
     try:
         parameters = inspect.signature(fn).parameters.values()
-        plain = (p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+        plain = (
+            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        )
         words = list(itertools.islice(plain, len(args)))
     except (TypeError, ValueError):  # no signature
         words = []
@@ -416,18 +418,23 @@ def _inexact(x: Any) -> bool:
 
 
 def _finite(x: Any) -> bool:
-    return not _inexact(x) or bool(_is_finite(x))
+    if not _inexact(x):
+        return True
+    if np.size(x) < 2**16:  # a copy to the host costs less than to compile for this shape
+        return bool(np.isfinite(np.asarray(x)).all())
+    return bool(_is_finite(x))
 
 
 def _has_nan(x: Any) -> bool:
-    return _inexact(x) and bool(jnp.isnan(x).any())
+    return _inexact(x) and bool(np.isnan(np.asarray(x)).any())
 
 
 def _selected(operands: list[_Value]) -> list[tuple[_Node, ...]]:
     """The causes of the cases that a select took something non-finite from."""
     which, *cases = operands
-    taken = lambda n, case: (which.array.astype(jnp.int32) == n) & ~jnp.isfinite(case.array)
-    return [case.causes if bool(taken(n, case).any()) else () for n, case in enumerate(cases)]
+    chosen = np.asarray(which.array).astype(np.int32)
+    taken = lambda n, case: (chosen == n) & ~np.isfinite(np.asarray(case.array))
+    return [case.causes if taken(n, case).any() else () for n, case in enumerate(cases)]
 
 
 def _at(x: _Value, i: int) -> _Value:
@@ -442,7 +449,7 @@ def _stacked(slices: Sequence[_Value]) -> _Value:
 
 def _function_of(jaxpr: Any) -> Callable[..., list[Any]]:
     body = compat.body_of(jaxpr)
-    return lambda *args: jax.core.eval_jaxpr(body.jaxpr, body.consts, *args)
+    return lambda *args: compat.eval_jaxpr(body.jaxpr, body.consts, *args)
 
 
 def _bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
@@ -466,7 +473,7 @@ def _describe(made: _Made, reaches: tuple[str, ...]) -> NonFiniteOp:
         kind=kind,
         dtype=out.dtype.name,
         shape=tuple(out.shape),
-        count=int((~jnp.isfinite(out)).sum()),
+        count=int((~np.isfinite(np.asarray(out))).sum()),
         backward=backward,
         module=_module(stack, operands, reaches if backward else (), made.after),
         path="/".join(place.path),
@@ -481,8 +488,8 @@ def _range(x: _Value) -> OperandRange:
     array = jnp.asarray(x.array)
     values = np.asarray(array, np.float64)
     finite = values[np.isfinite(values)]
-    ends = (float(finite.min()), float(finite.max())) if finite.size else (float("nan"),) * 2
-    return OperandRange(array.dtype.name, *ends, x.argument)
+    low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
+    return OperandRange(array.dtype.name, float(low), float(high), x.argument)
 
 
 def _module(

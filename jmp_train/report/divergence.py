@@ -189,10 +189,7 @@ def module_of(op: NonFiniteOp) -> str:
 
 def _operation_lines(report: NonFiniteReport) -> list[str]:
     if not report.results:
-        return [
-            "the last step is finite when its operations run one by one: it went over the edge by a "
-            "rounding"
-        ]
+        return ["run operation by operation the last step is finite: a rounding tips it over"]
     lines = [f"not finite as it was given: {_some(report.arguments)}"] if report.arguments else []
     if report.ops:
         lines.append("the operations that went non-finite first, of the last step:")
@@ -217,7 +214,7 @@ def _float32_lines(float32: Float32Gradients, scale: float) -> list[str]:
     parts = [f"{100 * v:.3g} % {words.get(k, k)}" for k, v in shares.items()]
     return [
         f"in float32 the loss is {float32.loss:.4g} and the gradients are finite, the largest "
-        f"{float32.largest:.3g}; times {scale:g}, {float32.format} holds of them {', '.join(parts)}"
+        + f"{float32.largest:.3g}; times {scale:g}, in {float32.format}: {', '.join(parts)}"
     ]
 
 

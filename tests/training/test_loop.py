@@ -114,7 +114,7 @@ def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     looks = []
     values = {"loss": 1.0, "skipped_in_row": 0}
     monkeypatch.setattr(loop, "_train_values", lambda *_: looks.append(1) or values)
-    monkeypatch.setattr(loop, "_check_diverged", lambda *_: None)
+    monkeypatch.setattr(loop, "_diverged", lambda *_: "")
     nothing = lambda *_: None
     result = run_loop(
         lambda state, batch: (object(), object()),
@@ -181,7 +181,7 @@ def test_rates_and_times_leave_events_out(monkeypatch):
     # A clock that only the stand-ins move: a step takes 1 s, an evaluation 100 s, a save 1,000 s.
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(loop, "_check_diverged", lambda *_: None)
+    monkeypatch.setattr(loop, "_diverged", lambda *_: "")
     monkeypatch.setattr(loop, "_train_values", lambda *_: {})
 
     def passes(seconds, result=None):
