@@ -275,7 +275,12 @@ def _investigate(
         float32=float32,
         problems=tuple(problems),
         advice=advise(
-            experiment=experiment, operations=operations, float32=float32, skips=skips, fits=fits
+            experiment=experiment,
+            operations=operations,
+            float32=float32,
+            skips=skips,
+            loss_scale=last.loss_scale,
+            fits=fits,
         ),
         checkpoint=checkpoint,
     )

@@ -33,6 +33,7 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["train", "mlp_bf16", "--policy", "mixed_bf16"], "did you mean 'mixed_bfloat16'?"),
         (["train", "mlp_bf16", "--steps", "ten"], "--steps: expected an integer, got 'ten'"),
         (["train", "mlp_bf16", "--steps", "0"], "steps is 0; expected at least 1"),
+        (["train", "mlp_bf16", "--max-skipped-in-row", "0"], "max_skipped_in_row is 0; expected at"),
         (["train", "mlp_bf16", "--optimizer.b1", "x"], "--optimizer.b1: expected a number, got 'x'"),
         (["train", "mlp_bf16", "--optimizer.name", "adamx"], "Expected one of"),
         (["train", "mlp_bf16", "--optimizer.warmup-steps", "9999"], "expected fewer than steps"),
@@ -94,7 +95,73 @@ def test_a_diverging_run_has_status_3(capsys, tmp_path):
     words = ("--optimizer.name", "sgd", "--optimizer.learning-rate", "1e38")
     run_dir = ("--run-dir", str(tmp_path / "run"), "--optimizer.max-grad-norm", "None")
     status, _, err = run(capsys, "train", "mlp_fp32", *FEW, *words, *run_dir)
-    assert status == 3 and "the loss is nan" in err and err.count("\n") == 1
+    assert status == 3 and err.startswith("jmp-train: the loss is nan at step 10\n")
+    assert "--skip-nonfinite True" in err and "layers/2/kernel" in err
+    assert "Traceback" not in err
+    report = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert report["operations"] is None and report["parameters"]
+    assert (tmp_path / "run" / "diverged.txt").read_text() in err.removeprefix("jmp-train: ")
+
+
+def test_too_many_skips_have_status_3_and_a_report(capsys, tmp_path):
+    small = (
+        "--model.hidden",
+        "8",
+        "--max-skipped-in-row",
+        "5",
+        "--log-every",
+        "5",
+        "--steps",
+        "40",
+    )
+    scale = (
+        "--loss-scale.kind",
+        "static",
+        "--loss-scale.initial",
+        "1e9",
+        "--checkpoint-every",
+        "40",
+    )
+    fields = ("--optimizer.warmup-steps", "0")
+    run_dir = tmp_path / "run"
+    words = ("train", "mlp_fp16", *small, *scale, *fields, "--run-dir", str(run_dir))
+    status, _, err = run(capsys, *words)
+    assert status == 3 and "Traceback" not in err
+    assert "5 steps in a row up to step 5 had non-finite gradients" in err
+    assert "overflow of float16 (largest 65504; " in err and "(backward" in err
+    assert "loss scale: 1e+09 at step 5" in err
+    assert "newest checkpoint: no checkpoint" in err
+
+    text = (run_dir / "diverged.json").read_text()
+    report = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert report["step"] == 5 and report["gradients"] == [
+        "layers/0/bias", "layers/0/kernel", "layers/1/bias", "layers/1/kernel",
+    ]  # fmt: skip
+    first = report["operations"]["ops"][0]
+    assert first["kind"] == "overflow" and first["backward"] and first["dtype"] == "float16"
+    assert first["source"].split(":")[0].endswith("jmp_train/models/classification.py")
+    float32 = report["float32"]
+    assert float32["finite"] and float32["format"] == "float16"
+    # 1e9 times the largest gradient is above 65,504, and every share is of the same numbers.
+    assert float32["largest"] * 1e9 > 65504 and float32["shares"]["overflow"] > 0
+    assert float32["shares_unscaled"]["overflow"] == 0
+    zeros = round(float32["shares"]["zero"] * float32["count"])
+    assert sum(float32["exponents"].values()) == float32["count"] - zeros
+    assert (run_dir / "plots" / "gradient_exponents.png").exists()
+    record = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["nonfinite"] == report["gradients"] and record["last_skipped_step"] == 5
+    assert record["nonfinite_tensors"] == 4
+
+    # The words of the advice are ones that this command takes: a word that it does not know would be
+    # refused before the folder is looked at.
+    advice = [tip["words"] for tip in report["advice"]]
+    assert advice == [
+        "--loss-scale.kind dynamic --loss-scale.initial 65536",
+        "--policy mixed_bfloat16",
+        "--optimizer.learning-rate 0.0002",
+    ]
+    for tip in advice[:2]:
+        assert "holds a run with other settings" in run(capsys, *words, *tip.split())[2]
 
 
 def test_no_usable_checkpoint_has_status_4(capsys, tmp_path):

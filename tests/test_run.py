@@ -184,10 +184,12 @@ def test_a_finished_run_without_its_summary_gets_it_and_no_record_twice(tmp_path
     first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
     metrics = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "summary.json").unlink()
+    (tmp_path / "diverged.json").write_text("{}")  # of an attempt that this one takes up again
     again = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
     assert again["eval"] == first["eval"] and again["steps"] == 40
     assert again["train_time_s"] == pytest.approx(first["train_time_s"])
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
+    assert not (tmp_path / "diverged.json").exists()
 
 
 def test_a_run_goes_on_past_a_damaged_checkpoint_to_its_end(tmp_path):

@@ -205,8 +205,19 @@ class _Place(NamedTuple):
 
 # Operations that hand on an argument under another shape or dtype.
 _VIEWS = frozenset(
-    "convert_element_type transpose reshape broadcast_in_dim squeeze expand_dims slice copy "
-    "dynamic_slice rev reduce_precision".split()
+    {
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "dynamic_slice",
+        "expand_dims",
+        "reduce_precision",
+        "reshape",
+        "rev",
+        "slice",
+        "squeeze",
+        "transpose",
+    }
 )
 _BODIES = {  # primitives that evaluate one body once, and the parameter that holds it
     "jit": "jaxpr",
@@ -228,11 +239,9 @@ class _Replay:
         self._after = ""
 
     def given(self, array: Any, name: str) -> _Value:
-        """An argument (with a name) or a constant; integers among them name nothing."""
-        if not _inexact(array):
-            return _Value(array)
+        """An argument (with a name) or a constant; integers and scalars tell no place in a model."""
         if _finite(array):
-            return _Value(array, (), name)
+            return _Value(array, (), name if _inexact(array) and np.ndim(array) else "")
         node = _Node(next(self._count))
         node.argument = name
         return _Value(array, (node,), name)

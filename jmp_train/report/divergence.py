@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -107,6 +108,7 @@ def advise(
     operations: NonFiniteReport | None,
     float32: Float32Gradients | None,
     skips: bool,
+    loss_scale: float,
     fits: Callable[[tuple[str, ...]], bool],
 ) -> tuple[tuple[str, str], ...]:
     """What to try, as pairs of a reason and the words to type.
@@ -116,6 +118,7 @@ def advise(
       operations: the replay of the last step.
       float32: the same step's gradients in float32.
       skips: whether non-finite steps are skipped.
+      loss_scale: that the last step was taken under.
       fits: whether the model has the modules that rules name.
     """
     ops = operations.ops if operations else ()
@@ -126,7 +129,9 @@ def advise(
         tips.append((f"the data is not finite: {_some(given)}", "(look at the data)"))
     if narrow and float32 is not None and float32.finite:
         if experiment.loss_scale.kind == "static":
-            tips.append(("the scale follows the gradients", "--loss-scale.kind dynamic"))
+            fitting = int(_scale_that_fits(narrow, float32, loss_scale))
+            words = f"--loss-scale.kind dynamic --loss-scale.initial {fitting}"
+            tips.append(("a scale that follows the gradients, from one that they fit", words))
         rules = _rules_for(narrow, experiment)
         forward = any(not op.backward for op in narrow)  # else a lower scale is enough
         if rules and (forward or experiment.loss_scale.kind != "static") and fits(rules):
@@ -153,6 +158,17 @@ def advise(
     if experiment.optimizer.max_grad_norm is None:
         tips.append(("clips the gradients", "--optimizer.max-grad-norm 1.0"))
     return tuple(tips)
+
+
+def _scale_that_fits(
+    ops: Sequence[NonFiniteOp], float32: Float32Gradients, loss_scale: float
+) -> float:
+    """A power of two under which the results that overflowed and the gradients are half of float16's
+    largest number at most; 65,536 at most."""
+    wide = [op.wide for op in ops if op.wide and op.backward]
+    largest = max([*wide, float32.largest * loss_scale], default=0.0) / loss_scale
+    fitting = 65504 / 2 / largest if largest else 2.0**16
+    return 2.0 ** min(16, max(0, math.floor(math.log2(fitting))))
 
 
 def _bfloat16(words: str) -> str:

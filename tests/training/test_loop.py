@@ -109,6 +109,63 @@ def test_too_many_skips_in_a_row_end_a_run_with_loss_scale():
         )
 
 
+def scaled_run(batches, scale, *, every=5, limit=100, start=0):
+    """A float16 run from a loss scale, over batches that may be NaN; what it logged."""
+    stepper = jt.make_step(loss_fn, optax.sgd(0.1), "mixed_float16", loss_scale=scale)
+    logged = []
+    run_loop(
+        stepper.step,
+        stepper.init(jnp.ones(2)),
+        iter(batches),
+        start=start,
+        stop=len(batches),
+        steps_per_call=1,
+        every=Every(every, 1000, 1000),
+        log=lambda step, values: logged.append(values),
+        evaluate=lambda step, state: None,
+        checkpoint=lambda step, state, seconds: None,
+        skips_nonfinite=stepper.skips_nonfinite,
+        max_skipped_in_row=limit,
+    )
+    return logged
+
+
+BAD, GOOD = jnp.full(2, jnp.nan), jnp.ones(2)
+
+
+def test_skips_at_the_lowest_scale_end_a_run_early():
+    scale = jt.DynamicLossScale(4.0, min_loss_scale=2.0)
+    with pytest.raises(
+        Diverged, match=r"10 steps in a row up to step 10 .* may be \(2\)\)"
+    ) as stop:
+        scaled_run([BAD] * 100, scale)
+    last = stop.value.last
+    assert last.step == 10 and last.skipped and last.loss_scale == 2.0
+    assert last.batch is BAD  # a reference, no copy
+
+
+@pytest.mark.parametrize(
+    "scale,batches",
+    [
+        (jt.DynamicLossScale(4.0, min_loss_scale=2.0), [BAD] * 9 + [GOOD]),
+        (jt.DynamicLossScale(4.0, min_loss_scale=2.0), [GOOD] * 6 + [BAD] * 9),
+        (jt.DynamicLossScale(2.0**16), [BAD] * 15),  # it has not come down to 1 yet
+        (jt.StaticLossScale(1.0), [BAD] * 15),
+    ],
+)
+def test_a_few_skips_and_a_scale_that_can_still_fall_do_not(scale, batches):
+    assert scaled_run(batches, scale)[-1]["skipped_steps"] == sum(b is BAD for b in batches)
+
+
+def test_a_record_names_the_gradients_of_a_skip_since_the_last_record():
+    scale = jt.StaticLossScale(8.0)
+    records = scaled_run([GOOD, BAD, GOOD, GOOD, GOOD] + [GOOD] * 5, scale)
+    assert records[0]["last_skipped_step"] == 2 and records[0]["nonfinite_tensors"] == 1
+    assert records[0]["nonfinite"] == [""]  # the parameters are one array, which has no path
+    assert records[1]["skipped_steps"] == 1
+    assert not {"last_skipped_step", "nonfinite", "nonfinite_tensors"} & set(records[1])
+
+
 def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     # The step hands back objects that cannot be read at all, so any look at them would raise.
     looks = []

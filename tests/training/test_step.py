@@ -75,8 +75,14 @@ def test_the_float32_step_costs_what_the_hand_written_one_does():
     state = stepper.init(params)
     ours = stepper.step.lower(state, batch).compile().cost_analysis()
     theirs = hand_written(opt).lower(params, opt.init(params), batch).compile().cost_analysis()
+    # To skip, and to remember what was not finite, adds the check's pass over the gradients alone; a
+    # select between old and new state would add 18 % of bytes.
+    skipping = jt.make_step(loss_fn, opt, "float32", skip_nonfinite=True)
+    state = skipping.init(params)
+    skips = skipping.step.lower(state, batch).compile().cost_analysis()
     for key in ("flops", "bytes accessed"):
         assert ours[key] == pytest.approx(theirs[key], rel=0.01), key
+        assert skips[key] < 1.03 * theirs[key], key
 
 
 def test_the_state_is_donated_and_the_callers_parameters_are_not():
@@ -157,6 +163,23 @@ def test_the_schedules_count_waits_over_a_skipped_step():
         counts.append([int(x) for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32])
     assert counts[1] == counts[2] == counts[0]
     assert all(b == a + 1 for a, b in zip(counts[2], counts[3], strict=True))
+
+
+def test_the_last_skip_tells_its_step_and_the_gradients_that_were_not_finite():
+    def two_parts(params, batch):
+        return jnp.sum(params["a"] * batch["a"]) + jnp.sum(params["b"] * batch["b"])
+
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    stepper = jt.make_step(two_parts, optax.sgd(0.1), "mixed_float16")
+    good = {"a": jnp.full(2, 2.0**-8), "b": jnp.full(2, 2.0**-8)}
+    state = stepper.init(params)
+    assert int(state.last_skip.step) == 0 and not state.last_skip.nonfinite.any()
+    for batch in (good, {**good, "b": jnp.array([1.0, jnp.inf])}, good):
+        state, _ = stepper.step(state, batch)
+    assert int(state.last_skip.step) == 2 and state.last_skip.nonfinite.tolist() == [False, True]
+    state, _ = stepper.step(state, {**good, "a": good["a"] * jnp.nan})
+    assert int(state.last_skip.step) == 4 and state.last_skip.nonfinite.tolist() == [True, False]
+    assert jt.make_step(two_parts, optax.sgd(0.1)).init(params).last_skip is None
 
 
 def test_a_non_finite_batch_is_skipped_under_any_policy_that_is_told_to():
