@@ -94,6 +94,14 @@ def test_a_mask_of_infinities_is_not_named_beside_an_overflow():
     assert all(op.op not in ("select_n", "broadcast_in_dim") for op in report.ops)
 
 
+def test_what_a_select_did_not_take_is_not_named():
+    def fn(x):
+        return jnp.where(jnp.array([True, False]), jnp.exp(x), 1 / (x - x))
+
+    report = jt.first_nonfinite(fn, jnp.array([1.0, 1000.0]))
+    assert [op.op for op in report.ops] == ["div"]  # exp(1000) is infinite too, and left out
+
+
 def test_a_row_that_is_masked_out_whole_is_named_where_it_makes_a_nan():
     def loss(w):
         return (jax.nn.softmax(jnp.where(jnp.zeros(3, bool), w, -jnp.inf)) ** 2).sum()

@@ -144,6 +144,13 @@ def test_skips_at_the_lowest_scale_end_a_run_early():
     assert last.batch is BAD  # a reference, no copy
 
 
+def test_of_several_steps_in_a_call_the_last_ones_batch_is_kept():
+    with pytest.raises(Diverged) as stop:
+        run(per_call=4, every=(4, 4, 4), value=float("nan"))
+    last = stop.value.last
+    assert last.step == 4 and not last.skipped and last.batch.shape == (2,)
+
+
 @pytest.mark.parametrize(
     "scale,batches",
     [
