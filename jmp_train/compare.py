@@ -94,7 +94,7 @@ def compare(
                 summary = train(f"{family}_{label.partition('@')[0]}", seeded, run_dir, quiet)
             except Diverged as error:
                 diverged[label].append(seed)
-                message = f"{label} seed {seed} diverged: {error}"
+                message = f"{label} seed {seed} diverged: {str(error).splitlines()[0]}"
                 console.print(message, highlight=False, markup=False, soft_wrap=True)
                 continue
             summaries[label].append(summary)
