@@ -10,19 +10,15 @@ float32 copies for that, so a CPU shows no saving.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from record import keep
+from record import device_for, keep
 
 import jmp_train as jt
 from jmp_train.flax import apply_policy
@@ -80,20 +76,6 @@ def gradient_of(
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
 
     return jax.value_and_grad(cast(loss)), params
-
-
-def device_for(target: str | None) -> Any:
-    """The device to compile for: the one at hand, or one of a TPU that need not be there."""
-    if target is None:
-        return jax.devices()[0]
-    if target != "tpu":
-        raise SystemExit(f"unknown target {target!r}; expected 'tpu', or none for the device here")
-    found = importlib.util.find_spec("libtpu")
-    if found is None or found.origin is None:
-        raise SystemExit("libtpu is not installed; pip install the version that jax[tpu] asks for")
-    os.environ.setdefault("TPU_LIBRARY_PATH", str(Path(found.origin).parent / "libtpu.so"))
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
 
 
 def main() -> None:

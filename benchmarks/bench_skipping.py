@@ -2,9 +2,10 @@
 
 Four ways to take a step in float32, where a step is cheapest and so the share largest: never skip;
 compute the update and select (`select_tree`); compute the update only where it is taken (`lax.cond`);
-and ours, `make_step`, which does the latter and remembers which gradients were not finite. The loops are
-timed in turns; a cost is the median over rounds of this loop's time over another's in the same round.
-On a GPU: the same command there.
+and ours, `make_step`, which does the latter on a CPU and the former elsewhere, and remembers which
+gradients were not finite. The loops are timed in turns; a cost is the median over rounds of this loop's
+time over another's in the same round. On a GPU: the same command there. `--target tpu` compiles for a
+TPU v5e that need not be there, as bench_memory.py does, and runs nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from record import keep
+from jax.sharding import SingleDeviceSharding
+from record import device_for, keep
 
 import jmp_train as jt
 from jmp_train.models import MlpConfig
@@ -33,7 +35,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--seconds", type=float, default=0.3, help="of one loop in one round")
+    parser.add_argument("--target", default=None)
     options = parser.parse_args()
+    if options.target is not None:
+        compile_only(device_for(options.target), options)
+        return
     rows = []
     for size, (hidden, batch_size) in SIZES.items():
         steps = {way: compiled(way, hidden, batch_size) for way in WAYS}
@@ -86,8 +92,38 @@ def time_of(call: Callable[[], Any], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
+def compile_only(device: Any, options: Any) -> None:
+    """Prints and keeps what each way costs as compiled for a device."""
+    placed = SingleDeviceSharding(device)
+    rows = []
+    for size, (hidden, batch_size) in SIZES.items():
+        for way in WAYS:
+            state, batch, step = way_to_step(way, hidden, batch_size)
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), (state, batch)
+            )
+            cost = step.lower(*shapes).compile().cost_analysis()
+            row = {"size": size, "way": way, "megabytes_accessed": cost["bytes accessed"] / 1e6}
+            rows.append(row)
+            print("{size:6} {way:10} {megabytes_accessed:.2f} MB".format(**row))
+    print(keep(f"skipping-for-{options.target}", rows, compiled_for=device.device_kind))
+
+
 def compiled(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Callable[[], Any], Any]:
     """A call that takes one step, and what XLA counts for it."""
+    state, batch, step = way_to_step(way, hidden, batch_size)
+    program = step.lower(state, batch).compile()
+
+    def call() -> Any:
+        nonlocal state
+        state, info = program(state, batch)
+        return info
+
+    return call, program.cost_analysis()
+
+
+def way_to_step(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Any, Any, Any]:
+    """The first state, a batch, and the jitted step of one way."""
     task = MlpConfig(hidden=hidden).task(DataSpec(64, 10), jt.get_policy("float32"))
     params = task.init(jax.random.key(0))
     batch = {
@@ -97,18 +133,9 @@ def compiled(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Callab
     optimizer = optax.adamw(1e-6)
     if way == "jmp_train":
         stepper = jt.make_step(task.loss_fn, optimizer, "float32", skip_nonfinite=True)
-        state, step = stepper.init(params), stepper.step
-    else:
-        state = (params, optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))
-        step = jax.jit(by_hand(way, task.loss_fn, optimizer), donate_argnums=0)
-    program = step.lower(state, batch).compile()
-
-    def call() -> Any:
-        nonlocal state
-        state, info = program(state, batch)
-        return info
-
-    return call, program.cost_analysis()
+        return stepper.init(params), batch, stepper.step
+    state = (params, optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+    return state, batch, jax.jit(by_hand(way, task.loss_fn, optimizer), donate_argnums=0)
 
 
 def by_hand(way: str, loss_fn: Any, optimizer: Any) -> Callable[[Any, Any], Any]:

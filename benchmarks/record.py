@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import topologies
 
 from jmp_train.training.metrics import write_json
 
@@ -43,6 +45,20 @@ def interleaved(
         name: {"median": statistics.median(s), "min": min(s), "max": max(s)}
         for name, s in seconds.items()
     }
+
+
+def device_for(target: str | None) -> Any:
+    """The device to compile for: the one at hand, or one of a TPU that need not be there."""
+    if target is None:
+        return jax.devices()[0]
+    if target != "tpu":
+        raise SystemExit(f"unknown target {target!r}; expected 'tpu', or none for the device here")
+    found = importlib.util.find_spec("libtpu")
+    if found is None or found.origin is None:
+        raise SystemExit("libtpu is not installed; pip install the version that jax[tpu] asks for")
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(Path(found.origin).parent / "libtpu.so"))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
 
 
 def device_name() -> str:

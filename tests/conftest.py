@@ -1,6 +1,13 @@
 """What every test needs."""
 
+import os
+
 import pytest
+
+# Run by test_mesh.py in a process that has four devices.
+collect_ignore = (
+    [] if "device_count=4" in os.environ.get("XLA_FLAGS", "") else ["training/four_devices.py"]
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

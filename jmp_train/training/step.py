@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from jmp_train.precision.loss_scale import (
 from jmp_train.precision.numerics import nonfinite_leaves
 from jmp_train.precision.policy import Policy, get_policy, widen_to_full
 from jmp_train.training.state import LastSkip, StepInfo, TrainState
+
+T = TypeVar("T")
 
 
 class Stepper(NamedTuple):
@@ -179,10 +181,7 @@ def make_step(
         skipped, skipped_in_row = state.skipped, state.skipped_in_row
         last_skip = state.last_skip
         if skip_nonfinite:
-            # Not `select_tree`: XLA then forms the new state beside the old and passes over both once
-            # more. With adamw and 10 M parameters on a CPU a select takes 1.66 times the step that
-            # never skips, a cond 1.06 times (benchmarks/bench_skipping.py).
-            params, opt_state, model_state = jax.lax.cond(result.finite, move, lambda k: k, kept)
+            params, opt_state, model_state = _move_where(result.finite, move, kept)
             skipped = skipped + ~result.finite
             skipped_in_row = jnp.where(result.finite, 0, skipped_in_row + 1)
             this_skip = LastSkip(state.step + 1, nonfinite_leaves(result.grads))
@@ -218,6 +217,22 @@ def make_step(
         scan=jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0),
         skips_nonfinite=skip_nonfinite,
         grads=grads,
+    )
+
+
+def _move_where(finite: jax.Array, move: Callable[[T], T], kept: T) -> T:
+    """`move(kept)` where `finite` holds, else `kept`; each platform in its own cheapest way.
+
+    On a CPU a select makes XLA form the new state beside the old and pass over both once more:
+    with adamw and 10 M parameters it takes 1.66 times the step that never skips, a cond 1.06 times
+    (benchmarks/bench_skipping.py). Compiled for a TPU, a select adds no traffic to that step. On a
+    GPU the host has to read a cond's condition before it can launch a branch, at every step.
+    """
+    return jax.lax.platform_dependent(
+        finite,
+        kept,
+        cpu=lambda finite, kept: jax.lax.cond(finite, move, lambda kept: kept, kept),
+        default=lambda finite, kept: select_tree(finite, move(kept), kept),
     )
 
 

@@ -1,6 +1,7 @@
 """The loop: when it logs, evaluates and saves, and when it gives up."""
 
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -139,7 +140,7 @@ def test_skips_at_the_lowest_scale_end_a_run_early():
         Diverged, match=r"10 steps in a row up to step 10 .* may be \(2\)\)"
     ) as stop:
         scaled_run([BAD] * 100, scale)
-    last = stop.value.last
+    last: Any = stop.value.last
     assert last.step == 10 and last.skipped and last.loss_scale == 2.0
     assert last.batch is BAD  # a reference, no copy
 
@@ -147,7 +148,7 @@ def test_skips_at_the_lowest_scale_end_a_run_early():
 def test_of_several_steps_in_a_call_the_last_ones_batch_is_kept():
     with pytest.raises(Diverged) as stop:
         run(per_call=4, every=(4, 4, 4), value=float("nan"))
-    last = stop.value.last
+    last: Any = stop.value.last
     assert last.step == 4 and not last.skipped and last.batch.shape == (2,)
 
 
