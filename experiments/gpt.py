@@ -17,7 +17,5 @@ def experiment(policy: str) -> Experiment[GptConfig, TextConfig]:
         log_every=50,
         eval_every=250,
         checkpoint_every=250,
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, weight_decay=0.1, warmup_steps=100, b2=0.99
-        ),
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.1, warmup_steps=100, b2=0.99),
     )

@@ -57,9 +57,7 @@ def causal_attention(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.
             q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, is_causal=True, implementation=way
         )
     position = jnp.arange(q_BxTxHxK.shape[1])
-    return masked_attention(
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, position[:, None] >= position[None, :]
-    )
+    return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, position[:, None] >= position[None, :])
 
 
 def masked_attention(

@@ -147,9 +147,7 @@ class Gpt(nnx.Module):
         shape = (c.depth, batch, slots, c.heads, c.width // c.heads)
         return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)))
 
-    def decode(
-        self, token_B: jax.Array, position: Any, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, token_B: jax.Array, position: Any, cache: Cache) -> tuple[jax.Array, Cache]:
         """One position: the logits of the next token, float32 (batch, vocabulary), and the cache.
 
         Args:
@@ -304,6 +302,4 @@ def _linear(
 
 def _norm(width: int, policy: Policy, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Its statistics are float32 whatever the policy."""
-    return nnx.RMSNorm(
-        width, dtype=policy.compute_dtype, param_dtype=policy.param_dtype, rngs=rngs
-    )
+    return nnx.RMSNorm(width, dtype=policy.compute_dtype, param_dtype=policy.param_dtype, rngs=rngs)
