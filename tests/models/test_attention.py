@@ -24,7 +24,7 @@ def qkv():
 
 def test_rotary_positions_are_a_turn_in_the_complex_plane(qkv):
     positions = np.arange(12) * 100
-    got = attention.rotary(jnp.asarray(qkv[0]), jnp.asarray(positions))
+    got = jax.jit(attention.rotary)(jnp.asarray(qkv[0]), jnp.asarray(positions))
     # Angles of up to 1,100 in float32 are off by half an ulp, 2^-15, and so is what they turn.
     np.testing.assert_allclose(got, rotary_by_complex_numbers(qkv[0], positions), atol=2e-4)
 
@@ -33,10 +33,10 @@ def test_turned_products_depend_on_the_distance_alone(qkv):
     # In float64 the property is exact; float32 angles are off by an ulp of the position.
     q, k = qkv[0][:1, :1], qkv[1][:1, :1]
 
+    rotary = jax.jit(attention.rotary)
+
     def product(at_q, at_k):
-        turned = [
-            attention.rotary(jnp.asarray(x), jnp.array([p])) for x, p in ((q, at_q), (k, at_k))
-        ]
+        turned = [rotary(jnp.asarray(x), jnp.array([p])) for x, p in ((q, at_q), (k, at_k))]
         return np.einsum("bthk,bthk->h", *map(np.asarray, turned))
 
     exact = np.einsum("bthk,bthk->h", *(rotary_by_complex_numbers(x, np.array([p])) for x, p in ((q, 7), (k, 0))))  # fmt: skip
@@ -56,7 +56,7 @@ def attention_in_float64(q, k, v, mask):
 def test_causal_attention_is_the_float64_one(qkv, dtype):
     # An output is a weighted mean of values up to 4; scores and weights are rounded to `dtype`.
     q, k, v = (jnp.asarray(x, dtype) for x in qkv)
-    got = attention.causal_attention(q, k, v)
+    got = jax.jit(attention.causal_attention)(q, k, v)
     expected = attention_in_float64(*map(np.asarray, (q, k, v)), np.tri(12, dtype=bool))
     assert got.dtype == dtype
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=16 * jnp.finfo(dtype).eps)

@@ -34,7 +34,7 @@ def test_value_and_gradients_are_those_of_float64(dtype, chunk):
         losses = token_losses(x, table, jnp.asarray(targets), chunk)
         return (losses * weights.astype(np.float32)).sum(), losses
 
-    (_, losses), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(x, table)
+    (_, losses), grads = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, table)
     exact = in_float64(*(np.asarray(y, np.float64) for y in (x, table)), targets, weights)
     assert losses.dtype == jnp.float32 and all(g.dtype == dtype for g in grads)
     # The losses are float32 whatever the dtype; gradients of order 4 have their errors rounded to
