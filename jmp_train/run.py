@@ -433,8 +433,14 @@ def _newest(run_dir: Path, experiment: Experiment[Any, Any], parts: _Parts) -> R
     """The newest checkpoint of a run."""
     restored = None
     if (run_dir / "checkpoints").is_dir():
+        # By shapes alone: to compute a first state would take as much memory again, and time.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            jax.eval_shape(lambda: _first_state(experiment, parts)),
+        )
         with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
-            restored = checkpoints.restore_latest(_first_state(experiment, parts))
+            restored = checkpoints.restore_latest(like)
     if restored is None:
         raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
     return restored
