@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jmp_train.precision.dtypes import at_least_float32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_losses(
     x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int
 ) -> jax.Array:
@@ -36,7 +34,7 @@ def token_losses(
     >>> token_losses(x, table, jnp.array([0, 1, 2]), 2).round(4).tolist()  # log 4
     [1.386299967765808, 1.386299967765808, 1.386299967765808]
     """
-    return _forward(x_NxD, embedding_VxD, targets_N, chunk)[0]
+    return _token_losses(x_NxD, embedding_VxD, targets_N, chunk)
 
 
 def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int) -> Any:
@@ -71,7 +69,8 @@ def _backward(chunk: int, kept: Any, grads_N: jax.Array) -> Any:
     return out.reshape(-1, x_NxD.shape[1])[:size], grad_VxD.astype(embedding_VxD.dtype), None
 
 
-token_losses.defvjp(_forward, _backward)
+_token_losses: Any = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(3,))
+_token_losses.defvjp(_forward, _backward)
 
 
 def _product(dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
