@@ -312,11 +312,11 @@ def _words(name: str) -> str:
 
 
 def printable(text: bytes, encoding: str) -> str:
-    """Bytes as text that is safe to print: what is not UTF-8, a control character other than a new
+    r"""Bytes as text that is safe to print: what is not UTF-8, a control character other than a new
     line or a tab, or not in the terminal's encoding, is escaped.
 
     >>> print(printable(b"caf\xc3\xa9 \xff \x1b[31m", "ascii"))
-    caf\\xe9 \\xff \\x1b[31m
+    caf\xe9 \xff \x1b[31m
     """
     decoded = text.decode("utf-8", "backslashreplace")
     shown = "".join(
