@@ -25,9 +25,9 @@ def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000
 
     Source: Su et al. 2021, "RoFormer", arXiv:2104.09864, equation 34.
 
-    >>> print(rotary(jnp.ones((1, 2, 1, 2)), jnp.array([0, 1]))[0, :, 0].round(3))
-    [[ 1.     1.   ]
-     [-0.301  1.382]]
+    >>> x = rotary(jnp.ones((1, 2, 1, 2)), jnp.array([0, 1]))
+    >>> [round(float(y), 3) for y in x[0, 1, 0]]  # cos 1 - sin 1, sin 1 + cos 1
+    [-0.301, 1.382]
     """
     half = x_BxTxHxK.shape[-1] // 2
     frequencies = theta ** (-np.arange(half) / half)
