@@ -89,6 +89,9 @@ def test_train_then_eval_and_the_default_run_folder(capsys, tmp_path, monkeypatc
     status, out, _ = run(capsys, "eval", str(run_dir))
     assert status == 0
     assert out.startswith("step 20  ") and f"accuracy {summary['eval']['accuracy']:.4f}" in out
+    status, _, err = run(capsys, "predict", str(run_dir))
+    assert status == 2 and err.count("\n") == 1
+    assert "does not continue texts; expected a run of a language model, such as gpt_bf16" in err
 
 
 def test_a_language_model_trains_evaluates_and_continues_a_prompt(capsys, tmp_path):
@@ -108,14 +111,6 @@ def test_a_language_model_trains_evaluates_and_continues_a_prompt(capsys, tmp_pa
     status, out, _ = run(capsys, "predict", run_dir, "--prompt", "na\udcff\x1b", "--length", "30")
     assert status == 0 and out.startswith("na\\xff\\x1b")
     assert not any(c < " " and c not in "\n\t" for c in out)
-
-
-def test_predict_says_what_a_classifier_cannot(capsys, tmp_path):
-    run_dir = str(tmp_path / "run")
-    assert run(capsys, "train", "linear_bf16", *FEW, "--run-dir", run_dir)[0] == 0
-    status, _, err = run(capsys, "predict", run_dir, "--prompt", "x")
-    assert status == 2 and err.count("\n") == 1
-    assert "does not continue texts; expected a run of a language model, such as gpt_bf16" in err
 
 
 def test_a_config_that_was_tampered_with_is_refused(capsys, tmp_path):

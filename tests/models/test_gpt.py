@@ -186,7 +186,8 @@ def test_drawn_bytes_follow_the_seed_and_the_temperature(params, generate):
     np.testing.assert_array_equal(draw(0, 1.0), draw(0, 1.0))
     assert (draw(0, 1.0) != draw(1, 1.0)).any()
     np.testing.assert_array_equal(draw(5, 1e-4), greedy)  # cold: the likeliest
-    assert (draw(0, 100.0) != greedy).mean() > 0.5  # hot: nearly even over 256 bytes
+    # Hot: nearly even over 256 bytes, each drawn by itself, so that few of the 20 are equal.
+    assert len(set(draw(0, 100.0).tolist())) > 15
 
 
 def test_drawn_bytes_have_the_softmaxs_frequencies():
