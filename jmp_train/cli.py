@@ -193,10 +193,11 @@ def _predict(words: list[str]) -> None:
     folder, words = _positional(words, "predict RUN_DIR", "the directory of a run")
     options = _parse(PredictOptions, PredictOptions(), words, f"jmp-train predict {folder}")
     prompt = options.prompt.encode("utf-8", "surrogateescape")  # as the shell gave it
+    experiment = _stored_experiment(Path(folder))
     keep_compiled()
     more = predict_run(
         Path(folder),
-        _stored_experiment(Path(folder)),
+        experiment,
         prompt,
         length=options.length,
         temperature=options.temperature,
