@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
@@ -26,6 +27,8 @@ usage: jmp-train COMMAND ...
 
   train NAME [--run-dir DIR] [--FIELD VALUE ...]    train an experiment, or go on with a run
   eval RUN_DIR                                      evaluate a run's newest checkpoint
+  predict RUN_DIR --prompt TEXT [--length N] [--temperature T] [--seed N]
+                                                    continue a text with a run of a language model
   list                                              the experiments
   compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR] [--FIELD VALUE ...]
                                                     one family across precisions and seeds
@@ -110,6 +113,30 @@ class CompareOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class PredictOptions:
+    """Continue a text with the newest checkpoint of a run."""
+
+    prompt: str = "The "
+    """What to continue."""
+    length: int = 200
+    """Bytes to add."""
+    temperature: float = 0.8
+    """0 takes the likeliest byte each time; 1 draws by probability; between, likely ones more often."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt is empty; expected at least one byte")
+        if self.length < 1:
+            raise ValueError(f"length is {self.length}; expected at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}; expected a number of 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
 class CompareArguments(CompareOptions, Generic[E]):
     """Train one family across precisions and seeds, and compare."""
 
@@ -132,32 +159,64 @@ def _train(words: list[str]) -> None:
         keep_compiled()
     run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
     summary = train(name, arguments.experiment, run_dir, Console())
-    results = ", ".join(f"{k} {v:.4f}" for k, v in summary["eval"].items())
+    results = ", ".join(f"{_words(k)} {v:.4f}" for k, v in summary["eval"].items())
     print(
         f"{name}: {results} on held-out data after {summary['steps']} steps in "
-        f"{summary['train_time_s']:.1f} s (and {summary['compile_time_s']:.1f} s to compile)\n"
-        f"{run_dir}"
+        f"{summary['train_time_s']:.1f} s (and {summary['compile_time_s']:.1f} s to compile)"
     )
+    for name, bits in summary["data"].get("bits_per_byte_of_compressors", {}).items():
+        print(
+            f"{name} on the same text: {bits['alone']:.4f}, or {bits['after_training_text']:.4f} "
+            "after the training text"
+        )
+    print(run_dir)
 
 
 def _eval(words: list[str]) -> None:
-    from jmp_train.run import evaluate_run, read_config
+    from jmp_train.run import evaluate_run
     from jmp_train.training.compilation_cache import keep_compiled
 
     folder, words = _positional(words, "eval RUN_DIR", "the directory of a run")
     run_dir = Path(folder)
+    experiment = _stored_experiment(run_dir)
+    experiment = _parse(_typed(experiment), experiment, words, f"jmp-train eval {folder}")
+    keep_compiled()
+    result = evaluate_run(run_dir, experiment)
+    step = result.pop("step")
+    print(f"step {step}  " + "  ".join(f"{_words(k)} {v:.4f}" for k, v in result.items()))
+
+
+def _predict(words: list[str]) -> None:
+    from jmp_train.run import predict_run
+    from jmp_train.training.compilation_cache import keep_compiled
+
+    folder, words = _positional(words, "predict RUN_DIR", "the directory of a run")
+    options = _parse(PredictOptions, PredictOptions(), words, f"jmp-train predict {folder}")
+    prompt = options.prompt.encode("utf-8", "surrogateescape")  # as the shell gave it
+    experiment = _stored_experiment(Path(folder))
+    keep_compiled()
+    more = predict_run(
+        Path(folder),
+        experiment,
+        prompt,
+        length=options.length,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    print(printable(prompt + more, sys.stdout.encoding))
+
+
+def _stored_experiment(run_dir: Path) -> Experiment[Any, Any]:
+    """What a run was trained as."""
+    from jmp_train.run import read_config
+
     name, values = read_config(run_dir)
     default = find_experiment(name)
     stored = [word for item in values.items() for word in _as_words(*item)]
     try:
-        experiment = _parse(_typed(default), default, stored, "")
+        return _parse(_typed(default), default, stored, "")
     except UsageError as error:
         raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
-    experiment = _parse(_typed(default), experiment, words, f"jmp-train eval {folder}")
-    keep_compiled()
-    result = evaluate_run(run_dir, experiment)
-    step = result.pop("step")
-    print(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in result.items()))
 
 
 def _list(words: list[str]) -> None:
@@ -203,6 +262,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "compare": _compare,
     "eval": _eval,
     "list": _list,
+    "predict": _predict,
     "train": _train,
 }
 
@@ -248,8 +308,27 @@ def _parse(
         raise UsageError(str(error)) from None
 
 
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def printable(text: bytes, encoding: str) -> str:
+    r"""Bytes as text that is safe to print: what is not UTF-8, a control character other than a new
+    line or a tab, or not in the terminal's encoding, is escaped.
+
+    >>> print(printable(b"caf\xc3\xa9 \xff \x1b[31m", "ascii"))
+    caf\xe9 \xff \x1b[31m
+    """
+    decoded = text.decode("utf-8", "backslashreplace")
+    shown = "".join(
+        c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in decoded
+    )
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
 _PLAIN_WORDS = {
     r"^Error parsing (experiment\.)?(--)?": "--",
+    r"^--\w+Options: ": "",
     r"invalid literal for int\(\) with base 10: (.*)": r"expected an integer, got \1",
     r"could not convert string to float: (.*)": r"expected a number, got \1",
 }

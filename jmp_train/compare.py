@@ -99,7 +99,7 @@ def compare(
                 continue
             summaries[label].append(summary)
             console.print(
-                f"{label} seed {seed}: {experiment.model.metric} "
+                f"{label} seed {seed}: {experiment.model.metric.replace('_', ' ')} "
                 f"{summary['eval'][experiment.model.metric]:.4f} in {summary['train_time_s']:.1f} s",
                 highlight=False,
                 markup=False,
@@ -164,7 +164,7 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "precision",
         "time (s)",
         "speed-up",
-        metric,
+        metric.replace("_", " "),
         "loss scale",
         "skipped",
         "peak memory (MiB)",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jmp_train.data.batches import eval_batches, iterate, train_batches
@@ -34,7 +35,7 @@ from jmp_train.precision.rules import Rules
 from jmp_train.report.divergence import Divergence, Float32Gradients, advise
 from jmp_train.report.plots import plot_exponents, plot_run
 from jmp_train.task import Dataset, Task
-from jmp_train.training.checkpoints import Checkpoints
+from jmp_train.training.checkpoints import Checkpoints, Restored
 from jmp_train.training.evaluation import make_evaluate
 from jmp_train.training.loop import Diverged, Every, LastCall, nonfinite_gradients, run_loop
 from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json, write_json
@@ -208,6 +209,7 @@ def _train(
         train_time_s=start.train_time_s + result.seconds,
         wall_time_s=start.wall_time_s + time.perf_counter() - began,
         memory=compiled.memory_analysis(),
+        facts=parts.dataset.facts(),
     )
     write_json(run_dir / "summary.json", summary)
     if stopped and result.step < experiment.steps:
@@ -374,15 +376,74 @@ def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, A
       UsageError: if there is no checkpoint.
       NoUsableCheckpoint: if none can be loaded.
     """
-    if not (run_dir / "checkpoints").is_dir():
-        raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
-        with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
-            restored = checkpoints.restore_latest(_first_state(experiment, parts))
-        if restored is None:
-            raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
+        restored = _newest(run_dir, experiment, parts)
         return {"step": restored.step, **parts.evaluate(restored.state.params)}
+
+
+def predict_run(
+    run_dir: Path,
+    experiment: Experiment[Any, Any],
+    prompt: bytes,
+    *,
+    length: int,
+    temperature: float,
+    seed: int,
+) -> bytes:
+    """Continues a text with the newest checkpoint of a run.
+
+    Args:
+      run_dir: holds the run.
+      experiment: what was trained, as `read_config` gives it.
+      prompt: at least one byte.
+      length: bytes to add.
+      temperature: what the logits are divided by before one is drawn; at 0 the likeliest is taken.
+      seed: of the draws.
+
+    Returns:
+      The bytes that follow the prompt.
+
+    Raises:
+      UsageError: if there is no checkpoint, or the experiment's model does not continue texts.
+      NoUsableCheckpoint: if none can be loaded.
+    """
+    with _matmul_precision(experiment.matmul_precision):
+        parts = _build(experiment)
+        if parts.task.generate is None:
+            raise UsageError(
+                f"{run_dir} holds a run on {experiment.data.name}, whose model does not continue "
+                "texts; expected a run of a language model, such as gpt_bf16"
+            )
+        params = _newest(run_dir, experiment, parts).state.params
+        if not experiment.rules:
+            params = get_policy(experiment.policy).cast_to_compute(params)
+        generate = jax.jit(parts.task.generate, static_argnames="length")
+        tokens = generate(
+            params,
+            np.frombuffer(prompt, np.uint8),
+            jax.random.key(seed),
+            length=length,
+            temperature=temperature,
+        )
+        return bytes(np.asarray(tokens, np.uint8))
+
+
+def _newest(run_dir: Path, experiment: Experiment[Any, Any], parts: _Parts) -> Restored:
+    """The newest checkpoint of a run."""
+    restored = None
+    if (run_dir / "checkpoints").is_dir():
+        # By shapes alone: to compute a first state would take as much memory again, and time.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            jax.eval_shape(lambda: _first_state(experiment, parts)),
+        )
+        with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
+            restored = checkpoints.restore_latest(like)
+    if restored is None:
+        raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
+    return restored
 
 
 def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
@@ -558,6 +619,7 @@ def _summary(
     train_time_s: float,
     wall_time_s: float,
     memory: Any,
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
     state = jax.device_get((result.state.loss_scale, result.state.skipped))
     device = jax.devices()[0]
@@ -575,6 +637,7 @@ def _summary(
         "skipped_steps": int(state[1]),
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
         "peak_memory_bytes": _peak_memory(memory),
+        "data": {"name": experiment.data.name, **facts},
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,

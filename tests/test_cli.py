@@ -1,6 +1,7 @@
 """The command line: what it prints, and one clear line with status 2 for what is off."""
 
 import json
+import math
 import os
 import signal
 
@@ -45,6 +46,15 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["train", "mlp_bf16", "--run-dir"], "--run-dir"),
         (["eval"], "expected the directory of a run"),
         (["eval", "/nowhere"], "/nowhere holds no run"),
+        (["predict"], "expected the directory of a run"),
+        (["predict", "/nowhere"], "/nowhere holds no run"),
+        (["predict", "/nowhere", "--prompt", ""], "jmp-train: prompt is empty"),
+        (["predict", "/nowhere", "--length", "0"], "length is 0"),
+        (["predict", "/nowhere", "--temperature", "-1"], "temperature is -1"),
+        (["predict", "/nowhere", "--seed", "-1"], "seed is -1"),
+        (["predict", "/nowhere", "--promt", "x"], "did you mean --prompt?"),
+        (["train", "gpt_fp32", "--data.path", "/nowhere"], "path is '/nowhere'; expected a text file"),
+        (["train", "gpt_fp32", "--model.width", "12"], "expected a multiple of 2 x heads (8)"),
         (["compare", "mlq"], "unknown family 'mlq'; did you mean 'mlp'?"),
         (["compare", "mlp", "--precisions", "fp17"], "did you mean 'fp16'?"),
         (["compare", "mlp", "--precisions", "fp32@higest"], "did you mean 'highest'?"),
@@ -79,6 +89,28 @@ def test_train_then_eval_and_the_default_run_folder(capsys, tmp_path, monkeypatc
     status, out, _ = run(capsys, "eval", str(run_dir))
     assert status == 0
     assert out.startswith("step 20  ") and f"accuracy {summary['eval']['accuracy']:.4f}" in out
+    status, _, err = run(capsys, "predict", str(run_dir))
+    assert status == 2 and err.count("\n") == 1
+    assert "does not continue texts; expected a run of a language model, such as gpt_bf16" in err
+
+
+def test_a_language_model_trains_evaluates_and_continues_a_prompt(capsys, tmp_path):
+    run_dir, text = str(tmp_path / "run"), tmp_path / "text"
+    text.write_bytes("naïve café ".encode() * 400)
+    small = ("--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--batch-size", "4")
+    words = (*FEW, *small, "--data.length", "16", "--data.path", str(text), "--run-dir", run_dir)
+    status, out, err = run(capsys, "train", "gpt_fp16", *words)
+    assert status == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval"]["bits_per_byte"] == pytest.approx(summary["eval"]["loss"] / math.log(2))
+    bits = summary["data"]["bits_per_byte_of_compressors"]
+    assert f"lzma on the same text: {bits['lzma']['alone']:.4f}, or " in out
+    assert summary["eval"]["bits_per_byte"] < 8 and summary["loss_scale"] == 65536
+    status, out, _ = run(capsys, "eval", run_dir)
+    assert status == 0 and f"bits per byte {summary['eval']['bits_per_byte']:.4f}" in out
+    status, out, _ = run(capsys, "predict", run_dir, "--prompt", "na\udcff\x1b", "--length", "30")
+    assert status == 0 and out.startswith("na\\xff\\x1b")
+    assert not any(c < " " and c not in "\n\t" for c in out)
 
 
 def test_a_config_that_was_tampered_with_is_refused(capsys, tmp_path):

@@ -29,9 +29,13 @@ def small(name="mlp_fp16", **fields):
     """An experiment cut short, with dropout, and an interval of everything within it."""
     experiment = find_experiment(name)
     fields = {"steps": 40, "log_every": 10, "eval_every": 20, "checkpoint_every": 10, **fields}
+    sizes = {"hidden": (16,)}
+    if name.startswith("gpt"):
+        sizes = {"width": 16, "depth": 2, "heads": 2}
+        fields |= {"batch_size": 4, "data": dataclasses.replace(experiment.data, length=16)}
     return dataclasses.replace(
         experiment,
-        model=dataclasses.replace(experiment.model, hidden=(16,), dropout=0.25),
+        model=dataclasses.replace(experiment.model, **sizes, dropout=0.25),
         optimizer=dataclasses.replace(experiment.optimizer, warmup_steps=5),
         loss_scale=dataclasses.replace(experiment.loss_scale, growth_interval=7),
         **fields,
@@ -98,6 +102,7 @@ def test_a_finished_run_directory_is_complete(tmp_path):
         ("mlp_fp16", {"micro_batches": 4}),
         ("mlp_bf16", {}),
         ("mlp_fp16", {"steps_per_call": 5}),
+        pytest.param("gpt_fp16", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(

@@ -2,5 +2,13 @@
 
 from jmp_train.data.batches import eval_batches, iterate, train_batches
 from jmp_train.data.digits import DigitsConfig
+from jmp_train.data.text import TextConfig, compression_baselines
 
-__all__ = ["DigitsConfig", "eval_batches", "iterate", "train_batches"]
+__all__ = [
+    "DigitsConfig",
+    "TextConfig",
+    "compression_baselines",
+    "eval_batches",
+    "iterate",
+    "train_batches",
+]

@@ -109,11 +109,14 @@ def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[
     """Every example once, in order, in batches of one shape.
 
     The last batch is filled up with copies of its first example; `"mask"`, bool (batch,), is false
-    for those.
+    for those. Where the arrays have a `"mask"` of their own, bool (examples, ...), which parts of
+    each example count, it is false for all of those too.
     """
     size = len(next(iter(arrays.values())))
     for start in range(0, size, batch_size):
         rows = np.arange(start, start + batch_size)
         mask = rows < size
         rows = np.where(mask, rows, start)
-        yield {**{name: array[rows] for name, array in arrays.items()}, "mask": mask}
+        batch = {name: array[rows] for name, array in arrays.items()}
+        own = batch.get("mask", mask)
+        yield {**batch, "mask": own & mask.reshape(-1, *[1] * (own.ndim - 1))}

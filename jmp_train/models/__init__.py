@@ -1,5 +1,6 @@
 """The networks that the experiments share; each takes the policy as an argument."""
 
+from jmp_train.models.gpt import Gpt, GptConfig
 from jmp_train.models.mlp import Mlp, MlpConfig
 
-__all__ = ["Mlp", "MlpConfig"]
+__all__ = ["Gpt", "GptConfig", "Mlp", "MlpConfig"]

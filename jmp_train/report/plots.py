@@ -100,6 +100,7 @@ def plot_comparison(
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", alpha=0.3)
+    metric = metric.replace("_", " ")
     left.set(ylabel=f"held-out {metric}", title=f"{metric}: each seed, mean and deviation")
     right.set(ylabel="seconds", title="training time, mean over seeds")
     figure.suptitle(title)

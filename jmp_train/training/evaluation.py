@@ -18,17 +18,19 @@ def make_evaluate(
 
     Args:
       metrics_fn: `metrics_fn(params, batch)`, called with `model_state=` too where there is one,
-        returns one value per example for each metric: shape (batch,), floating or bool. It sees
-        parameters and batch in the policy's compute dtype.
+        returns one value per example for each metric: shape (batch,), floating or bool; or several,
+        such as one for each token, all metrics of one shape. It sees parameters and batch in the
+        policy's compute dtype.
       policy: a `Policy` or a string for `get_policy`; None casts nothing.
 
     Returns:
-      The function. A batch is any pytree; a dict may hold `"mask"`, bool of shape (batch,): false marks padding, so that
-      every batch has one shape and the program compiles once. Sums over a batch are float32, the
+      The function. A batch is any pytree; a dict may hold `"mask"`, bool, in the shape of the values: false marks
+      padding, so that every batch has one shape and the program compiles once. Sums over a batch are float32, the
       sum over batches is float64 on the host.
 
     Raises:
-      ValueError: when called, if no example is left to average over.
+      ValueError: when called, if no example is left to average over, or if the mask's shape is
+        not that of the values.
 
     >>> evaluate = make_evaluate(lambda params, batch: {"positive": batch["x"] > params})
     >>> batches = [{"x": jnp.array([1.0, 2.0, -5.0]), "mask": jnp.array([True, True, False])}]
@@ -45,6 +47,11 @@ def make_evaluate(
         mask = batch.get("mask") if isinstance(batch, Mapping) else None
         if mask is None:
             mask = jnp.ones_like(next(iter(values.values())), bool)
+        for name, value in values.items():
+            if value.shape != mask.shape:
+                raise ValueError(
+                    f"metric {name!r} has shape {value.shape}; expected that of the mask, {mask.shape}"
+                )
         # Padding is selected away, not multiplied: 0 times a NaN would be a NaN.
         return mask.sum(), {k: jnp.where(mask, v, 0.0).sum() for k, v in values.items()}
 

@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_SHOWN = ("loss", "accuracy", "loss_scale", "skipped_steps", "steps_per_second")
+_SHOWN = ("loss", "accuracy", "bits_per_byte", "loss_scale", "skipped_steps", "steps_per_second")
 
 
 def format_values(values: dict[str, Any]) -> str:
@@ -33,7 +33,7 @@ def format_values(values: dict[str, Any]) -> str:
         elif name in ("loss_scale", "skipped_steps"):
             words.append(f"{name.replace('_steps', '').replace('_', ' ')} {value:.6g}")
         else:
-            words.append(f"{name} {value:.4f}")
+            words.append(f"{name.replace('_', ' ')} {value:.4f}")
     return "  ".join(words)
 
 
@@ -79,7 +79,9 @@ class RunProgress:
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """Shows an evaluation."""
-        line = f"eval at step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        line = f"eval at step {step}  " + "  ".join(
+            f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()
+        )
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:

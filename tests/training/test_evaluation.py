@@ -68,3 +68,16 @@ def test_values_in_half_precision_are_summed_in_float32():
     # 4,096 ones: in float16 the sum stalls at 2,048.
     evaluate = jt.make_evaluate(lambda params, batch: {"x": batch.astype(jnp.bfloat16)})
     assert evaluate(0.0, [jnp.ones(4097)]) == {"x": 1.0}
+
+
+def test_several_values_an_example_are_averaged_where_their_mask_counts_them():
+    batch = {
+        "x": jnp.array([[1.0, 2.0], [4.0, 8.0]]),
+        "mask": jnp.array([[True, False], [True, True]]),
+    }
+    evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
+    assert evaluate(0.0, [batch]) == {"x": pytest.approx(13 / 3)}
+    with pytest.raises(
+        ValueError, match=r"'x' has shape \(2, 2\); expected that of the mask, \(2,\)"
+    ):
+        evaluate(0.0, [{**batch, "mask": jnp.ones(2, bool)}])
