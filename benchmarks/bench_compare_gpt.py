@@ -14,41 +14,15 @@ import argparse
 import dataclasses
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
-from record import RESULTS, device_name, keep
+from record import RESULTS, device_name, equivalence, keep
 from rich.console import Console
-from scipy import stats
 
 from jmp_train.compare import compare, markdown_table, variants_of
 
 MARGIN = 0.02  # bits per byte
-
-
-def equivalence(ours: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
-    """The paired difference of two lists of results, and whether it is within the margin.
-
-    Args:
-      ours: one value a seed.
-      reference: those of the same seeds.
-
-    Returns:
-      `difference` (the mean), `low` and `high` (its 90 % confidence interval), `equivalent`.
-    """
-    difference = np.subtract(ours, reference)
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    reach = stats.t.ppf(0.95, len(difference) - 1) * error
-    low, high = difference.mean() - reach, difference.mean() + reach
-    return {
-        "difference": float(difference.mean()),
-        "low": float(low),
-        "high": float(high),
-        "equivalent": bool(-MARGIN < low and high < MARGIN),
-    }
 
 
 def main() -> None:
@@ -91,7 +65,9 @@ def main() -> None:
         values = {label: row["bits_per_byte"]["values"] for label, row in rows.items()}
         for label in others:
             rows[label]["against"] = first
-            rows[label]["equivalence"] = found = equivalence(values[label], values[first])
+            rows[label]["equivalence"] = found = equivalence(
+                values[label], values[first], margin=MARGIN
+            )
             print(
                 f"{label} - {first}: {found['difference']:+.4f} bits per byte, 90 % interval "
                 f"[{found['low']:+.4f}, {found['high']:+.4f}], margin {MARGIN}: "

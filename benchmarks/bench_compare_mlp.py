@@ -2,6 +2,8 @@
 
 Runs `compare` on the mlp family: as it is on a CPU; on an accelerator at a width and batch that
 fill it, with float32 at its highest precision beside the default (TF32 on a recent NVIDIA GPU).
+Equal accuracy means: within 0.0074, by two one-sided paired t-tests at 5 % over the seeds. The held-out
+set has 359 images, so that is one binomial standard deviation of an accuracy of 0.98.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import tempfile
 from pathlib import Path
 
 import jax
-from record import RESULTS, device_name, keep
+from record import RESULTS, device_name, equivalence, keep
 from rich.console import Console
 
 from jmp_train.compare import compare, markdown_table, variants_of
+
+MARGIN = 0.0074  # of accuracy
 
 
 def main() -> None:
@@ -44,7 +48,18 @@ def main() -> None:
     out = Path(tempfile.mkdtemp())
     try:
         result = compare("mlp", variants, seeds=options.seeds, out=out, console=Console())
-        print(keep("compare_mlp", result["rows"], **vars(options)))
+        rows = result["rows"]
+        first, *others = rows
+        for label in others if options.seeds > 1 else ():
+            found = equivalence(
+                rows[label]["accuracy"]["values"], rows[first]["accuracy"]["values"], margin=MARGIN
+            )
+            rows[label] |= {"against": first, "equivalence": found}
+            print(
+                f"{label} - {first}: {found['difference']:+.4f}, 90 % interval [{found['low']:+.4f}, "
+                f"{found['high']:+.4f}], within {MARGIN}: {found['equivalent']}"
+            )
+        print(keep("compare_mlp", rows, margin=MARGIN, **vars(options)))
         (RESULTS / f"compare_mlp-{device_name()}.md").write_text(markdown_table(result))
         shutil.copy(out / "compare.png", RESULTS / f"compare_mlp-{device_name()}.png")
     finally:

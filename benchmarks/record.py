@@ -9,12 +9,14 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from scipy import stats
 
 from jmp_train.training.metrics import write_json
 
@@ -44,6 +46,32 @@ def interleaved(
     return {
         name: {"median": statistics.median(s), "min": min(s), "max": max(s)}
         for name, s in seconds.items()
+    }
+
+
+def equivalence(
+    ours: Sequence[float], reference: Sequence[float], *, margin: float
+) -> dict[str, Any]:
+    """Two one-sided paired t-tests at 5 % (Schuirmann 1987): are two means within a margin?
+
+    Args:
+      ours: one value a seed.
+      reference: those of the same seeds.
+      margin: what difference does not matter; set it before the first run.
+
+    Returns:
+      `difference` (the mean), `low` and `high` (its 90 % confidence interval), `equivalent`
+      (whether that lies within the margin).
+    """
+    difference = np.subtract(ours, reference)
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    reach = stats.t.ppf(0.95, len(difference) - 1) * error
+    low, high = difference.mean() - reach, difference.mean() + reach
+    return {
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "equivalent": bool(-margin < low and high < margin),
     }
 
 

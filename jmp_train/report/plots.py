@@ -136,8 +136,10 @@ def plot_exponents(
     shift = math.log2(scale)
     if shift:
         axes.bar(where + shift, share, width=1.0, alpha=0.6, label=f"times {scale:g}")
-    axes.axvspan(normal - 0.5, end + 0.5, alpha=0.12, color="C2", label=f"normal in {info.dtype}")
-    axes.axvspan(smallest - 0.5, normal - 0.5, alpha=0.12, color="C1", label="subnormal")
+    axes.axvspan(
+        normal - 0.5, end + 0.5, alpha=0.12, zorder=0, color="C2", label=f"normal in {info.dtype}"
+    )
+    axes.axvspan(smallest - 0.5, normal - 0.5, alpha=0.12, zorder=0, color="C1", label="subnormal")
     axes.set(xlabel="exponent, floor(log2 |x|)", ylabel="share of numbers other than 0, %")
     axes.set_title(title)
     axes.legend()
