@@ -25,7 +25,8 @@ E = TypeVar("E")
 _USAGE = """\
 usage: jmp-train COMMAND ...
 
-  train NAME [--run-dir DIR] [--FIELD VALUE ...]    train an experiment, or go on with a run
+  train NAME [--run-dir DIR] [--force] [--FIELD VALUE ...]
+                                                    train an experiment, or go on with a run
   eval RUN_DIR                                      evaluate a run's newest checkpoint
   predict RUN_DIR --prompt TEXT [--length N] [--temperature T] [--seed N]
                                                     continue a text with a run of a language model
@@ -41,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      0 done; 2 the words are off; 3 training diverged; 4 no usable checkpoint; 130 or 143 stopped by
-      SIGINT or SIGTERM, with the state saved.
+      0 done; 2 the words are off; 3 training diverged; 4 no usable checkpoint, or the last one could
+      not be written; 130, 138 or 143 stopped by SIGINT, SIGUSR1 or SIGTERM, with the state saved.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Imported here so that --help answers without JAX.
     from jmp_train.run import Stopped
-    from jmp_train.training.checkpoints import NoUsableCheckpoint
+    from jmp_train.training.checkpoints import NotSaved, NoUsableCheckpoint
     from jmp_train.training.loop import Diverged
 
     try:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except Diverged as error:
         return _fail(error, 3)
-    except NoUsableCheckpoint as error:
+    except (NoUsableCheckpoint, NotSaved) as error:
         return _fail(error, 4)
     except Stopped as error:
         return _fail(error, 128 + error.signum)
@@ -92,6 +93,8 @@ class TrainArguments(Generic[E]):
     """Folder of the run, which goes on if it holds one; default runs/NAME/TIME."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, for a quick start of the next run."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Go on with a run of other settings, as far as its state fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +161,7 @@ def _train(words: list[str]) -> None:
     if arguments.compilation_cache:
         keep_compiled()
     run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
-    summary = train(name, arguments.experiment, run_dir, Console())
+    summary = train(name, arguments.experiment, run_dir, Console(), force=arguments.force)
     results = ", ".join(f"{_words(k)} {v:.4f}" for k, v in summary["eval"].items())
     print(
         f"{name}: {results} on held-out data after {summary['steps']} steps in "
@@ -276,7 +279,8 @@ def _positional(words: list[str], form: str, what: str) -> tuple[str, list[str]]
 
 def _typed(experiment: Experiment[Any, Any]) -> Any:
     """The experiment's type with its own model and data, whose fields become options."""
-    return Experiment[type(experiment.model), type(experiment.data)]
+    kind = Experiment[type(experiment.model), type(experiment.data)]
+    return Annotated[kind, tyro.conf.FlagConversionOff]
 
 
 def _as_words(path: str, value: Any) -> list[str]:
@@ -297,7 +301,6 @@ def _parse(
                 default=default,
                 args=words,
                 prog=prog,
-                config=(tyro.conf.FlagConversionOff,),
                 return_unknown_args=known_only,
             )
     except SystemExit as stop:

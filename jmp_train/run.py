@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from jmp_train.data.batches import eval_batches, iterate, train_batches
+from jmp_train.data.batches import eval_batches, iterate, state_at, train_batches
 from jmp_train.experiment import Experiment, UsageError, flatten
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.precision.loss_scale import NoOpLossScale, StaticLossScale
@@ -35,7 +37,7 @@ from jmp_train.precision.rules import Rules
 from jmp_train.report.divergence import Divergence, Float32Gradients, advise
 from jmp_train.report.plots import plot_exponents, plot_run
 from jmp_train.task import Dataset, Task
-from jmp_train.training.checkpoints import Checkpoints, Restored
+from jmp_train.training.checkpoints import Checkpoints, DoesNotFit, NotSaved, Restored
 from jmp_train.training.evaluation import make_evaluate
 from jmp_train.training.loop import Diverged, Every, LastCall, nonfinite_gradients, run_loop
 from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json, write_json
@@ -51,6 +53,8 @@ _MAY_CHANGE = (
     "max_skipped_in_row",
     "optimizer.learning_rate",
 )
+_ORDER_OF_DATA = ("batch_size", "steps_per_call", "seed")  # and all of data.*
+_STOPS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is SLURM's notice before it takes a node back
 
 
 class Stopped(Exception):
@@ -82,7 +86,12 @@ class _Start(NamedTuple):
 
 
 def train(
-    name: str, experiment: Experiment[Any, Any], run_dir: Path, console: Console
+    name: str,
+    experiment: Experiment[Any, Any],
+    run_dir: Path,
+    console: Console,
+    *,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Trains an experiment in a run directory, from where that directory stands.
 
@@ -92,38 +101,46 @@ def train(
       run_dir: a folder that holds a run of the same experiment, which goes on; or an empty one, or
         none yet.
       console: where to show progress.
+      force: go on with a run or a checkpoint of other settings, as far as its state fits.
 
     Returns:
       What summary.json holds.
 
     Raises:
-      UsageError: if the directory cannot be written, or holds a run of another experiment, with
-        other settings, or something that is no run.
+      UsageError: if the directory cannot be written, is another process's, or holds a run of another
+        experiment, with other settings, or something that is no run.
       NoUsableCheckpoint: if it holds checkpoints and none can be loaded.
+      NotSaved: if the last checkpoint, or the summary, cannot be written.
       Diverged: if training diverges; its words are the report that diverged.txt and diverged.json in
         the run directory hold too. Nothing is saved after the newest checkpoint.
-      Stopped: if SIGTERM or SIGINT ended the run, after saving.
+      Stopped: if SIGTERM, SIGINT or SIGUSR1 ended the run, after saving.
     """
     began = time.perf_counter()
     with _stop_signals() as stopped, _matmul_precision(experiment.matmul_precision):
-        _check_directory(run_dir, name, experiment, console)
+        _check_directory(run_dir, name, experiment, force)  # refuses before anything is written
         parts = _build(experiment)
-        with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
-            start = _start(experiment, parts, checkpoints)
-            if start.step > experiment.steps:
-                raise UsageError(
-                    f"{run_dir} is at step {start.step}; expected --steps of at least that"
+        with _lock(run_dir, console):
+            changed = _check_directory(run_dir, name, experiment, force)  # it may have begun since
+            if changed:
+                _say(console, f"changed: {', '.join(changed)}")
+            if not (run_dir / "config.json").exists():  # a kill leaves what is known as a run
+                _write_config(run_dir, name, experiment)
+            with contextlib.closing(_checkpoints(run_dir, experiment, clean=True)) as checkpoints:
+                start = _start(name, experiment, parts, run_dir, checkpoints, console, force)
+                if start.step > experiment.steps:
+                    raise UsageError(
+                        f"{run_dir} is at step {start.step}; expected --steps of at least that"
+                    )
+                if start.step:
+                    _say(console, f"{run_dir} is at step {start.step}")
+                finished = _finished(run_dir, start.step, experiment.steps)
+                if finished is not None:
+                    return finished
+                _write_config(run_dir, name, experiment)
+                checkpoints.set_aside_after(start.step)
+                return _train(
+                    name, experiment, run_dir, console, parts, checkpoints, start, stopped, began
                 )
-            if start.step:
-                _say(console, f"{run_dir} is at step {start.step}")
-            finished = _finished(run_dir, start.step, experiment.steps)
-            if finished is not None:
-                return finished
-            _write_config(run_dir, name, experiment)
-            checkpoints.set_aside_after(start.step)
-            return _train(
-                name, experiment, run_dir, console, parts, checkpoints, start, stopped, began
-            )
 
 
 def _train(
@@ -145,6 +162,8 @@ def _train(
         writer = MetricsWriter(run_dir, resume_step=start.step)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
     progress = RunProgress(console, start=start.step, total=experiment.steps, name=name)
     evaluated: tuple[int, dict[str, float]] = (-1, {})
 
@@ -159,7 +178,14 @@ def _train(
         progress.evaluation(step, evaluated[1])
 
     def checkpoint(step: int, state: TrainState, seconds: float) -> None:
+        try:
+            writer.flush()  # no checkpoint before the records up to it: a resume leaves no gap
+        except OSError as error:
+            checkpoints.give_up(step, error)
+            return
         extra = {
+            "config": _config(name, experiment),
+            "versions": _versions(),
             "data": batches.get_state(),
             "wall_time_s": start.wall_time_s + time.perf_counter() - began,
             "train_time_s": start.train_time_s + seconds,
@@ -211,14 +237,25 @@ def _train(
         memory=compiled.memory_analysis(),
         facts=parts.dataset.facts(),
     )
-    write_json(run_dir / "summary.json", summary)
-    if stopped and result.step < experiment.steps:
+    unfinished = stopped and result.step < experiment.steps
+    try:
+        write_json(run_dir / "summary.json", summary)
+        if not unfinished:
+            plot_run(
+                read_metrics(run_dir / "metrics.jsonl"),
+                run_dir / "plots",
+                title=f"{name}, policy {experiment.policy}",
+            )
+    except OSError as error:
+        with contextlib.suppress(OSError):  # so that the next call writes them all
+            (run_dir / "summary.json").unlink()
+        if not unfinished:
+            raise NotSaved(
+                f"summary.json and the plots cannot be written: {error.strerror}; the checkpoint of "
+                f"step {result.step} is whole, and the same command again writes them"
+            ) from None
+    if unfinished:
         raise Stopped(stopped[0], result.step, run_dir)
-    plot_run(
-        read_metrics(run_dir / "metrics.jsonl"),
-        run_dir / "plots",
-        title=f"{name}, policy {experiment.policy}",
-    )
     return summary
 
 
@@ -286,8 +323,9 @@ def _investigate(
         ),
         checkpoint=checkpoint,
     )
-    write_json(run_dir / "diverged.json", report.to_json())
-    (run_dir / "diverged.txt").write_text(f"{report}\n", encoding="utf-8")
+    with contextlib.suppress(OSError):  # a full disk; the report is the error's words too
+        write_json(run_dir / "diverged.json", report.to_json())
+        (run_dir / "diverged.txt").write_text(f"{report}\n", encoding="utf-8")
     if float32 is not None and float32.exponents:
         plot_exponents(
             float32.exponents,
@@ -373,7 +411,7 @@ def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, A
       `{"step": ..., metric: ...}`.
 
     Raises:
-      UsageError: if there is no checkpoint.
+      UsageError: if there is no checkpoint, or the newest holds another state.
       NoUsableCheckpoint: if none can be loaded.
     """
     with _matmul_precision(experiment.matmul_precision):
@@ -440,7 +478,10 @@ def _newest(run_dir: Path, experiment: Experiment[Any, Any], parts: _Parts) -> R
             jax.eval_shape(lambda: _first_state(experiment, parts)),
         )
         with contextlib.closing(_checkpoints(run_dir, experiment)) as checkpoints:
-            restored = checkpoints.restore_latest(like)
+            try:
+                restored = checkpoints.restore_latest(like)
+            except DoesNotFit as error:
+                raise UsageError(f"{run_dir}: {error}") from None
     if restored is None:
         raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
     return restored
@@ -463,37 +504,79 @@ def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_directory(
-    run_dir: Path, name: str, experiment: Experiment[Any, Any], console: Console
-) -> None:
-    """Refuses a directory that this run must not go on in; changes nothing."""
+    run_dir: Path, name: str, experiment: Experiment[Any, Any], force: bool
+) -> list[str]:
+    """The settings that changed since this directory's run began; changes nothing.
+
+    Raises:
+      UsageError: for a directory that this run must not go on in.
+    """
     if set("[]*?") & set(str(run_dir.resolve())):  # Orbax reads a path as a pattern
         raise UsageError(
             f"{str(run_dir)!r} holds one of the characters []*?; choose another folder"
         )
     try:
         if not (run_dir / "config.json").exists():
-            if run_dir.exists() and any(run_dir.iterdir()):
+            begun = {"lock", "config.json.partial"}  # by a process that was killed
+            if run_dir.exists() and {path.name for path in run_dir.iterdir()} - begun:
                 raise UsageError(
                     f"{run_dir} is not empty and holds no run; expected a new folder, or a run's"
                 )
-            return
+            return []
     except OSError as error:
         raise UsageError(f"{run_dir} cannot be read: {error.strerror}") from None
     there, values = read_config(run_dir)
-    if there != name:
+    if there != name and not force:
         raise UsageError(f"{run_dir} holds a run of {there!r}; expected one of {name!r}")
-    ours = flatten(_config(name, experiment))
-    del ours["experiment"]
-    keys = sorted(k for k in {*ours, *values} if ours.get(k) != values.get(k))
-    changed = {k: f"{k} {values.get(k)} -> {ours.get(k)}" for k in keys}
-    refused = [text for k, text in changed.items() if k not in _MAY_CHANGE]
-    if refused:
+    changed = _changed({"experiment": there, **values}, flatten(_config(name, experiment)))
+    refused = [text for field, text in changed.items() if field not in _MAY_CHANGE]
+    if refused and not force:
         raise UsageError(
             f"{run_dir} holds a run with other settings: {', '.join(refused)}; expected the same "
-            "ones, or another --run-dir"
+            "ones, another --run-dir, or --force to go on with these"
         )
-    if changed:
-        _say(console, f"changed: {', '.join(changed.values())}")
+    return list(changed.values())
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What to say of each setting that differs, by its dotted path."""
+    fields = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    return {k: f"{k} {before.get(k)} -> {now.get(k)}" for k in fields}
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path, console: Console) -> Iterator[None]:
+    """Keeps other processes from training in a directory. The kernel lets go of the lock when its
+    process ends, however it ends; the file stays."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / "lock").open("a+b", buffering=0)
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().decode().strip() or "another process"
+            raise UsageError(
+                f"{run_dir} is in use by {holder}; wait for its end, or choose another --run-dir"
+            ) from None
+        except (ImportError, OSError) as error:  # no such system call, or not on this file system
+            _say(
+                console,
+                f"{run_dir} cannot be locked ({error}); make sure that no other process trains there",
+            )
+        with contextlib.suppress(OSError):  # a full disk; the lock holds all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def _config(name: str, experiment: Experiment[Any, Any]) -> dict[str, Any]:
@@ -501,28 +584,75 @@ def _config(name: str, experiment: Experiment[Any, Any]) -> dict[str, Any]:
 
 
 def _write_config(run_dir: Path, name: str, experiment: Experiment[Any, Any]) -> None:
-    write_json(run_dir / "config.json", _config(name, experiment))
+    try:
+        write_json(run_dir / "config.json", _config(name, experiment))
+    except OSError as error:
+        raise _not_writable(run_dir, error) from None
 
 
-def _checkpoints(run_dir: Path, experiment: Experiment[Any, Any]) -> Checkpoints:
+def _not_writable(run_dir: Path, error: OSError) -> UsageError:
+    return UsageError(f"{run_dir} cannot be written: {error.strerror}")
+
+
+def _checkpoints(
+    run_dir: Path, experiment: Experiment[Any, Any], *, clean: bool = False
+) -> Checkpoints:
     try:
         return Checkpoints(
             run_dir / "checkpoints",
             best=experiment.model.metric,
             highest=experiment.model.highest,
+            clean=clean,
         )
     except OSError as error:
-        raise UsageError(f"{run_dir} cannot be written: {error.strerror}") from None
+        raise _not_writable(run_dir, error) from None
 
 
-def _start(experiment: Experiment[Any, Any], parts: _Parts, checkpoints: Checkpoints) -> _Start:
+def _start(
+    name: str,
+    experiment: Experiment[Any, Any],
+    parts: _Parts,
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    console: Console,
+    force: bool,
+) -> _Start:
+    now = flatten(_config(name, experiment))
+    changed: dict[str, str] = {}
+
+    def check(step: int, extra: dict[str, Any]) -> None:
+        nonlocal changed
+        changed = _changed(flatten(extra["config"]), now)
+        refused = [text for field, text in changed.items() if field not in _MAY_CHANGE]
+        if refused and not force:
+            raise UsageError(
+                f"{run_dir / 'checkpoints' / str(step)} was saved with other settings: "
+                f"{', '.join(refused)}; move it away, or give --force to go on from it"
+            )
+
     state = _first_state(experiment, parts)
-    restored = checkpoints.restore_latest(state)
+    try:
+        restored = checkpoints.restore_latest(state, check=check)
+    except DoesNotFit as error:
+        raise UsageError(f"{run_dir}: {error}") from None
     if restored is None:
         return _Start(0, state, None, 0.0, 0.0)
-    extra = restored.extra
+    step, extra = restored.step, restored.extra
+    versions = _changed(extra["versions"], _versions())
+    if versions:
+        _say(console, f"saved by other versions: {', '.join(versions.values())}")
+    data = extra["data"]
+    order = [k for k in changed if k in _ORDER_OF_DATA or k.startswith("data.")]
+    if order:
+        calls, rest = divmod(step, experiment.steps_per_call)
+        if rest:
+            raise UsageError(
+                f"{run_dir} is at step {step}; expected --steps-per-call that divides it"
+            )
+        data = state_at(calls)
+        _say(console, f"other batches from step {step} on, for {', '.join(order)} changed")
     times = (extra["wall_time_s"], extra["train_time_s"])
-    return _Start(restored.step, restored.state, extra["data"], *times)
+    return _Start(step, restored.state, data, *times)
 
 
 def _finished(run_dir: Path, step: int, steps: int) -> dict[str, Any] | None:
@@ -643,14 +773,13 @@ def _summary(
             "kind": device.device_kind,
             "count": jax.device_count(),
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                package: _version(package)
-                for package in ("jmp-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-            },
-        },
+        "versions": _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("jmp-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
 def _peak_memory(memory: Any) -> int | None:
@@ -676,21 +805,25 @@ def _matmul_precision(precision: str) -> Any:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT while it is open; the second one of a kind ends at once."""
+    """Collects a signal of `_STOPS` while it is open; a second one of any kind ends at once."""
     caught: list[int] = []
     before: dict[int, Any] = {}
 
+    def restore() -> None:
+        for signum, previous in before.items():
+            signal.signal(signum, previous or signal.SIG_DFL)
+
     def handle(signum: int, frame: Any) -> None:
         caught.append(signum)
-        signal.signal(signum, before[signum] or signal.SIG_DFL)
+        restore()
 
     try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, handle)
+        for signum in (getattr(signal, name, None) for name in _STOPS):
+            if signum is not None:  # Windows has no SIGUSR1
+                before[signum] = signal.signal(signum, handle)
     except ValueError:  # not the main thread, which alone may handle signals
         pass
     try:
         yield caught
     finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous or signal.SIG_DFL)
+        restore()

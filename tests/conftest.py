@@ -2,7 +2,9 @@
 
 import os
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Run by test_mesh.py in a process that has four devices.
 collect_ignore = (
@@ -16,3 +18,37 @@ def cache_folder_of_the_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         yield
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(cache_folder):
+    """Keeps what XLA compiles, so that a run that goes on does not compile its step anew."""
+    settings = {
+        "jax_compilation_cache_dir": str(cache_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
+
+
+@pytest.fixture
+def quick_runs(request, compiled_once, monkeypatch):
+    """Runs that share what is compiled and draw no plots, but where a test asks for `plots`."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr("jmp_train.run.plot_run", lambda *_, **__: None)
+
+
+@pytest.fixture
+def plots():
+    """Asks `quick_runs` for plots."""

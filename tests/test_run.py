@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from runs import assert_same_arrays, final_arrays
 
 from jmp_train.experiment import UsageError, find_experiment
 from jmp_train.run import Stopped, evaluate_run, read_config, train
@@ -23,6 +23,7 @@ from jmp_train.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(quiet=True)
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def small(name="mlp_fp16", **fields):
@@ -42,33 +43,11 @@ def small(name="mlp_fp16", **fields):
     )
 
 
-def final_arrays(run_dir):
-    """Every array of the newest checkpoint by path, read by Orbax without our state classes."""
-    from orbax.checkpoint import v1 as ocp
-
-    step = Checkpoints(run_dir / "checkpoints").steps()[-1]
-    tree = ocp.load_checkpointables(str((run_dir / "checkpoints" / str(step)).resolve()))["state"]
-    numbers = lambda x: (
-        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-    )
-    return {
-        jax.tree_util.keystr(path): np.asarray(numbers(x))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def assert_same_arrays(a, b):
-    assert a.keys() == b.keys() and a
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def test_a_finished_run_directory_is_complete(tmp_path):
+def test_a_finished_run_directory_is_complete(tmp_path, plots):
     summary = train("mlp_fp16", small(), tmp_path / "run", QUIET)
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "plots",
+        "config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "plots", "lock",
     }  # fmt: skip
     assert json.loads((run / "summary.json").read_text()) == summary
     assert set(summary) >= {
@@ -195,20 +174,6 @@ def test_a_finished_run_without_its_summary_gets_it_and_no_record_twice(tmp_path
     assert again["train_time_s"] == pytest.approx(first["train_time_s"])
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
     assert not (tmp_path / "diverged.json").exists()
-
-
-def test_a_run_goes_on_past_a_damaged_checkpoint_to_its_end(tmp_path):
-    train("mlp_bf16", small("mlp_bf16"), tmp_path / "whole", QUIET)
-    train("mlp_bf16", small("mlp_bf16"), tmp_path / "run", QUIET)
-    newest = tmp_path / "run" / "checkpoints" / "40"
-    for file in (newest / "state").rglob("*"):
-        if file.is_file():
-            file.write_bytes(b"")
-    summary = train("mlp_bf16", small("mlp_bf16"), tmp_path / "run", QUIET)
-    assert summary["steps"] == 40
-    assert_same_arrays(final_arrays(tmp_path / "run"), final_arrays(tmp_path / "whole"))
-    assert (tmp_path / "run" / "checkpoints" / "damaged-40").is_dir()
-    assert evaluate_run(tmp_path / "run", small("mlp_bf16"))["step"] == 40
 
 
 def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):

@@ -105,6 +105,11 @@ def iterate(dataset: Any) -> Any:
     return iter(dataset.to_iter_dataset(options))
 
 
+def state_at(item: int) -> dict[str, int]:
+    """The state of an iterator of `iterate` that gives this item next."""
+    return {"next_index": item}
+
+
 def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:
     """Every example once, in order, in batches of one shape.
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import eval_batches, iterate, train_batches
-from jmp_train.data.batches import _ShuffledBatches
+from jmp_train.data.batches import _ShuffledBatches, state_at
 
 
 def arrays(size):
@@ -108,3 +108,14 @@ def test_only_the_epochs_at_hand_are_kept_in_memory():
     for i in range(100):
         source[i]
     assert len(source._orders) <= 3
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 2])
+def test_an_iterator_is_where_state_at_puts_it(steps_per_call):
+    made = train_batches(arrays(10), 3, seed=0, steps=12, steps_per_call=steps_per_call)
+    walked, put = iterate(made), iterate(made)
+    take(walked, 4)
+    put.set_state(state_at(4))
+    assert put.get_state() == walked.get_state()
+    for a, b in zip(take(put, 2), take(walked, 2), strict=True):
+        np.testing.assert_array_equal(a["x"], b["x"])

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import random
+import resource
 import shutil
 
 import chex
@@ -14,7 +15,7 @@ import optax
 import pytest
 
 import jmp_train as jt
-from jmp_train.training.checkpoints import Checkpoints, NoUsableCheckpoint
+from jmp_train.training.checkpoints import Checkpoints, DoesNotFit, NotSaved, NoUsableCheckpoint
 
 
 @functools.cache
@@ -187,7 +188,7 @@ def test_a_changed_dtype_is_an_error_not_a_cast(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, trained("float32"), extra={}, metrics=None)
     checkpoints.close()
-    with pytest.raises(NoUsableCheckpoint):
+    with pytest.raises(DoesNotFit, match="checkpoint 1 .* is float32 .*; expected bfloat16"):
         Checkpoints(tmp_path).restore_latest(trained("bf16"))
 
 
@@ -195,8 +196,66 @@ def test_a_changed_shape_is_an_error(tmp_path):
     save(tmp_path, 1).close()
     like = trained(steps=0)
     like = like._replace(params={**like.params, "w": jnp.ones((9,))})
-    with pytest.raises(NoUsableCheckpoint):
+    with pytest.raises(DoesNotFit, match=r"'params/w' is float32 \(3, 3\); expected .*\(9,\)"):
         Checkpoints(tmp_path).restore_latest(like)
+
+
+def test_an_array_too_many_or_too_few_is_an_error(tmp_path):
+    save(tmp_path, 1).close()
+    like = trained(steps=0)
+    for params, words in (
+        ({**like.params, "b": jnp.ones(2)}, "'params/b' is not there; expected float32"),
+        ({"list": like.params["list"]}, "'params/w' is float32 .*; expected not there"),
+    ):
+        with pytest.raises(DoesNotFit, match=words):
+            Checkpoints(tmp_path).restore_latest(like._replace(params=params))
+
+
+def test_what_was_saved_beside_a_state_can_refuse_it(tmp_path):
+    save(tmp_path, 1, 2).close()
+    seen = []
+
+    def check(step, extra):
+        seen.append((step, extra["data"]["next_index"]))
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        Checkpoints(tmp_path).restore_latest(trained(steps=0), check=check)
+    assert seen == [(2, 2)]
+
+
+def test_a_failed_save_is_told_and_the_next_one_is_tried(tmp_path, caplog):
+    checkpoints = save(tmp_path, 1, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))  # no file may have more than a byte
+    try:
+        checkpoints.save(3, trained(), extra={}, metrics=None)
+        with pytest.raises(
+            NotSaved, match="checkpoint 3 could not .* checkpoint is that of step 2"
+        ):
+            checkpoints.wait()
+        assert checkpoints.steps() == [1, 2]
+        checkpoints.save(4, trained(), extra={}, metrics=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with caplog.at_level(logging.WARNING):
+        checkpoints.save(5, trained(), extra={}, metrics=None)
+        checkpoints.wait()
+    assert "checkpoint 4 could not be saved" in caplog.text and "again at step 5" in caplog.text
+    assert checkpoints.steps() == [2, 5]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5"]
+
+
+def test_the_remains_of_a_killed_save_are_removed_by_the_one_that_saves_only(tmp_path):
+    save(tmp_path, 1).close()
+    remains = tmp_path / "2.orbax-checkpoint-tmp"
+    remains.mkdir()
+    Checkpoints(tmp_path).close()
+    assert remains.exists()
+    with contextlib.closing(Checkpoints(tmp_path, clean=True)) as checkpoints:
+        assert checkpoints.steps() == [1]
+        checkpoints.save(2, trained(), extra={}, metrics=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
 def test_checkpoints_without_a_metric_are_not_kept_as_best(tmp_path):
@@ -212,3 +271,5 @@ def test_later_checkpoints_are_set_aside_and_their_steps_can_be_saved_again(tmp_
     checkpoints.wait()
     assert checkpoints.steps() == [1, 2]
     assert Checkpoints(tmp_path).steps() == [1, 2]
+    checkpoints.set_aside_after(1)  # none of them replaces another
+    assert (tmp_path / "damaged-2").is_dir() and (tmp_path / "damaged-2-2").is_dir()

@@ -1,7 +1,10 @@
 """Records: strict JSON, no torn line, no step twice."""
 
+import errno
 import json
 import math
+import os
+import resource
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +80,46 @@ def test_a_record_can_be_read_before_the_writer_is_closed(tmp_path):
     writer.write(1, "train", {"loss": 1.0, "step": 99, "split": "mine"})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "split": "train", "loss": 1.0}]
     writer.close()
+
+
+def test_records_wait_for_a_full_disk_and_then_follow_whole(tmp_path, caplog):
+    class Disk:  # takes a part of what it gets, then nothing, until there is room
+        room = 30
+
+        def write(self, data):
+            if self.room == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            taken, self.room = data[: self.room], max(self.room - len(data), 0)
+            return file.write(taken)
+
+        def close(self):
+            file.close()
+
+    writer = MetricsWriter(tmp_path)
+    file, writer._lines = writer._lines, Disk()
+    writer.write(1, "train", {"loss": 1.0})
+    writer.write(2, "train", {"loss": 2.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == []  # a torn line, which is left out
+    assert caplog.text.count("metrics.jsonl cannot be written, and waits: No space left") == 1
+    with pytest.raises(OSError, match="No space left"):
+        writer.flush()
+    writer._lines.room = 1000
+    writer.write(3, "train", {"loss": 3.0})
+    writer.close()
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(r["step"], r["loss"]) for r in records] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_disk_that_is_full_to_the_end_leaves_a_warning_and_no_traceback(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))  # no file may have more than a byte
+    try:
+        for step in range(40):  # more than tensorboardX's queue holds
+            writer.write(step, "train", {"loss": 1.0})
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics.jsonl lacks its last records" in caplog.text
+    assert caplog.text.count("TensorBoard's events end here") == 1
+    assert MetricsWriter(tmp_path, resume_step=3) and not read_metrics(tmp_path / "metrics.jsonl")
