@@ -326,14 +326,14 @@ def _investigate(
     with contextlib.suppress(OSError):  # a full disk; the report is the error's words too
         write_json(run_dir / "diverged.json", report.to_json())
         (run_dir / "diverged.txt").write_text(f"{report}\n", encoding="utf-8")
-    if float32 is not None and float32.exponents:
-        plot_exponents(
-            float32.exponents,
-            float32.format,
-            run_dir / "plots" / "gradient_exponents.png",
-            scale=last.loss_scale,
-            title=f"{name}: gradients at step {last.step}, in float32",
-        )
+        if float32 is not None and float32.exponents:
+            plot_exponents(
+                float32.exponents,
+                float32.format,
+                run_dir / "plots" / "gradient_exponents.png",
+                scale=last.loss_scale,
+                title=f"{name}: gradients at step {last.step}, in float32",
+            )
     return report
 
 
