@@ -91,7 +91,7 @@ class TrainArguments(Generic[E]):
     experiment: Annotated[E, tyro.conf.arg(name="")]
     run_dir: Path | None = None
     """Folder of the run, which goes on if it holds one; default runs/NAME/TIME."""
-    compilation_cache: bool = True
+    compilation_cache: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep compiled programs in the user's cache folder, for a quick start of the next run."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Go on with a run of other settings, as far as its state fits."""
@@ -107,7 +107,7 @@ class CompareOptions:
     """Runs of each, with the seeds 0 to N - 1."""
     out: Path | None = None
     """Folder of the results; default runs/compare/FAMILY/TIME."""
-    compilation_cache: bool = True
+    compilation_cache: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep compiled programs in the user's cache folder, for a quick start of the next run."""
 
     def __post_init__(self) -> None:

@@ -353,6 +353,7 @@ def test_the_command_on_a_full_disk_says_a_line_for_each_failure_and_exits_with_
     )
     words = ["train", NAME, "--run-dir", tmp_path / "run", "--steps", "60", "--log-every", "1"]
     words += ["--checkpoint-every", "10", "--optimizer.warmup-steps", "2", "--eval-every", "30"]
+    words += ["--compilation-cache", "False"]  # it lies elsewhere
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
         cwd=ROOT,
@@ -362,10 +363,7 @@ def test_the_command_on_a_full_disk_says_a_line_for_each_failure_and_exits_with_
     )
     lines = done.stderr.decode().splitlines()
     assert done.returncode == 4, lines
-    assert all(
-        line.startswith(("jmp-train: ", "checkpoint ", "metrics.jsonl ", "TensorBoard"))
-        for line in lines
-    ), lines
+    assert all(line.startswith(("jmp-train: ", "WARNING:jmp_train.")) for line in lines), lines
     assert lines[-1].startswith("jmp-train: checkpoint 60 could not be saved")
     done = subprocess.run(
         [sys.executable, "-m", "jmp_train", *words],
