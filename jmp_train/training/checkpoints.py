@@ -82,7 +82,7 @@ class Checkpoints:
             str(directory.resolve()),
             preservation_policy=policies.AnyPreservationPolicy(keeping),
         )
-        logging.getLogger("absl").addFilter(_no_traceback_of_orbax)
+        logging.getLogger("absl").addFilter(_no_traceback_of_orbax)  # for good: threads outlive us
         for metrics in directory.glob("*/metrics"):  # Orbax reads them all to know the best
             if metrics.parent.name.isdigit() and not _readable(metrics):
                 log.warning("the metrics of checkpoint %s are damaged", metrics.parent.name)
@@ -239,7 +239,6 @@ class Checkpoints:
         if saving and self._unsaved:
             log.warning("%s", self._unsaved)
         self._checkpointer.close()
-        logging.getLogger("absl").removeFilter(_no_traceback_of_orbax)
 
 
 def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:
