@@ -54,8 +54,6 @@ def main() -> None:
             dataset.train,
             experiment.batch_size,
             seed=0,
-            steps=options.steps,
-            steps_per_call=1,
             augment=dataset.augment,
         )
     )

@@ -116,8 +116,10 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Steps between two checkpoints; the last step is always saved."""
     steps_per_call: int = 1
     """Steps in one dispatch to the device; divides the four numbers of steps above."""
-    skip_nonfinite: bool | None = None
-    """Skip steps whose gradients are not finite; None: where there is a loss scale."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """Where a loss or a gradient is not finite and no loss scale skips the step: stop ends the run, skip
+    skips every such step, rollback goes on from the newest checkpoint with the batches after the bad
+    one. What skipping does not mend ends the run, or rolls it back."""
     max_skipped_in_row: int = 100
     """So many skipped steps in a row end the run, with a report of what went non-finite first."""
     matmul_precision: Literal["default", "high", "highest"] = "default"

@@ -43,7 +43,7 @@ from jmp_train.training.loop import Diverged, Every, LastCall, nonfinite_gradien
 from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json, write_json
 from jmp_train.training.progress import RunProgress
 from jmp_train.training.state import TrainState
-from jmp_train.training.step import Stepper, make_step
+from jmp_train.training.step import Stepper, make_step, no_skip
 
 _MAY_CHANGE = (
     "steps",
@@ -51,8 +51,10 @@ _MAY_CHANGE = (
     "eval_every",
     "checkpoint_every",
     "max_skipped_in_row",
+    "nonfinite",
     "optimizer.learning_rate",
 )
+_MAX_ROLLBACKS = 10  # of a whole run; one that needs more has another trouble than a bad batch
 _ORDER_OF_DATA = ("batch_size", "steps_per_call", "seed")  # and all of data.*
 _STOPS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is SLURM's notice before it takes a node back
 
@@ -75,6 +77,20 @@ class _Parts(NamedTuple):
     evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
 
 
+class _Run(NamedTuple):
+    """What stays the same while a run lasts."""
+
+    name: str
+    experiment: Experiment[Any, Any]
+    run_dir: Path
+    console: Console
+    force: bool
+    parts: _Parts
+    checkpoints: Checkpoints
+    stopped: list[int]  # the signals that have come
+    began: float
+
+
 class _Start(NamedTuple):
     """Where a run goes on."""
 
@@ -83,6 +99,8 @@ class _Start(NamedTuple):
     data: dict[str, Any] | None  # state of the data's iterator; None at the beginning
     wall_time_s: float  # spent before
     train_time_s: float
+    rollbacks: int = 0  # so far
+    calls_left_out: int = 0  # whose batches are not to be trained on
 
 
 def train(
@@ -126,7 +144,10 @@ def train(
             if not (run_dir / "config.json").exists():  # a kill leaves what is known as a run
                 _write_config(run_dir, name, experiment)
             with contextlib.closing(_checkpoints(run_dir, experiment, clean=True)) as checkpoints:
-                start = _start(name, experiment, parts, run_dir, checkpoints, console, force)
+                run = _Run(
+                    name, experiment, run_dir, console, force, parts, checkpoints, stopped, began
+                )
+                start = _start(run)
                 if start.step > experiment.steps:
                     raise UsageError(
                         f"{run_dir} is at step {start.step}; expected --steps of at least that"
@@ -138,26 +159,37 @@ def train(
                     return finished
                 _write_config(run_dir, name, experiment)
                 checkpoints.set_aside_after(start.step)
-                return _train(
-                    name, experiment, run_dir, console, parts, checkpoints, start, stopped, began
-                )
+                return _train_to_the_end(run, start)
 
 
-def _train(
-    name: str,
-    experiment: Experiment[Any, Any],
-    run_dir: Path,
-    console: Console,
-    parts: _Parts,
-    checkpoints: Checkpoints,
-    start: _Start,
-    stopped: list[int],
-    began: float,
-) -> dict[str, Any]:
+def _train_to_the_end(run: _Run, start: _Start) -> dict[str, Any]:
+    """Trains, and goes back to the newest checkpoint where that is asked for."""
+    compiled, compile_time = _compile(run.experiment, run.parts, start.state)
+    while True:
+        try:
+            return _train(run, start, compiled, compile_time)
+        except Diverged as error:
+            if error.last is None:
+                raise
+            run.checkpoints.wait()
+            if run.experiment.nonfinite != "rollback" or start.rollbacks >= _MAX_ROLLBACKS:
+                raise _explained(run, error) from None
+            reason, bad, rollbacks = str(error), error.last.bad, start.rollbacks + 1
+        # Here the error is gone, and with it the state that went wrong.
+        start = _start(run)
+        calls = -(-(bad - start.step) // run.experiment.steps_per_call)
+        batches = calls * run.experiment.steps_per_call
+        _say(run.console, f"{reason}: back to step {start.step}, past the next {batches} batches")
+        start = start._replace(rollbacks=rollbacks, calls_left_out=calls)
+
+
+def _train(run: _Run, start: _Start, compiled: Any, compile_time: float) -> dict[str, Any]:
+    name, experiment, run_dir, console, _, parts, checkpoints, stopped, began = run
     batches = iterate(parts.batches)
     if start.data is not None:
         batches.set_state(start.data)
-    compiled, compile_time = _compile(experiment, parts, start.state)
+    for _ in range(start.calls_left_out):
+        next(batches)
     try:
         writer = MetricsWriter(run_dir, resume_step=start.step)
     except ValueError as error:
@@ -189,6 +221,7 @@ def _train(
             "data": batches.get_state(),
             "wall_time_s": start.wall_time_s + time.perf_counter() - began,
             "train_time_s": start.train_time_s + seconds,
+            "rollbacks": start.rollbacks,
         }
         checkpoints.save(
             step, state, extra=extra, metrics=evaluated[1] if evaluated[0] == step else None
@@ -196,33 +229,22 @@ def _train(
 
     for file in ("diverged.json", "diverged.txt"):  # of an attempt that this one takes up again
         (run_dir / file).unlink(missing_ok=True)
-    try:
-        with contextlib.closing(writer), contextlib.closing(progress):
-            result = run_loop(
-                compiled,
-                start.state,
-                batches,
-                start=start.step,
-                stop=experiment.steps,
-                steps_per_call=experiment.steps_per_call,
-                every=Every(
-                    experiment.log_every, experiment.eval_every, experiment.checkpoint_every
-                ),
-                log=log,
-                evaluate=evaluate,
-                checkpoint=checkpoint,
-                should_stop=lambda: bool(stopped),
-                skips_nonfinite=parts.stepper.skips_nonfinite,
-                max_skipped_in_row=experiment.max_skipped_in_row,
-            )
-    except Diverged as error:
-        if error.last is None:
-            raise
-        checkpoints.wait()
-        steps = checkpoints.steps()
-        _say(console, "diverged; looking for what went non-finite first")
-        report = _investigate(name, experiment, run_dir, parts, error, steps[-1] if steps else None)
-        raise Diverged(f"{report}\n{run_dir / 'diverged.json'} holds more", error.last) from None
+    with contextlib.closing(writer), contextlib.closing(progress):
+        result = run_loop(
+            compiled,
+            start.state,
+            batches,
+            start=start.step,
+            stop=experiment.steps,
+            steps_per_call=experiment.steps_per_call,
+            every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
+            log=log,
+            evaluate=evaluate,
+            checkpoint=checkpoint,
+            should_stop=lambda: bool(stopped),
+            skips_nonfinite=parts.stepper.skips_nonfinite,
+            max_skipped_in_row=experiment.max_skipped_in_row,
+        )
     checkpoints.wait()
     if result.step == start.step:  # it was finished, but for its summary
         evaluated = (result.step, parts.evaluate(result.state.params))
@@ -234,6 +256,7 @@ def _train(
         compile_time_s=compile_time,
         train_time_s=start.train_time_s + result.seconds,
         wall_time_s=start.wall_time_s + time.perf_counter() - began,
+        rollbacks=start.rollbacks,
         memory=compiled.memory_analysis(),
         facts=parts.dataset.facts(),
     )
@@ -259,15 +282,17 @@ def _train(
     return summary
 
 
-def _investigate(
-    name: str,
-    experiment: Experiment[Any, Any],
-    run_dir: Path,
-    parts: _Parts,
-    error: Diverged,
-    checkpoint: int | None,
-) -> Divergence:
+def _explained(run: _Run, error: Diverged) -> Diverged:
+    """The error with the whole report for its words."""
+    _say(run.console, "diverged; looking for what went non-finite first")
+    report = _investigate(run, error)
+    return Diverged(f"{report}\n{run.run_dir / 'diverged.json'} holds more", error.last)
+
+
+def _investigate(run: _Run, error: Diverged) -> Divergence:
     """Finds out what it can about a run that diverged, and writes it into the run's directory."""
+    name, experiment, run_dir, parts = run.name, run.experiment, run.run_dir, run.parts
+    steps = run.checkpoints.steps()
     last = error.last
     assert last is not None
     state, problems = last.state, []
@@ -321,7 +346,7 @@ def _investigate(
             loss_scale=last.loss_scale,
             fits=fits,
         ),
-        checkpoint=checkpoint,
+        checkpoint=steps[-1] if steps else None,
     )
     with contextlib.suppress(OSError):  # a full disk; the report is the error's words too
         write_json(run_dir / "diverged.json", report.to_json())
@@ -608,15 +633,9 @@ def _checkpoints(
         raise _not_writable(run_dir, error) from None
 
 
-def _start(
-    name: str,
-    experiment: Experiment[Any, Any],
-    parts: _Parts,
-    run_dir: Path,
-    checkpoints: Checkpoints,
-    console: Console,
-    force: bool,
-) -> _Start:
+def _start(run: _Run) -> _Start:
+    """The newest checkpoint that can be loaded, else the beginning."""
+    name, experiment, run_dir, console, force = run[:5]
     now = flatten(_config(name, experiment))
     changed: dict[str, str] = {}
 
@@ -630,11 +649,13 @@ def _start(
                 f"{', '.join(refused)}; move it away, or give --force to go on from it"
             )
 
-    state = _first_state(experiment, parts)
+    state = _first_state(experiment, run.parts)
     try:
-        restored = checkpoints.restore_latest(state, check=check)
+        restored = run.checkpoints.restore_latest(state, check=check)
     except DoesNotFit as error:
-        raise UsageError(f"{run_dir}: {error}") from None
+        restored = _with_other_skips(run, state, check)
+        if restored is None:
+            raise UsageError(f"{run_dir}: {error}") from None
     if restored is None:
         return _Start(0, state, None, 0.0, 0.0)
     step, extra = restored.step, restored.extra
@@ -652,7 +673,19 @@ def _start(
         data = state_at(calls)
         _say(console, f"other batches from step {step} on, for {', '.join(order)} changed")
     times = (extra["wall_time_s"], extra["train_time_s"])
-    return _Start(step, restored.state, data, *times)
+    return _Start(step, restored.state, data, *times, extra["rollbacks"])
+
+
+def _with_other_skips(run: _Run, state: TrainState, check: Any) -> Restored | None:
+    """A checkpoint of a run that skipped steps for one that does not, or the other way round."""
+    other = no_skip(state.params) if state.last_skip is None else None
+    try:
+        restored = run.checkpoints.restore_latest(state._replace(last_skip=other), check=check)
+    except DoesNotFit:
+        return None
+    if restored is None:
+        return None
+    return restored._replace(state=restored.state._replace(last_skip=state.last_skip))
 
 
 def _finished(run_dir: Path, step: int, steps: int) -> dict[str, Any] | None:
@@ -694,7 +727,7 @@ def _stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
         make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
         _step_policy(experiment),
         loss_scale=experiment.loss_scale.make(_policies(experiment)),
-        skip_nonfinite=experiment.skip_nonfinite,
+        skip_nonfinite=True if experiment.nonfinite == "skip" else None,
         grad_norm=True,
         micro_batches=experiment.micro_batches,
     )
@@ -710,7 +743,6 @@ def _build(experiment: Experiment[Any, Any]) -> _Parts:
         dataset.train,
         experiment.batch_size,
         seed=experiment.seed,
-        steps=experiment.steps,
         steps_per_call=experiment.steps_per_call,
         augment=dataset.augment,
     )
@@ -748,6 +780,7 @@ def _summary(
     compile_time_s: float,
     train_time_s: float,
     wall_time_s: float,
+    rollbacks: int,
     memory: Any,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -765,6 +798,7 @@ def _summary(
         "eval": evaluation,
         "loss_scale": float(state[0].loss_scale),
         "skipped_steps": int(state[1]),
+        "rollbacks": rollbacks,
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
         "peak_memory_bytes": _peak_memory(memory),
         "data": {"name": experiment.data.name, **facts},

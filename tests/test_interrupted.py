@@ -209,7 +209,7 @@ def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_
     assert "changed: batch_size 128 -> 64, steps 12 -> 16\n" in said
     assert "other batches from step 12 on, for batch_size changed\n" in said
     dataset = experiment.data.load()
-    batches = train_batches(dataset.train, 64, seed=0, steps=16, augment=dataset.augment)
+    batches = train_batches(dataset.train, 64, seed=0, augment=dataset.augment)
     assert len(seen) == 4
     for n, batch in enumerate(seen):
         for name, array in batches[12 + n].items():

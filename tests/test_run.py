@@ -1,6 +1,7 @@
 """Runs as a user sees them: the directory, resume to the bit, signals, and what is refused."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ import pytest
 from rich.console import Console
 from runs import assert_same_arrays, final_arrays
 
+from jmp_train.data import DigitsConfig
+from jmp_train.data.batches import _AUGMENT, _generator
 from jmp_train.experiment import UsageError, find_experiment
-from jmp_train.run import Stopped, evaluate_run, read_config, train
+from jmp_train.run import Stopped, _build, _first_state, evaluate_run, read_config, train
 from jmp_train.training.checkpoints import Checkpoints
 from jmp_train.training.loop import Diverged
 from jmp_train.training.metrics import read_metrics
@@ -286,11 +289,70 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         train("mlp_bf16", small("mlp_bf16"), tmp_path / "file" / "run", QUIET)
 
 
-def test_not_skipping_lets_an_fp16_run_diverge(tmp_path):
-    experiment = small(skip_nonfinite=False)
-    scale = dataclasses.replace(experiment.loss_scale, initial=2.0**60)
-    with pytest.raises(Diverged, match="not finite|is nan"):
-        train("mlp_fp16", dataclasses.replace(experiment, loss_scale=scale), tmp_path, QUIET)
+@dataclasses.dataclass(frozen=True)
+class PoisonedDigits(DigitsConfig):
+    """Digits, and a NaN in every image of some batches."""
+
+    bad: tuple[int, ...] = ()
+
+    def load(self):
+        dataset = super().load()
+        states = [str(_generator(0, i, _AUGMENT).bit_generator.state) for i in self.bad]
+
+        def augment(batch, rng):
+            poison = np.nan if str(rng.bit_generator.state) in states else 0
+            batch = self._add_noise(batch, rng)
+            return {**batch, "image": batch["image"] + np.float32(poison)}
+
+        return dataset._replace(augment=augment)
+
+
+def poisoned(*bad, **fields):
+    return small("mlp_fp32", data=PoisonedDigits(bad=bad), **fields)
+
+
+def test_a_nan_stops_a_run_that_names_the_step_and_the_newest_checkpoint(tmp_path):
+    with pytest.raises(Diverged) as stop:
+        train("mlp_fp32", poisoned(22), tmp_path, QUIET)
+    assert "the loss is nan at step 30; it began with step 23" in str(stop.value)
+    assert "newest checkpoint: step 20" in str(stop.value)
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 20
+    # The same command would meet the same batch; one that skips goes on from step 20.
+    summary = train("mlp_fp32", poisoned(22, nonfinite="skip"), tmp_path, QUIET)
+    assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 1, 0)
+
+
+@pytest.mark.parametrize("per_call", [1, 5])
+def test_a_rollback_goes_on_from_the_checkpoint_past_the_bad_batch(tmp_path, per_call):
+    experiment = poisoned(22, nonfinite="rollback", steps_per_call=per_call)
+    summary = train("mlp_fp32", experiment, tmp_path, QUIET)
+    assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 0, 1)
+    steps = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
+    assert steps == [10, 20, 30, 40]
+    # By hand: 20 steps, then on without the batches up to the bad one's call, 20 to 22 or 20 to 24.
+    parts = _build(dataclasses.replace(experiment, steps_per_call=1))
+    state = _first_state(experiment, parts)
+    left_out = 3 if per_call == 1 else 5
+    for i in (*range(20), *range(20 + left_out, 40 + left_out)):
+        state, _ = parts.stepper.step(state, parts.batches[i])
+    kept = final_arrays(tmp_path)
+    for name, x in {".params": state.params, ".opt_state": state.opt_state}.items():
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(x)]
+        assert leaves
+        there = [v for k, v in kept.items() if name.strip(".") in k.split("]")[0]]
+        assert len(there) == len(leaves)
+        for mine, theirs in zip(leaves, there, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr("jmp_train.run._MAX_ROLLBACKS", 2)
+    experiment = poisoned(*range(3, 200), nonfinite="rollback")
+    out = io.StringIO()
+    with pytest.raises(Diverged, match="the loss is nan"):
+        train("mlp_fp32", experiment, tmp_path, Console(file=out, width=200))
+    assert out.getvalue().count("back to step 0, past the next 4 batches") == 1
+    assert out.getvalue().count("back to step 0") == 2
 
 
 def test_the_matmul_precision_reaches_the_compiled_step(tmp_path, monkeypatch):

@@ -27,19 +27,17 @@ class _ShuffledBatches:
         batch_size: int,
         *,
         seed: int,
-        count: int,
         augment: Augment | None,
     ):
         self._arrays = dict(arrays)
         self._size = len(next(iter(self._arrays.values())))
         self._batch_size = batch_size
         self._seed = seed
-        self._count = count
         self._augment = augment
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return self._count
+        return 2**62  # Grain asks; there is no last one
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         position = np.arange(self._batch_size) + int(index) * self._batch_size
@@ -68,17 +66,15 @@ def train_batches(
     batch_size: int,
     *,
     seed: int,
-    steps: int,
     steps_per_call: int = 1,
     augment: Augment | None = None,
 ) -> Any:
-    """The batches of a run: every example once an epoch, reshuffled each epoch.
+    """Batches without end: every example once an epoch, reshuffled each epoch.
 
     Args:
       arrays: by name, the first axis counting examples.
       batch_size: examples in a batch; an epoch's last batch is filled up from the next epoch.
       seed: of the order.
-      steps: batches in the run.
       augment: changes a batch with the random numbers of the generator that it is given, which
         depend on the seed and on the batch's number alone.
       steps_per_call: above 1, so many batches are stacked along a new first axis.
@@ -86,7 +82,7 @@ def train_batches(
     Returns:
       A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
     """
-    source = _ShuffledBatches(arrays, batch_size, seed=seed, count=steps, augment=augment)
+    source = _ShuffledBatches(arrays, batch_size, seed=seed, augment=augment)
     dataset = grain.MapDataset.source(source)
     if steps_per_call > 1:
         dataset = dataset.batch(steps_per_call)

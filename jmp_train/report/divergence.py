@@ -150,7 +150,7 @@ def advise(
         tips.append(
             (
                 "skips such steps, which keeps the last good state, and names the operations",
-                "--skip-nonfinite True",
+                "--nonfinite skip",
             )
         )
     rate = experiment.optimizer.learning_rate / 10

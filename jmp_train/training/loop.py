@@ -34,6 +34,7 @@ class LastCall(NamedTuple):
     batch: Any  # of the last step alone
     loss_scale: float  # that the last step was taken under
     skipped: bool  # whether the last step was skipped, and so can be replayed
+    bad: int  # the first step known to have gone wrong; of skipped ones, the last
 
 
 class Diverged(Exception):
@@ -105,11 +106,14 @@ def run_loop(
     at = logged = start
     seconds = since_log = 0.0
     stopped = False
+    losses: list[Any] = []  # of the calls since the last event, still on the device
     began = time.perf_counter()
     while at < stop and not stopped:
         batch = next(batches)
         state, info = step_fn(state, batch)
         at += steps_per_call
+        if not skips_nonfinite:
+            losses.append((info.loss, info.grad_norm))
         stopped = should_stop()
         last = stopped or at >= stop
         log_due, evaluate_due, checkpoint_due = (last or at % n == 0 for n in every)
@@ -126,7 +130,11 @@ def run_loop(
             if steps_per_call > 1:
                 batch = jax.tree.map(lambda x: x[-1], batch)
             skipped = values["skipped_in_row"] > 0
-            raise Diverged(reason, LastCall(at, state, batch, values["loss_scale"], skipped))
+            bad = _first_bad(at, losses)
+            if bad < at:
+                reason = f"{reason}; it began with step {bad}"
+            raise Diverged(reason, LastCall(at, state, batch, values["loss_scale"], skipped, bad))
+        losses.clear()
         if evaluate_due and not stopped:
             evaluate(at, state)
         if checkpoint_due:
@@ -184,6 +192,21 @@ def _diverged(
     if not _all_finite(state.params):
         return f"a parameter is not finite after step {at}"
     return ""
+
+
+def _first_bad(at: int, losses: list[Any]) -> int:
+    """The first of the steps up to `at` whose loss or gradients' norm is not finite; else `at`.
+
+    Args:
+      at: the last step.
+      losses: (loss, norm or None) of the calls up to it; shapes () or (steps in a call,).
+    """
+    good = [
+        np.all([np.isfinite(x) for x in call if x is not None], axis=0).ravel()
+        for call in jax.device_get(losses)
+    ]
+    bad = np.flatnonzero(~np.concatenate(good)) if good else []
+    return at - sum(map(len, good)) + 1 + int(bad[0]) if len(bad) else at
 
 
 def _lowest_scale(state: TrainState) -> float:

@@ -153,7 +153,7 @@ def make_step(
             loss_scale=jax.tree.map(_own, first_scale),
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
-            last_skip=_no_skip(params) if skip_nonfinite else None,
+            last_skip=no_skip(params) if skip_nonfinite else None,
             key=None if key is None else _own(key),
         )
         return state if mesh is None else jax.device_put(state, NamedSharding(mesh, P()))
@@ -276,7 +276,8 @@ def _over_devices(
     return over_devices
 
 
-def _no_skip(params: Any) -> LastSkip:
+def no_skip(params: Any) -> LastSkip:
+    """What a state remembers of skipped steps before there was one."""
     leaves = len(jax.tree.leaves(params))
     return LastSkip(jnp.zeros((), jnp.int32), jnp.zeros(leaves, jnp.bool_))
 

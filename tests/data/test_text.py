@@ -56,7 +56,7 @@ def test_training_windows_cover_the_training_text_evenly_and_nothing_else(tmp_pa
     parts = len(data.train["part"])
     assert parts == 14  # 150 bytes, of which 140 begin a window
     draws = 500
-    batches = train_batches(data.train, parts, seed=0, steps=draws, augment=data.augment)
+    batches = train_batches(data.train, parts, seed=0, augment=data.augment)
     tokens = np.stack([batches[i]["tokens"] for i in range(draws)])
     assert tokens.dtype == np.uint8
     np.testing.assert_array_equal(np.diff(tokens.astype(int), axis=-1), 1)
@@ -72,7 +72,7 @@ def test_a_restored_iterator_goes_on_with_the_same_windows():
     data = TextConfig(length=16).load()
 
     def make():
-        return iterate(train_batches(data.train, 4, seed=1, steps=50, augment=data.augment))
+        return iterate(train_batches(data.train, 4, seed=1, augment=data.augment))
 
     first, second = make(), make()
     for _ in range(7):

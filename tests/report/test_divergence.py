@@ -57,7 +57,7 @@ def test_a_rule_that_the_model_would_refuse_is_not_advised():
 def test_what_float32_does_not_mend_gets_no_advice_on_formats():
     broken = dataclasses.replace(FINE, finite=False)
     assert words(overflow(), broken) == ["--optimizer.learning-rate 0.0002"]
-    assert words(None, None, skips=False)[0] == "--skip-nonfinite True"
+    assert words(None, None, skips=False)[0] == "--nonfinite skip"
 
 
 def test_a_static_scale_is_lowered_to_what_fits():

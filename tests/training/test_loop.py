@@ -4,12 +4,14 @@ import itertools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import jmp_train as jt
 from jmp_train.training import loop
 from jmp_train.training.loop import Diverged, Every, run_loop
+from jmp_train.training.state import StepInfo
 
 
 def loss_fn(params, batch):
@@ -174,6 +176,15 @@ def test_a_record_names_the_gradients_of_a_skip_since_the_last_record():
     assert not {"last_skipped_step", "nonfinite", "nonfinite_tensors"} & set(records[1])
 
 
+def test_the_step_that_went_wrong_first_is_found():
+    losses = [(np.float32(1), None), (np.float32(2), None), (np.float32("nan"), None)]
+    assert loop._first_bad(7, losses) == 7 and loop._first_bad(7, losses[:2]) == 7
+    norm = [(np.float32(1), np.float32("inf")), *losses]
+    assert loop._first_bad(7, norm) == 4
+    calls = [(np.ones(4), np.ones(4)), (np.array([1, 1, np.nan, np.nan]), np.ones(4))]
+    assert loop._first_bad(8, calls) == 7 and loop._first_bad(8, []) == 8
+
+
 def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     # The step hands back objects that cannot be read at all, so any look at them would raise.
     looks = []
@@ -182,7 +193,7 @@ def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     monkeypatch.setattr(loop, "_diverged", lambda *_: "")
     nothing = lambda *_: None
     result = run_loop(
-        lambda state, batch: (object(), object()),
+        lambda state, batch: (object(), StepInfo(object(), None, None, object(), None)),
         object(),
         itertools.repeat(None),
         start=0,
@@ -258,7 +269,7 @@ def test_rates_and_times_leave_events_out(monkeypatch):
 
     rates, saved = [], []
     result = run_loop(
-        passes(1.0, (None, None)),
+        passes(1.0, (None, StepInfo(None, None, None, None, None))),
         None,
         itertools.repeat(None),
         start=0,
