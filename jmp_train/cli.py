@@ -10,14 +10,20 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
 
-from jmp_train.experiment import Experiment, UsageError, experiment_files, find_experiment
+from jmp_train.experiment import (
+    Experiment,
+    UsageError,
+    experiment_files,
+    find_experiment,
+    with_settings,
+)
 from jmp_train.precision.dtypes import nearest
 
 E = TypeVar("E")
@@ -80,7 +86,9 @@ def run() -> None:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"jmp-train: {error}", file=sys.stderr)
+    # One line, whatever words it quotes: what cannot be shown is escaped.
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    print(f"jmp-train: {text}", file=sys.stderr)
     return status
 
 
@@ -160,8 +168,8 @@ def _train(words: list[str]) -> None:
     )
     if arguments.compilation_cache:
         keep_compiled()
-    run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
-    summary = train(name, arguments.experiment, run_dir, Console(), force=arguments.force)
+    with _folder(arguments.run_dir, Path("runs") / name) as run_dir:
+        summary = train(name, arguments.experiment, run_dir, Console(), force=arguments.force)
     results = ", ".join(f"{_words(k)} {v:.4f}" for k, v in summary["eval"].items())
     print(
         f"{name}: {results} on held-out data after {summary['steps']} steps in "
@@ -215,10 +223,9 @@ def _stored_experiment(run_dir: Path) -> Experiment[Any, Any]:
 
     name, values = read_config(run_dir)
     default = find_experiment(name)
-    stored = [word for item in values.items() for word in _as_words(*item)]
     try:
-        return _parse(_typed(default), default, stored, "")
-    except UsageError as error:
+        return with_settings(default, values)
+    except ValueError as error:
         raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
 
 
@@ -257,8 +264,8 @@ def _compare(words: list[str]) -> None:
                 raise UsageError(f"compare sets --{field} itself; expected no --{field}")
     if options.compilation_cache:
         keep_compiled()
-    out = options.out or _new_folder(Path("runs") / "compare" / family)
-    compare(family, variants, seeds=options.seeds, out=out, console=Console())
+    with _folder(options.out, Path("runs") / "compare" / family) as out:
+        compare(family, variants, seeds=options.seeds, out=out, console=Console())
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -281,12 +288,6 @@ def _typed(experiment: Experiment[Any, Any]) -> Any:
     """The experiment's type with its own model and data, whose fields become options."""
     kind = Experiment[type(experiment.model), type(experiment.data)]
     return Annotated[kind, tyro.conf.FlagConversionOff]
-
-
-def _as_words(path: str, value: Any) -> list[str]:
-    """A stored value as the words that set it."""
-    values = value if isinstance(value, list) else [value]
-    return [f"--{path.replace('_', '-')}", *map(str, values)]
 
 
 def _parse(
@@ -361,6 +362,23 @@ def one_line(complaint: str) -> str:
     if message.startswith("Unrecognized options") and options:
         return f"{message}; did you mean {options[0]}?"
     return message
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None, parent: Path) -> Iterator[Path]:
+    """The folder that was given, or a new one, which goes again if a refusal leaves it empty."""
+    if given is not None:
+        yield given
+        return
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    folder = _new_folder(parent)
+    try:
+        yield folder
+    except UsageError:
+        with contextlib.suppress(OSError):  # not empty, so not ours alone
+            for made in (folder, *missing):
+                made.rmdir()
+        raise
 
 
 def _new_folder(parent: Path) -> Path:
