@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     # Imported here so that --help answers without JAX.
+    from jax.errors import JaxRuntimeError
+
     from jmp_train.run import Stopped
     from jmp_train.training.checkpoints import NotSaved, NoUsableCheckpoint
     from jmp_train.training.loop import Diverged
@@ -75,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 4)
     except Stopped as error:
         return _fail(error, 128 + error.signum)
+    except (MemoryError, JaxRuntimeError) as error:
+        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).partition("\n")[0] or "out of memory"
+        hint = "expected a smaller model or batch, or more micro_batches"
+        return _fail(UsageError(f"the memory does not suffice: {what}; {hint}"), 2)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -335,6 +343,15 @@ _PLAIN_WORDS = {
     r"^--\w+Options: ": "",
     r"invalid literal for int\(\) with base 10: (.*)": r"expected an integer, got \1",
     r"could not convert string to float: (.*)": r"expected a number, got \1",
+    r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]\.": (
+        r"expected an integer or None, got \1"
+    ),
+    r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]\.": (
+        r"expected a number or None, got \1"
+    ),
+    r"Could not find valid parse for arguments: \[(.*)\]": r"expected numbers, got \1",
+    r"^Missing value for argument '(\S+)'.*": r"\1: expected a value",
+    r"^--[A-Z]\w*: ": "",  # the class of all fields
 }
 
 
@@ -361,6 +378,15 @@ def one_line(complaint: str) -> str:
         message = re.sub(pattern, words, message)
     if message.startswith("Unrecognized options") and options:
         return f"{message}; did you mean {options[0]}?"
+    if message.startswith("Unrecognized options"):
+        return f"{message}; expected --FIELD VALUE, as --help shows them"
+    choice = re.fullmatch(
+        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (.*)\.", message
+    )
+    if choice:
+        given, option, valid = choice.groups()
+        hint = nearest(given, re.findall(r"'([^']*)'", valid))
+        return f"{option} is {given!r}; {hint}"
     return message
 
 

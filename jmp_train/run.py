@@ -503,11 +503,13 @@ def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
                 f"{path} cannot be read: experiment is {name!r}; expected the name of one"
             )
         return name, flatten(values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{run_dir} holds no run; expected a directory with config.json") from None
     except KeyError:
         raise UsageError(f"{path} cannot be read: it names no experiment") from None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
