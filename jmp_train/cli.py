@@ -94,8 +94,9 @@ def run() -> None:
 
 
 def _fail(error: Exception, status: int) -> int:
-    # One line, whatever words it quotes: what cannot be shown is escaped.
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+    # One line, whatever words it quotes; the report of a run that diverged has more.
+    kept = "\n" if status == 3 else ""
+    text = "".join(c if c.isprintable() or c == kept else ascii(c)[1:-1] for c in str(error))
     print(f"jmp-train: {text}", file=sys.stderr)
     return status
 

@@ -248,6 +248,7 @@ WHOLE = load(npz(np.savez))
 
 def check_npz(data):
     loaded = load(data)
+    assert WHOLE is not None
     if loaded is not None:  # the damage lies where no number does, in a time stamp, say
         assert loaded.spec == WHOLE.spec
         for name in ("image", "label"):

@@ -78,4 +78,6 @@ def test_the_memory_that_is_free_is_less_than_there_is():
     import os
 
     free = arrays._available_memory()
-    assert 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert free is not None and 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
