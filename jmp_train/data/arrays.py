@@ -244,8 +244,8 @@ def _check_headers(path: Path, headers: dict[str, _Header], x: str, y: str) -> N
 def _array(path: Path, file: zipfile.ZipFile, name: str, header: _Header) -> np.ndarray:
     try:
         with file.open(header.entry) as stream, warnings.catch_warnings(action="ignore"):
+            # The whole of the entry, at whose end zipfile compares the checksum.
             array = np.lib.format.read_array(stream, allow_pickle=False)
-            stream.read(1)  # to the end, where the archive's checksum is compared
     except Exception as error:
         raise _damaged(path, name, error) from error
     return array
