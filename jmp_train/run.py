@@ -697,7 +697,7 @@ def _step_policy(experiment: Experiment[Any, Any]) -> Policy | None:
 def _dataset(experiment: Experiment[Any, Any]) -> Dataset:
     try:
         dataset = experiment.data.load()
-    except ValueError as error:  # a file that is off
+    except (OSError, ValueError) as error:  # a file that is off
         raise UsageError(str(error)) from None
     examples = len(next(iter(dataset.train.values())))
     if experiment.batch_size > examples and dataset.augment is None:  # each copy of one the same

@@ -393,8 +393,34 @@ COMPARES = [
         r"expected at most the 1438 examples",
     ),
 ]
+TEXT = [
+    (
+        ["--data.path", "configs/a.txt"],
+        r"configs/a.txt does not exist; its folder holds no text file",
+    ),
+    (
+        ["--data.path", "full/thesi.txt"],
+        r"full/thesi.txt does not exist; did you mean 'thesis.txt'",
+    ),
+    (["--data.path", "full"], r"full is a folder; expected a text file"),
+    (["--data.path", "full/thesis.txt"], r"length is 128; expected less than the 4 bytes"),
+    (["--data.path", "n" * 300], r"cannot be read: File name too long"),
+    (["--data.length", "1"], r"length is 1; expected at least 2"),
+    (["--model.heads", "3"], r"width is 128; expected a multiple of 2 x heads \(6\)"),
+    (["--model.remat", "ful"], r"--model.remat is 'ful'; did you mean 'full'"),
+]
+PREDICTS = [
+    ([], r"expected the directory of a run: jmp-train predict RUN_DIR"),
+    (["nowhere"], r"nowhere holds no run; expected a directory with config.json"),
+    (["configs/typo"], r"'optimizer.lerning_rate' is no setting; did you mean 'learning_rate'"),
+    (["done"], r"done holds a run on npz, whose model does not continue texts; expected"),
+    (["done", "--length", "0"], r"length is 0; expected at least 1"),
+    (["done", "--temperature", "nan"], r"temperature is nan; expected a number of 0 or more"),
+    (["done", "--prompt", ""], r"prompt is empty; expected at least one byte"),
+    (["done", "--promt", "x"], r"did you mean --prompt\?"),
+]
 OTHERS = [
-    ([""], r"unknown command ''; expected one of compare, eval, list, train"),
+    ([""], r"unknown command ''; expected one of compare, eval, list, predict, train"),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
 ]
@@ -460,6 +486,8 @@ CASES = [
     *((["train", "own", "--run-dir", *words], line) for words, line in RUN_DIRS),
     *((["eval", *words], line) for words, line in EVALS),
     *((["compare", *words], line) for words, line in COMPARES),
+    *((["train", "gpt_fp32", *words], line) for words, line in TEXT),
+    *((["predict", *words], line) for words, line in PREDICTS),
     *OTHERS,
     *((["train", "own", "--data.path", *words], line) for words, line in FILES),
 ]

@@ -56,7 +56,7 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["predict", "/nowhere", "--temperature", "-1"], "temperature is -1"),
         (["predict", "/nowhere", "--seed", "-1"], "seed is -1"),
         (["predict", "/nowhere", "--promt", "x"], "did you mean --prompt?"),
-        (["train", "gpt_fp32", "--data.path", "/nowhere"], "path is '/nowhere'; expected a text file"),
+        (["train", "gpt_fp32", "--data.path", "/nowhere"], "/nowhere does not exist; "),
         (["train", "gpt_fp32", "--model.width", "12"], "expected a multiple of 2 x heads (8)"),
         (["compare", "mlq"], "unknown family 'mlq'; did you mean 'mlp'?"),
         (["compare", "mlp", "--precisions", "fp17"], "did you mean 'fp16'?"),

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from jmp_train.data.files import check_file
 from jmp_train.fields import check_fields
 from jmp_train.precision.dtypes import nearest
 from jmp_train.task import Dataset, DataSpec
@@ -95,7 +96,7 @@ class NpzConfig:
 
     def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Examples and labels of one file, all checked but the labels' range."""
-        _check_file(path)
+        check_file(path, ".npz")
         try:
             file = zipfile.ZipFile(path)
         except Exception as error:
@@ -120,25 +121,6 @@ class _Header(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     entry: zipfile.ZipInfo
-
-
-def _check_file(path: Path) -> None:
-    try:
-        if path.is_file():
-            return
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; expected a .npz file")
-        if path.exists():
-            raise ValueError(f"{path} is not a regular file; expected a .npz file")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path} does not exist; its folder does not exist either")
-        names = sorted(file.name for file in path.parent.glob("*.npz"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    hint = nearest(path.name, names) if names else "its folder holds no .npz file"
-    if len(names) > 20 and not hint.startswith("did you mean"):
-        hint = f"its folder holds {len(names)} .npz files, none of a name like it"
-    raise ValueError(f"{path} does not exist; {hint}")
 
 
 def _what_it_is(path: Path) -> str:
