@@ -342,6 +342,9 @@ RUN_DIRS = [
     (["configs/other"], r"holds a run of 'linear_fp16'; expected one of 'own'"),
     (["configs/not_json"], r"configs/not_json/config.json cannot be read"),
     (["configs/deep"], r"configs/deep/config.json cannot be read"),
+    (["new/run", "--data.path", "flipped.npz"], r"'x' is damaged: Bad CRC-32"),
+    (["new", "--rules", "nope=bf16"], r"'nope' .* matches no module"),
+    (["new", "--batch-size", "33"], r"batch_size is 33; expected at most the 32 examples"),
     (["done", "--batch-size", "4"], r"other settings: batch_size 8 -> 4; expected the same"),
     (["done", "--steps", "4"], r"done is at step 8; expected --steps of at least that"),
 ]
