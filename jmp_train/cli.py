@@ -10,14 +10,20 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 from rich.console import Console
 
-from jmp_train.experiment import Experiment, UsageError, experiment_files, find_experiment
+from jmp_train.experiment import (
+    Experiment,
+    UsageError,
+    experiment_files,
+    find_experiment,
+    with_settings,
+)
 from jmp_train.precision.dtypes import nearest
 
 E = TypeVar("E")
@@ -53,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     # Imported here so that --help answers without JAX.
+    from jax.errors import JaxRuntimeError
+
     from jmp_train.run import Stopped
     from jmp_train.training.checkpoints import NotSaved, NoUsableCheckpoint
     from jmp_train.training.loop import Diverged
@@ -69,6 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 4)
     except Stopped as error:
         return _fail(error, 128 + error.signum)
+    except (MemoryError, JaxRuntimeError) as error:
+        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).partition("\n")[0] or "out of memory"
+        hint = "expected a smaller model or batch, or more micro_batches"
+        return _fail(UsageError(f"the memory does not suffice: {what}; {hint}"), 2)
     except KeyboardInterrupt:
         return 130
     return 0
@@ -80,7 +94,10 @@ def run() -> None:
 
 
 def _fail(error: Exception, status: int) -> int:
-    print(f"jmp-train: {error}", file=sys.stderr)
+    # One line, whatever words it quotes; the report of a run that diverged has more.
+    kept = "\n" if status == 3 else ""
+    text = "".join(c if c.isprintable() or c == kept else ascii(c)[1:-1] for c in str(error))
+    print(f"jmp-train: {text}", file=sys.stderr)
     return status
 
 
@@ -160,8 +177,8 @@ def _train(words: list[str]) -> None:
     )
     if arguments.compilation_cache:
         keep_compiled()
-    run_dir = arguments.run_dir or _new_folder(Path("runs") / name)
-    summary = train(name, arguments.experiment, run_dir, Console(), force=arguments.force)
+    with _folder(arguments.run_dir, Path("runs") / name) as run_dir:
+        summary = train(name, arguments.experiment, run_dir, Console(), force=arguments.force)
     results = ", ".join(f"{_words(k)} {v:.4f}" for k, v in summary["eval"].items())
     print(
         f"{name}: {results} on held-out data after {summary['steps']} steps in "
@@ -215,10 +232,9 @@ def _stored_experiment(run_dir: Path) -> Experiment[Any, Any]:
 
     name, values = read_config(run_dir)
     default = find_experiment(name)
-    stored = [word for item in values.items() for word in _as_words(*item)]
     try:
-        return _parse(_typed(default), default, stored, "")
-    except UsageError as error:
+        return with_settings(default, values)
+    except ValueError as error:
         raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
 
 
@@ -257,8 +273,8 @@ def _compare(words: list[str]) -> None:
                 raise UsageError(f"compare sets --{field} itself; expected no --{field}")
     if options.compilation_cache:
         keep_compiled()
-    out = options.out or _new_folder(Path("runs") / "compare" / family)
-    compare(family, variants, seeds=options.seeds, out=out, console=Console())
+    with _folder(options.out, Path("runs") / "compare" / family) as out:
+        compare(family, variants, seeds=options.seeds, out=out, console=Console())
 
 
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -281,12 +297,6 @@ def _typed(experiment: Experiment[Any, Any]) -> Any:
     """The experiment's type with its own model and data, whose fields become options."""
     kind = Experiment[type(experiment.model), type(experiment.data)]
     return Annotated[kind, tyro.conf.FlagConversionOff]
-
-
-def _as_words(path: str, value: Any) -> list[str]:
-    """A stored value as the words that set it."""
-    values = value if isinstance(value, list) else [value]
-    return [f"--{path.replace('_', '-')}", *map(str, values)]
 
 
 def _parse(
@@ -334,6 +344,15 @@ _PLAIN_WORDS = {
     r"^--\w+Options: ": "",
     r"invalid literal for int\(\) with base 10: (.*)": r"expected an integer, got \1",
     r"could not convert string to float: (.*)": r"expected a number, got \1",
+    r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]\.": (
+        r"expected an integer or None, got \1"
+    ),
+    r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]\.": (
+        r"expected a number or None, got \1"
+    ),
+    r"Could not find valid parse for arguments: \[(.*)\]": r"expected numbers, got \1",
+    r"^Missing value for argument '(\S+)'.*": r"\1: expected a value",
+    r"^--[A-Z]\w*: ": "",  # the class of all fields
 }
 
 
@@ -360,7 +379,33 @@ def one_line(complaint: str) -> str:
         message = re.sub(pattern, words, message)
     if message.startswith("Unrecognized options") and options:
         return f"{message}; did you mean {options[0]}?"
+    if message.startswith("Unrecognized options"):
+        return f"{message}; expected --FIELD VALUE, as --help shows them"
+    choice = re.fullmatch(
+        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (.*)\.", message
+    )
+    if choice:
+        given, option, valid = choice.groups()
+        hint = nearest(given, re.findall(r"'([^']*)'", valid))
+        return f"{option} is {given!r}; {hint}"
     return message
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None, parent: Path) -> Iterator[Path]:
+    """The folder that was given, or a new one, which goes again if a refusal leaves it empty."""
+    if given is not None:
+        yield given
+        return
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    folder = _new_folder(parent)
+    try:
+        yield folder
+    except UsageError:
+        with contextlib.suppress(OSError):  # not empty, so not ours alone
+            for made in (folder, *missing):
+                made.rmdir()
+        raise
 
 
 def _new_folder(parent: Path) -> Path:

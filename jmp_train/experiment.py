@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import reprlib
 import sys
+import traceback
 import types
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+from jmp_train.fields import check_fields, fits
 from jmp_train.optim.optimizers import OptimizerConfig, check_parameters, make_schedule
 from jmp_train.precision.dtypes import nearest
 from jmp_train.precision.loss_scale import (
@@ -61,6 +65,7 @@ class LossScaleConfig:
     """Whether only non-finite steps in a row count for that; else they count until it grows."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.initial < float("inf"):
             raise ValueError(f"initial is {self.initial}; expected a finite number above 0")
         try:
@@ -128,6 +133,13 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        for field, has in (("model", "task"), ("data", "load")):
+            if not hasattr(getattr(self, field), has):
+                raise ValueError(
+                    f"{field} is {reprlib.repr(getattr(self, field))}; expected a configuration with "
+                    f"a method {has!r}"
+                )
         policies = [rule.policy for rule in Rules(self.rules).entries] or [get_policy(self.policy)]
         misfits = [m for p in policies if (m := self._parameters_misfit(p.param_dtype))]
         if len(misfits) == len(policies):
@@ -144,6 +156,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
+        if not self.steps < 2**31:  # the optimizer counts them in an int32
+            raise ValueError(f"steps is {self.steps}; expected at most {2**31 - 1}")
         if not 0 <= self.seed < 2**32:  # jax.random.key drops the higher bits
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
@@ -193,7 +207,10 @@ def experiment_files() -> dict[str, Path]:
 
 
 def _sets_experiment(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return path.is_file()  # so that running it says what is wrong; a folder is passed over
     return re.search(r"^EXPERIMENT\b.*=", text, re.MULTILINE) is not None
 
 
@@ -221,11 +238,16 @@ def find_experiment(name: str) -> Experiment[Any, Any]:
     sys.modules.pop(f"experiments.{name}", None)
     try:
         experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"{files[name]} cannot be run: {what}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(files[name])]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise UsageError(f"{files[name]} cannot be run: {what}{where}") from error
     if not isinstance(experiment, Experiment):
-        raise UsageError(f"{files[name]} sets EXPERIMENT to {experiment!r}; expected an Experiment")
+        raise UsageError(
+            f"{files[name]} sets EXPERIMENT to {reprlib.repr(experiment)}; expected an Experiment"
+        )
     return experiment
 
 
@@ -242,3 +264,57 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+C = TypeVar("C")
+
+
+def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C:
+    """A configuration with other values for some of its settings.
+
+    Args:
+      config: a dataclass, which may hold others.
+      settings: by dotted path, as `flatten` gives them for what config.json holds: tuples are
+        lists, and numbers that are not finite are text.
+      prefix: the path of the configuration itself, for messages.
+
+    Raises:
+      ValueError: for a path that is no setting, with the nearest that is; for a value that the
+        configuration refuses.
+
+    >>> with_settings(OptimizerConfig(), {"learning_rate": 0.1, "max_grad_norm": "inf"}).max_grad_norm
+    inf
+    >>> with_settings(OptimizerConfig(), {"lerning_rate": 0.1}, "optimizer.")
+    Traceback (most recent call last):
+    ValueError: 'optimizer.lerning_rate' is no setting; did you mean 'learning_rate'?
+    """
+    kinds = typing.get_type_hints(type(config))
+    fields = [field.name for field in dataclasses.fields(config)]  # pyright: ignore
+    inner: dict[str, dict[str, Any]] = {}
+    changed: dict[str, Any] = {}
+    for path, value in settings.items():
+        name, dot, rest = path.partition(".")
+        nested = name in fields and dataclasses.is_dataclass(getattr(config, name))
+        if name not in fields or (dot and not nested):
+            raise ValueError(f"{prefix + path!r} is no setting; {nearest(name, fields)}")
+        if nested and not dot:
+            raise ValueError(f"{prefix + path} is {reprlib.repr(value)}; expected its settings")
+        if nested:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            changed[name] = _from_json(value, kinds[name])
+    for name, values in inner.items():
+        changed[name] = with_settings(getattr(config, name), values, f"{prefix}{name}.")
+    try:
+        return dataclasses.replace(config, **changed)  # pyright: ignore
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """What `strict_json` wrote, as it was."""
+    if isinstance(value, list):
+        return tuple(_from_json(item, kind) for item in value)
+    if value in ("nan", "inf", "-inf") and not fits(value, kind):
+        return float(value)
+    return value

@@ -11,6 +11,7 @@ import platform
 import signal
 import socket
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -521,10 +522,19 @@ def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
     path = run_dir / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return values.pop("experiment"), flatten(values)
-    except FileNotFoundError:
+        name = values.pop("experiment")
+        if not isinstance(name, str):
+            raise UsageError(
+                f"{path} cannot be read: experiment is {name!r}; expected the name of one"
+            )
+        return name, flatten(values)
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{run_dir} holds no run; expected a directory with config.json") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except KeyError:
+        raise UsageError(f"{path} cannot be read: it names no experiment") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
@@ -536,6 +546,10 @@ def _check_directory(
     Raises:
       UsageError: for a directory that this run must not go on in.
     """
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(run_dir)):
+        raise UsageError(
+            f"{str(run_dir)!r} holds characters that cannot be shown; choose another folder"
+        )
     if set("[]*?") & set(str(run_dir.resolve())):  # Orbax reads a path as a pattern
         raise UsageError(
             f"{str(run_dir)!r} holds one of the characters []*?; choose another folder"
@@ -713,6 +727,20 @@ def _step_policy(experiment: Experiment[Any, Any]) -> Policy | None:
     return None if experiment.rules else get_policy(experiment.policy)
 
 
+def _dataset(experiment: Experiment[Any, Any]) -> Dataset:
+    try:
+        dataset = experiment.data.load()
+    except (OSError, ValueError) as error:  # a file that is off
+        raise UsageError(str(error)) from None
+    examples = len(next(iter(dataset.train.values())))
+    if experiment.batch_size > examples and dataset.augment is None:  # each copy of one the same
+        raise UsageError(
+            f"batch_size is {experiment.batch_size}; expected at most the {examples} examples to "
+            "train on"
+        )
+    return dataset
+
+
 def _task(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
     policy, rules = get_policy(experiment.policy), Rules(experiment.rules)
     try:
@@ -734,7 +762,7 @@ def _stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
 
 
 def _build(experiment: Experiment[Any, Any]) -> _Parts:
-    dataset = experiment.data.load()
+    dataset = _dataset(experiment)
     task = _task(experiment, dataset)
     stepper = _stepper(experiment, task)
     run = make_evaluate(task.metrics_fn, _step_policy(experiment))

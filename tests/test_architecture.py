@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jmp_train"
 # The first matching prefix names a module's room; the number is its floor.
 FLOORS = {
     "precision": 1,
+    "fields": 1.5,
     "task": 2,
     "optim": 2,
     "flax": 2,

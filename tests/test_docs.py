@@ -24,17 +24,22 @@ assert loss.dtype == jnp.float32 and params.dtype == jnp.float32
 }
 PRINTS = {
     "README.md": ["True 32768.0", "out      Linear  p=full,c=full,o=full  out", "dot_general"],
+    "docs/data.md": [
+        "DataSpec(features=4, classes=3) (120, 4) int32",
+        "flowers.npz has no array 'y'; expected one of x, labels",
+    ],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/flax.md": ["head                      Linear", "the nearest are 'head'"],
 }
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_examples_of_a_page_run(tmp_path, capsys, page):
+def test_the_examples_of_a_page_run(tmp_path, capsys, monkeypatch, page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     script = tmp_path / "page.py"
     script.write_text("\n".join([*blocks, CHECKS.get(page, "")]))
+    monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
     for words in PRINTS.get(page, []):

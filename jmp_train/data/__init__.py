@@ -1,11 +1,13 @@
 """Data: sources that need no network, and batches whose order is a pure function of a seed."""
 
+from jmp_train.data.arrays import NpzConfig
 from jmp_train.data.batches import eval_batches, iterate, train_batches
 from jmp_train.data.digits import DigitsConfig
 from jmp_train.data.text import TextConfig, compression_baselines
 
 __all__ = [
     "DigitsConfig",
+    "NpzConfig",
     "TextConfig",
     "compression_baselines",
     "eval_batches",

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from jmp_train.fields import check_fields
 from jmp_train.task import Dataset, DataSpec
 
 _SPLIT_SEED = 0  # the held-out images are the same in every run, whatever the run's seed
@@ -25,6 +26,7 @@ class DigitsConfig:
     """Standard deviation of the Gaussian noise added to training images; pixels go from 0 to 1."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.eval_share < 1:
             raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
         if not 0 <= self.noise < float("inf"):

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jmp_train.data.files import check_file
+from jmp_train.fields import check_fields
 from jmp_train.task import Dataset, DataSpec
 
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -75,12 +77,15 @@ class TextConfig:
     """Share of the text that is held out: its end."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.length < 2:
             raise ValueError(f"length is {self.length}; expected at least 2")
         if not 0 < self.eval_share < 1:
             raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
-        if self.path and not Path(self.path).is_file():
-            raise ValueError(f"path is {self.path!r}; expected a text file")
+        if "\0" in self.path:
+            raise ValueError(f"path is {self.path!r}; expected the name of a text file")
+        if self.path:
+            check_file(Path(self.path), "text")
 
     def load(self) -> Dataset:
         """Windows of length + 1 bytes, uint8: all but the last are seen, all but the first predicted.

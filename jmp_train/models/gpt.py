@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jmp_train.fields import check_fields
 from jmp_train.flax import apply_policy
 from jmp_train.models.attention import causal_attention, masked_attention, rotary
 from jmp_train.models.token_losses import token_losses
@@ -207,6 +208,7 @@ class GptConfig:
     """Tokens whose float32 logits are in memory at once."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in ("width", "depth", "heads", "loss_chunk"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 
+from jmp_train.fields import check_fields
 from jmp_train.flax import apply_policy
 from jmp_train.models.classification import classification
 from jmp_train.precision.policy import Policy, get_policy
@@ -56,6 +57,7 @@ class MlpConfig:
     """Share of hidden outputs set to zero in training, from 0 to below 1."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden is {self.hidden}; expected widths of at least 1")
         if not 0 <= self.dropout < 1:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmp_train.fields import check_fields
 from jmp_train.optim.bf16_remainder import bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.kahan import kahan
@@ -51,6 +52,7 @@ class OptimizerConfig:
     goes wrong (docs/parameters.md)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for field in ("learning_rate", "eps"):
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected a number above 0")

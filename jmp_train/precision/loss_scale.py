@@ -254,7 +254,8 @@ class DynamicLossScale:
             )
         if self.max_loss_scale is not None and not self.max_loss_scale >= self.min_loss_scale:
             raise ValueError(
-                f"max_loss_scale {self.max_loss_scale} is below min_loss_scale {self.min_loss_scale}"
+                f"max_loss_scale {self.max_loss_scale} is below min_loss_scale {self.min_loss_scale}; "
+                "expected at least that"
             )
 
     @property

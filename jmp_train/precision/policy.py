@@ -202,7 +202,7 @@ def get_policy(policy: str | Policy) -> Policy:
         if not equals:
             raise ValueError(f"Key {key!r} in policy {policy!r} has no dtype; write {key}=bf16")
         if _KEYS[key] in given:
-            raise ValueError(f"Key {key!r} is given twice in policy {policy!r}")
+            raise ValueError(f"Key {key!r} is given twice in policy {policy!r}; expected once")
         given[_KEYS[key]] = parse_dtype(value, policy=policy)
     param = given.get("param_dtype", np.dtype(np.float32))
     compute = given.get("compute_dtype", param)

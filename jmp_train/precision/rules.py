@@ -7,6 +7,7 @@ import difflib
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -156,9 +157,13 @@ def _rule(entry: Any) -> Rule:
 def _compiled(pattern: str) -> Any:
     text = pattern.removeprefix("re:") if pattern.startswith("re:") else _regex_of_glob(pattern)
     try:
-        return re.compile(text).fullmatch
-    except re.error as error:
-        raise ValueError(f"rule pattern {pattern!r} is no regular expression: {error}") from None
+        with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+            return re.compile(text).fullmatch
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"rule pattern {pattern!r} is no regular expression: {error}; expected a glob such as "
+            "'**/norm*', or 're:' and a regular expression"
+        ) from None
 
 
 def _regex_of_glob(pattern: str) -> str:

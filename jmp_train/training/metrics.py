@@ -55,19 +55,27 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
       ValueError: for a line before the last that is not a record, by its number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except ValueError:
+            record = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: expected a record, got {line[:40]!r}")
+            raise ValueError(f"{path}, line {number}: expected a record, got {_start(line)}")
         records.append(record)
     return records
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no strict JSON")
+
+
+def _start(line: bytes) -> str:
+    return repr(line[:40].decode("utf-8", errors="replace"))
 
 
 class MetricsWriter:

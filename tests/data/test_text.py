@@ -119,7 +119,7 @@ def test_a_large_file_is_not_compressed(tmp_path, monkeypatch):
     [
         ({"length": 1}, "length is 1"),
         ({"eval_share": 1.0}, "eval_share is 1.0"),
-        ({"path": "/nowhere.txt"}, "path is '/nowhere.txt'; expected a text file"),
+        ({"path": "/nowhere/a.txt"}, "/nowhere/a.txt does not exist"),
     ],
 )
 def test_an_impossible_setting_is_refused_by_its_name(fields, words):

@@ -1,0 +1,279 @@
+"""Arrays of one's own: examples and their labels in a NumPy .npz file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from jmp_train.data.files import check_file
+from jmp_train.fields import check_fields
+from jmp_train.precision.dtypes import nearest
+from jmp_train.task import Dataset, DataSpec
+
+_SPLIT_SEED = 0  # the held-out examples are the same in every run, whatever the run's seed
+
+
+@dataclasses.dataclass(frozen=True)
+class NpzConfig:
+    """Labelled examples in a .npz file, as numpy.savez writes it, for classification."""
+
+    name: ClassVar[str] = "npz"
+
+    path: str
+    """The .npz file, seen from the folder that the command runs in."""
+    eval_path: str | None = None
+    """Another .npz file, of the held-out examples; None holds out a share of the first."""
+    x: str = "x"
+    """Name of the array of examples, (examples, ...): floating, or uint8, which is divided by 255."""
+    y: str = "y"
+    """Name of the array of labels, (examples,): integers from 0."""
+    classes: int | None = None
+    """Number of classes; None: one more than the largest label."""
+    eval_share: float = 0.2
+    """Share of the examples that is held out, the same ones in every run."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for field in ("path", "eval_path"):
+            value = getattr(self, field)
+            if value is not None and (not value or "\0" in value):
+                raise ValueError(f"{field} is {value!r}; expected the name of a .npz file")
+        for field in ("x", "y"):
+            if not getattr(self, field):
+                raise ValueError(f"{field} is ''; expected the name of an array in the file")
+        if self.classes is not None and not 2 <= self.classes < 2**31:
+            raise ValueError(f"classes is {self.classes}; expected at least 2, or None")
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
+
+    def load(self) -> Dataset:
+        """Examples, float32 (n, features), each flattened, and labels, int32 (n,).
+
+        Nothing in a file is run: arrays of Python objects, which would need pickle, are refused. What
+        an array says of its size is compared with the file and with this machine's memory before
+        any of it is read.
+
+        Raises:
+          ValueError: for a file that is not there or damaged, with the nearest that is; for arrays
+            of another shape or dtype; for a value that is not finite and a label that is out of
+            range, by its index.
+        """
+        examples, labels = self._read(Path(self.path))
+        classes = self.classes or _classes(labels, self.path, self.y)
+        _check_labels(labels, classes, self.path, self.y)
+        if self.eval_path is None:
+            count = len(labels)
+            held_out = round(self.eval_share * count)
+            if not 0 < held_out < count:
+                raise ValueError(
+                    f"{self.path}: eval_share {self.eval_share:g} of {count} examples is {held_out}; "
+                    "expected at least one held out and one left to train on"
+                )
+            order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(count)
+            first, rest = order[:held_out], order[held_out:]
+            train = {"image": examples[rest], "label": labels[rest]}
+            held = {"image": examples[first], "label": labels[first]}
+        else:
+            train = {"image": examples, "label": labels}
+            held = dict(zip(("image", "label"), self._read(Path(self.eval_path)), strict=True))
+            there, here = held["image"].shape[1], examples.shape[1]
+            if there != here:
+                raise ValueError(
+                    f"{self.eval_path}: an example has {there} numbers; expected {here}, as in "
+                    f"{self.path}"
+                )
+            _check_labels(held["label"], classes, self.eval_path, self.y)
+        int32 = lambda arrays: {**arrays, "label": arrays["label"].astype(np.int32)}
+        spec = DataSpec(features=examples.shape[1], classes=classes)
+        return Dataset(train=int32(train), eval=int32(held), spec=spec)
+
+    def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Examples and labels of one file, all checked but the labels' range."""
+        check_file(path, ".npz")
+        try:
+            file = zipfile.ZipFile(path)
+        except Exception as error:
+            raise ValueError(f"{path} {_what_it_is(path)}") from error
+        with file:
+            headers = _headers(path, file, (self.x, self.y))
+            _check_headers(path, headers, self.x, self.y)
+            examples, labels = (_array(path, file, name, h) for name, h in headers.items())
+        shape = examples.shape
+        if examples.dtype == np.uint8:
+            examples = examples.reshape(len(labels), -1).astype(np.float32) / np.float32(255)
+        else:
+            with np.errstate(over="ignore"):  # a float64 that float32 cannot hold is found below
+                examples = examples.reshape(len(labels), -1).astype(np.float32)
+        _check_finite(examples, shape, path, self.x)
+        return examples, labels
+
+
+class _Header(NamedTuple):
+    """What the head of an array in a file says, and the entry of the archive that holds it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    entry: zipfile.ZipInfo
+
+
+def _what_it_is(path: Path) -> str:
+    """What is wrong with a file that is no zip archive."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(6)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not start:
+        return "is empty; expected a .npz file, as numpy.savez writes"
+    if start == b"\x93NUMPY":
+        return "is a .npy file of one array; expected a .npz file, as numpy.savez writes"
+    if start.startswith(b"PK"):
+        return "is cut short or damaged; expected a whole .npz file, as numpy.savez writes"
+    return "is no .npz file; expected one, as numpy.savez writes"
+
+
+def _damaged(path: Path, name: str, error: object) -> ValueError:
+    text = str(error).strip() or type(error).__name__
+    return ValueError(f"{path}: {name!r} is damaged: {text.splitlines()[0]}; expected a whole file")
+
+
+def _headers(path: Path, file: zipfile.ZipFile, names: tuple[str, ...]) -> dict[str, _Header]:
+    entries = {
+        entry.filename.removesuffix(".npy"): entry
+        for entry in file.infolist()
+        if entry.filename.endswith(".npy")
+    }
+    found = {}
+    for name in names:
+        if name not in entries:
+            hint = nearest(name, entries) if entries else "it holds no array"
+            raise ValueError(f"{path} has no array {name!r}; {hint}")
+        try:
+            found[name] = _header(file, entries[name])
+        # zipfile, its decompressors and NumPy's parser raise what the damage happens to cause.
+        except Exception as error:
+            raise _damaged(path, name, error) from error
+    return found
+
+
+def _header(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Header:
+    readers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    with file.open(entry) as stream, warnings.catch_warnings(action="ignore"):
+        version = np.lib.format.read_magic(stream)
+        if version not in readers:
+            raise ValueError(f"it is of .npy version {version}, expected 1.0 or 2.0")
+        shape, _, dtype = readers[version](stream)
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its shape is {shape}")
+        claimed = math.prod(shape) * dtype.itemsize
+        held = entry.file_size - stream.tell()
+    if not dtype.hasobject and claimed != held:
+        raise ValueError(f"its shape {shape} of {dtype} is {claimed} bytes, and it holds {held}")
+    return _Header(shape, dtype, entry)
+
+
+def _check_headers(path: Path, headers: dict[str, _Header], x: str, y: str) -> None:
+    """What can be known before anything is read."""
+    for name, header in headers.items():
+        if header.dtype.hasobject:
+            raise ValueError(
+                f"{path}: {name!r} holds Python objects, which are not read because pickle would "
+                "run them; expected numbers"
+            )
+    examples, labels = headers[x], headers[y]
+    if not (np.issubdtype(examples.dtype, np.floating) or examples.dtype == np.uint8):
+        raise ValueError(
+            f"{path}: {x!r} is of {examples.dtype}; expected floating numbers or uint8"
+        )
+    if len(examples.shape) < 2 or 0 in examples.shape[1:]:
+        raise ValueError(
+            f"{path}: {x!r} has the shape {examples.shape}; expected (examples, ...), with at "
+            "least one number in an example"
+        )
+    if len(labels.shape) != 1:
+        raise ValueError(
+            f"{path}: {y!r} has the shape {labels.shape}; expected (examples,), one integer each"
+        )
+    if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.floating)):
+        raise ValueError(f"{path}: {y!r} is of {labels.dtype}; expected integers from 0")
+    if examples.shape[0] != labels.shape[0]:
+        raise ValueError(
+            f"{path}: {x!r} has {examples.shape[0]} examples and {y!r} {labels.shape[0]}; expected "
+            "as many of one as of the other"
+        )
+    if not labels.shape[0]:
+        raise ValueError(f"{path} holds no example; expected at least two")
+    # As stored, in float32, and once more while it is shuffled.
+    need = sum(math.prod(h.shape) * (h.dtype.itemsize + 8) for h in (examples, labels))
+    there = _available_memory()
+    if there is not None and need > there:
+        raise ValueError(
+            f"{path}: {x!r} has the shape {examples.shape} and needs {need / 2**30:.3g} GiB of memory; "
+            f"expected at most the {there / 2**30:.3g} GiB that are free"
+        )
+
+
+def _array(path: Path, file: zipfile.ZipFile, name: str, header: _Header) -> np.ndarray:
+    try:
+        with file.open(header.entry) as stream, warnings.catch_warnings(action="ignore"):
+            # The whole of the entry, at whose end zipfile compares the checksum.
+            array = np.lib.format.read_array(stream, allow_pickle=False)
+    except Exception as error:
+        raise _damaged(path, name, error) from error
+    return array
+
+
+def _check_finite(examples: np.ndarray, shape: tuple[int, ...], path: Path, name: str) -> None:
+    bad = ~np.isfinite(examples)
+    count = int(bad.sum())
+    if count:
+        first = np.unravel_index(int(bad.argmax()), shape)
+        where = ", ".join(str(int(i)) for i in first)
+        raise ValueError(
+            f"{path}: {count} of the {examples.size} numbers of {name!r} are not finite in float32, "
+            f"the first at [{where}]; expected finite numbers"
+        )
+
+
+def _classes(labels: np.ndarray, path: str, name: str) -> int:
+    """One more than the largest label, where that is plausible."""
+    largest = labels.max()
+    if not largest < len(labels):
+        raise ValueError(
+            f"{path}: the label {largest} of {name!r} at [{int(labels.argmax())}] is not below the "
+            f"number of examples, {len(labels)}; set data.classes if it is right"
+        )
+    return max(int(largest) + 1, 2)
+
+
+def _check_labels(labels: np.ndarray, classes: int, path: str, name: str) -> None:
+    bad = ~((labels >= 0) & (labels < classes) & (labels == np.floor(labels)))
+    if bad.any():
+        first = int(bad.argmax())
+        raise ValueError(
+            f"{path}: {int(bad.sum())} of the {len(labels)} labels {name!r} are off, the first "
+            f"{labels[first]} at [{first}]; expected integers from 0 to {classes - 1}"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that can be had without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
