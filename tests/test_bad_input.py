@@ -211,10 +211,10 @@ CONFIG_WORDS = [
     (["--optimizer.max-grad-norm", "x"], r"max-grad-norm: expected a number or None, got 'x'"),
     (["--model.hidden", "wide"], r"--model.hidden: expected numbers, got 'wide'"),
     (
-        ["--skip-nonfinite", "maybe"],
-        r"--skip-nonfinite is 'maybe'; expected one of (False|None|True), ",
+        ["--nonfinite", "maybe"],
+        r"--nonfinite is 'maybe'; expected one of ,
     ),
-    (["--skip-nonfinite", "Flase"], r"--skip-nonfinite is 'Flase'; did you mean 'False'"),
+    (["--nonfinite", "rolback"], r"--nonfinite is 'rolback'; did you mean 'rollback'"),
     (["--matmul-precision", "higest"], r"--matmul-precision is 'higest'; did you mean 'highest'"),
     (["--optimizer.name", "adamx"], r"--optimizer.name is 'adamx'; did you mean 'adam'"),
     (["--optimizer.schedule", "cosin"], r"schedule is 'cosin'; did you mean 'cosine'"),
