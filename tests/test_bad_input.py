@@ -212,7 +212,7 @@ CONFIG_WORDS = [
     (["--model.hidden", "wide"], r"--model.hidden: expected numbers, got 'wide'"),
     (
         ["--nonfinite", "maybe"],
-        r"--nonfinite is 'maybe'; expected one of ,
+        r"--nonfinite is 'maybe'; expected one of stop, skip, rollback",
     ),
     (["--nonfinite", "rolback"], r"--nonfinite is 'rolback'; did you mean 'rollback'"),
     (["--matmul-precision", "higest"], r"--matmul-precision is 'higest'; did you mean 'highest'"),
