@@ -365,7 +365,8 @@ def _investigate(run: _Run, error: Diverged) -> Divergence:
 
 def _scale_of(state: TrainState, value: float) -> Any:
     """The loss scale that a step was taken under, as a state that stays as it is."""
-    return state.loss_scale if value == 1.0 else StaticLossScale(value)
+    none = isinstance(state.loss_scale, NoOpLossScale)
+    return state.loss_scale if none else StaticLossScale(value)
 
 
 def _replay(stepper: Stepper, state: TrainState, batch: Any) -> NonFiniteReport:

@@ -98,7 +98,8 @@ def check_narrow(
       dtypes: what it takes.
 
     Raises:
-      ValueError: if no parameter is narrower than float32, or one has another dtype.
+      ValueError: if there are parameters and none is narrower than float32, or one has another
+        dtype.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     expected = " or ".join(dtype.name for dtype in dtypes)
@@ -110,8 +111,8 @@ def check_narrow(
                 "(or float32, which is left to the inner optimizer)"
             )
     narrow = [leaf for _, leaf in leaves if is_narrow(leaf)]
-    if not narrow:
-        found = ", ".join(sorted({str(jnp.result_type(leaf)) for _, leaf in leaves})) or "missing"
+    if leaves and not narrow:  # `optax.tree.map_params` calls `init` with a tree without leaves
+        found = ", ".join(sorted({str(jnp.result_type(leaf)) for _, leaf in leaves}))
         raise ValueError(
             f"{name}: the parameters are {found}; expected some in {expected}. If they are in your "
             f"program, {name} must be the outermost transformation that sees them: "

@@ -69,9 +69,11 @@ def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Any, Any]:
         raise TypeError(
             f"the weight has shape {own.shape} and dtype {own.dtype}; expected a scalar"
         )
-    dtype = jnp.float32
-    if jnp.issubdtype(total.dtype, jnp.floating):  # else it is refused as a loss
-        dtype = at_least_float32(total.dtype)
+    if not jnp.issubdtype(total.dtype, jnp.floating):
+        raise TypeError(
+            f"the total of the weighted loss has dtype {total.dtype}; expected a real floating one"
+        )
+    dtype = at_least_float32(total.dtype)
     own = jax.lax.stop_gradient(own.astype(dtype))
     weight = own if axis_name is None else jax.lax.pmean(own, axis_name)
     return total.astype(dtype) / _or_one(weight), own, weight

@@ -99,9 +99,11 @@ class NonFiniteReport:
 
     Attributes:
       results: the results that are not finite, by path; empty where all are finite.
-      arguments: the arguments that are not finite themselves and led to them.
+      arguments: the arguments that are not finite themselves and led to them; where nothing else
+        did, `"a constant"`: of the function's code, an array that it closes over, or a plain number.
       ops: the operations that led to them out of finite numbers, in the order in which they ran. If
-        there is none, those that made a NaN out of infinities that the function was given.
+        there is none, those that made a NaN out of infinities that the function was given; and if
+        there is none of these and no argument, those that read a constant that is not finite.
     """
 
     results: tuple[str, ...]
@@ -171,6 +173,7 @@ class _Node:
         self.order = order
         self.parents = parents
         self.argument = ""
+        self.constant = False
         self.made: _Made | None = None  # of an operation that the chain may begin at
 
 
@@ -182,7 +185,7 @@ class _Made(NamedTuple):
     out: Any
     place: _Place
     after: str
-    from_finite: bool  # else it made a NaN out of infinities
+    rank: int  # 0: out of finite numbers; 1: a NaN out of infinities; 2: it read a constant
 
 
 class _Value(NamedTuple):
@@ -243,7 +246,7 @@ class _Replay:
         if _finite(array):
             return _Value(array, (), name if _inexact(array) and np.ndim(array) else "")
         node = _Node(next(self._count))
-        node.argument = name
+        node.argument, node.constant = name, not name
         return _Value(array, (node,), name)
 
     def run(self, body: compat.Body, args: Sequence[_Value], place: _Place) -> list[_Value]:
@@ -310,8 +313,10 @@ class _Replay:
         parents = tuple(dict.fromkeys(itertools.chain(*causes)))
         node = _Node(next(self._count), parents)
         turned = _has_nan(out) and not any(_has_nan(x.array) for x in operands if x.causes)
-        if not parents or turned:
-            node.made = _Made(eqn, operands, out, place, self._after, not parents)
+        read = any(parent.constant for parent in parents)
+        if not parents or turned or read:
+            rank = 0 if not parents else 1 if turned else 2
+            node.made = _Made(eqn, operands, out, place, self._after, rank)
         return node
 
     def _scan(self, eqn: Any, operands: list[_Value], place: _Place) -> list[_Value]:
@@ -374,14 +379,19 @@ class _Replay:
                     reached.setdefault(node, []).append(name)
                     todo.extend(node.parents)
         nodes = sorted(reached, key=lambda node: node.order)
+        arguments = tuple(dict.fromkeys(n.argument for n in nodes if n.argument))
         made = [(node, node.made) for node in nodes if node.made]
-        first = [pair for pair in made if pair[1].from_finite] or made
+        if arguments:
+            made = [pair for pair in made if pair[1].rank < 2]
+        rank = min((m.rank for _, m in made), default=0)
+        first = [pair for pair in made if pair[1].rank == rank]
+        if bad and not arguments and (not made or rank == 2):
+            arguments = ("a constant",)
         ops, seen = [], set()
         for node, m in first:
             if id(m.eqn) not in seen:  # the same operation in a later iteration says nothing new
                 seen.add(id(m.eqn))
                 ops.append(_describe(m, tuple(reached[node])))
-        arguments = tuple(dict.fromkeys(n.argument for n in nodes if n.argument))
         return NonFiniteReport(tuple(bad), arguments, tuple(ops))
 
 

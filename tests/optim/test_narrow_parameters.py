@@ -86,6 +86,21 @@ def test_parameters_that_are_not_narrow_are_refused_by_their_dtype(way):
         way(optax.adam(0.1)).init({"w": jnp.ones(2)})
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_optax_maps_over_what_the_state_holds_for_each_parameter(way):
+    """For the sharding of a state, say: `optax.tree.map_params` inits with a tree without leaves."""
+    params = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+    specs = {"a": "sharded", "b": "whole"}
+    optimizer = jt.loss_scaling(way(optax.adam(0.1)))
+    state = optimizer.init(params)
+    mapped = optax.tree.map_params(optimizer, lambda _, spec: spec, state, specs)
+    shapes = {"sharded": (3, 2), "whole": (2,)}
+    pairs = list(zip(jax.tree.leaves(mapped), jax.tree.leaves(state), strict=True))
+    found = [word for word, x in pairs if isinstance(word, str) and x.shape == shapes[word]]
+    copies = 2 if way is jt.stochastic_rounding else 3  # two moments, and what the wrapper keeps
+    assert sorted(found) == ["sharded"] * copies + ["whole"] * copies
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e5m2])
 def test_the_remainder_is_for_bfloat16_alone(dtype):
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": {"c": jnp.ones(2, dtype)}}

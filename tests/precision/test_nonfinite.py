@@ -250,6 +250,30 @@ def test_what_was_not_finite_as_it_was_given_is_named():
     assert "x/image is not finite as it was given" in str(report)
 
 
+@pytest.mark.parametrize(
+    "fn,op",
+    [
+        (lambda x: x * jnp.array([1, jnp.nan]) + 1, "mul"),
+        (lambda x: x.at[0].set(jnp.inf) + 1, "scatter"),
+        (lambda x: jnp.full(2, jnp.nan), "broadcast_in_dim"),
+        (lambda x: jnp.float32(jnp.nan), None),
+    ],
+)
+def test_a_constant_that_is_not_finite_is_named_where_it_is_read(fn, op):
+    report = jt.first_nonfinite(fn, jnp.ones(2))
+    assert report.arguments == ("a constant",)
+    assert [found.op for found in report.ops] == ([op] if op else [])
+    assert "a constant is not finite as it was given" in str(report)
+
+
+def test_a_constant_is_not_named_beside_what_else_went_wrong():
+    fn = lambda x: (x.at[0].set(jnp.inf), jnp.log(x - 1))
+    report = jt.first_nonfinite(fn, jnp.ones(2))
+    assert [op.op for op in report.ops] == ["log"] and report.arguments == ()
+    report = jt.first_nonfinite(fn, jnp.full(2, jnp.nan))
+    assert report.arguments == ("x",) and not report.ops
+
+
 def test_keys_integers_and_plain_objects_are_handed_on():
     def fn(params, key, mode, n):
         noise = jax.random.normal(key, params.shape)
