@@ -36,7 +36,8 @@ def loss_scaling(
     `loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))`. What is chained
     behind it acts on skipped steps too (weight decay would still decay), and what is chained before
     it sees scaled gradients. Around `optax.MultiSteps` each micro-batch is unscaled and checked by
-    itself, and one that is not finite is left out; inside `optax.MultiSteps` it is their mean.
+    itself, and one that is not finite is left out. Never inside it: `optax.MultiSteps` clears its sum
+    by multiplying it by 0, and after one overflow it would be NaN for good.
 
     `optax.apply_if_finite` skips such steps too, but unscales nothing, takes a non-finite update
     after so many in a row, and its updates of +0.0 turn a parameter of -0.0 into +0.0.
@@ -101,8 +102,8 @@ def scale_loss(loss: Any, opt_state: Any) -> Any:
     Args:
       loss: of any shape; a float16 one cannot pass on a derivative above 65,504, so reduce it in
         float32.
-      opt_state: holds one `LossScalingState`, at any depth (`optax.chain`, `optax.MultiSteps`,
-        `optax.partition`). To read its numbers: `optax.tree.get(opt_state, "LossScalingState")`.
+      opt_state: holds one `LossScalingState`, at any depth (`optax.chain`, `optax.partition`).
+        To read its numbers: `optax.tree.get(opt_state, "LossScalingState")`.
 
     Raises:
       ValueError: if the state holds none, or more than one.
