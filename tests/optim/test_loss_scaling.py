@@ -23,6 +23,14 @@ def assert_same_bits(a, b):
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def assert_close(a, b):
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        unit = jnp.finfo(x.dtype).eps if jnp.issubdtype(x.dtype, jnp.floating) else 0
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        np.testing.assert_allclose(x, y, rtol=0, atol=8 * float(unit) * np.abs(y).max())
+
+
 def state_of(opt_state) -> Any:
     return optax.tree.get(opt_state, "LossScalingState")
 
@@ -36,8 +44,6 @@ def loss_fn(params, batch):
 
 
 def clipped_adamw():
-    # Powers of two: the product with the rate is then exact, so it makes no difference whether XLA
-    # fuses it with the addition to the parameter, which it does where no selection is between.
     schedule = optax.piecewise_constant_schedule(0.25, {4: 0.5, 8: 0.25})
     return optax.chain(optax.clip_by_global_norm(0.3), optax.adamw(schedule))
 
@@ -50,7 +56,10 @@ def clipped_adamw():
     ],
     ids=["mixed", "master_weights"],
 )
-def test_a_loop_of_ones_own_follows_make_step_to_the_bit(policy, inner):
+def test_a_loop_of_ones_own_follows_make_step(policy, inner):
+    """Scales and counts to the bit. In the numbers, XLA rounds a product and a sum as one here and not
+    there (make_step's update lies in a cond on a CPU, this one's is selected): 8 units in the last
+    place of a leaf's largest number; 2 to 3 are seen."""
     loss_scale = jt.DynamicLossScale(2.0**19, period=3)
     rng = np.random.default_rng(0)
     params = {"in": rng.normal(size=(5, 4)), "out": rng.normal(size=(4, 2))}
@@ -82,8 +91,7 @@ def test_a_loop_of_ones_own_follows_make_step_to_the_bit(policy, inner):
         batch = {"x": x, "y": np.ones((8, 2), np.float32)}
         want, _ = stepper.step(want, batch)
         params, opt_state = step(params, opt_state, batch)
-        assert_same_bits(params, want.params)
-        assert_same_bits(opt_state.inner, want.opt_state)
+        assert_close((params, opt_state.inner), (want.params, want.opt_state))
         assert_same_bits(opt_state[:3], (want.loss_scale, want.skipped, want.skipped_in_row))
         scales.append(float(opt_state.loss_scale.loss_scale))
     ratios = {b / a for a, b in itertools.pairwise(scales)}
