@@ -11,15 +11,18 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 from runs import assert_same_arrays, final_arrays
 
+import jmp_train as jt
 from jmp_train.data import DigitsConfig
 from jmp_train.data.batches import _AUGMENT, _generator
 from jmp_train.experiment import UsageError, find_experiment
-from jmp_train.run import Stopped, _build, _first_state, evaluate_run, read_config, train
+from jmp_train.run import Stopped, _build, _first_state, _scale_of, evaluate_run, read_config, train
 from jmp_train.training.checkpoints import Checkpoints
 from jmp_train.training.loop import Diverged
 from jmp_train.training.metrics import read_metrics
@@ -389,3 +392,12 @@ def test_a_rule_that_matches_nothing_is_refused_before_anything_is_written(tmp_p
     ):
         train("mlp_fp32", small("mlp_fp32", rules=("layer/0=bf16",)), tmp_path / "run", QUIET)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_at_a_scale_of_one_is_replayed_at_one_though_the_scale_has_fallen_since():
+    params = jnp.ones(2)
+    scale = jt.DynamicLossScale(1.0, min_loss_scale=0.25)
+    stepper = jt.make_step(lambda p, b: (p * b).sum(), optax.sgd(1.0), loss_scale=scale)
+    state, info = stepper.step(stepper.init(params), jnp.full(2, jnp.inf))
+    assert not info.finite and state.loss_scale.loss_scale == 0.5
+    assert _scale_of(state, float(info.loss_scale)).loss_scale == 1.0

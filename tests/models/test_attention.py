@@ -62,6 +62,17 @@ def test_causal_attention_is_the_float64_one(qkv, dtype):
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=16 * jnp.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_comes_later_has_no_weight_at_all(qkv, dtype):
+    """An output of a mean of values up to 4 would not show a weight of 10^-5; one of 10^4 here would."""
+    q, k, v = (jnp.asarray(x, dtype) for x in qkv)
+    attend = jax.jit(attention.causal_attention)
+    later = jnp.arange(12)[:, None, None] >= 6
+    want, got = attend(q, k, v), attend(q, jnp.where(later, -k, k), jnp.where(later, 1e4, v))
+    np.testing.assert_array_equal(got[:, :6], want[:, :6])
+    assert (got[:, 6:] != want[:, 6:]).any()
+
+
 def test_each_device_and_dtype_has_its_attention(monkeypatch):
     class Gpu:
         compute_capability = "8.0"

@@ -98,6 +98,18 @@ def test_keys_and_metrics_are_those_of_as_many_micro_batches_on_one_device():
     assert_close(info.aux["loss"], one.aux["loss"])
 
 
+def test_metrics_are_averaged_by_each_devices_own_weight():
+    def loss_fn(params, batch):
+        loss = weighted_loss(params, batch)
+        return loss, {"loss": loss.total / loss.weight}
+
+    _, batch = make()
+    parts = batch["mask"].reshape(8, -1).sum(1)
+    assert len({*parts.tolist()}) > 1  # else any weights would do
+    _, _, info = step_once(loss_fn, mesh=MESH, micro_batches=2)
+    assert_close(info.aux["loss"], info.loss)
+
+
 def all_reduces(text):
     """(elements, dtype) of every all-reduce of a lowered program."""
     types = re.findall(

@@ -167,10 +167,11 @@ def test_a_few_skips_and_a_scale_that_can_still_fall_do_not(scale, batches):
     assert scaled_run(batches, scale)[-1]["skipped_steps"] == sum(b is BAD for b in batches)
 
 
-def test_a_record_names_the_gradients_of_a_skip_since_the_last_record():
+@pytest.mark.parametrize("bad", [2, 5])  # records are of steps 5 and 10
+def test_a_record_names_the_gradients_of_a_skip_since_the_last_record(bad):
     scale = jt.StaticLossScale(8.0)
-    records = scaled_run([GOOD, BAD, GOOD, GOOD, GOOD] + [GOOD] * 5, scale)
-    assert records[0]["last_skipped_step"] == 2 and records[0]["nonfinite_tensors"] == 1
+    records = scaled_run([BAD if n == bad else GOOD for n in range(1, 11)], scale)
+    assert records[0]["last_skipped_step"] == bad and records[0]["nonfinite_tensors"] == 1
     assert records[0]["nonfinite"] == [""]  # the parameters are one array, which has no path
     assert records[1]["skipped_steps"] == 1
     assert not {"last_skipped_step", "nonfinite", "nonfinite_tensors"} & set(records[1])
