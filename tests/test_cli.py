@@ -130,7 +130,9 @@ def test_a_diverging_run_has_status_3(capsys, tmp_path):
     words = ("--optimizer.name", "sgd", "--optimizer.learning-rate", "1e38")
     run_dir = ("--run-dir", str(tmp_path / "run"), "--optimizer.max-grad-norm", "None")
     status, _, err = run(capsys, "train", "mlp_fp32", *FEW, *words, *run_dir)
-    assert status == 3 and err.startswith("jmp-train: the loss is nan at step 10\n")
+    assert status == 3 and err.startswith(
+        "jmp-train: the loss is nan at step 10; it began with step 3\n"
+    )
     assert "--nonfinite skip" in err and "layers/2/kernel" in err
     assert "Traceback" not in err
     report = json.loads((tmp_path / "run" / "diverged.json").read_text())

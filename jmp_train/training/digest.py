@@ -28,6 +28,7 @@ def array_digests(tree: Any) -> dict[str, str]:
     Returns:
       16 hexadecimal digits each, by path.
 
+    >>> import numpy as np
     >>> x = np.zeros(5, np.float32)
     >>> x[3] = -0.0
     >>> array_digests({"x": x}) == array_digests({"x": np.zeros(5, np.float32)})

@@ -16,7 +16,9 @@ import pytest
 from flax import nnx
 
 import jmp_train as jt
+from jmp_train.data import DigitsConfig
 from jmp_train.experiment import Experiment
+from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.optim.optimizers import check_parameters
 from jmp_train.training.checkpoints import Checkpoints
@@ -313,7 +315,9 @@ def test_the_field_is_checked_against_the_policy(way, dtype):
         check_parameters(OptimizerConfig(parameters=way), dtype)
     with pytest.raises(ValueError, match=f"stores parameters in {dtype}"):
         policy = {"float32": "mixed_bfloat16", "float16": "16-true"}[dtype]
-        Experiment(None, None, policy=policy, optimizer=OptimizerConfig(parameters=way))
+        Experiment(
+            MlpConfig(), DigitsConfig(), policy=policy, optimizer=OptimizerConfig(parameters=way)
+        )
 
 
 def test_the_seed_of_a_run_is_the_seed_of_its_rounding():
