@@ -38,10 +38,10 @@ compare: $(STAMP)  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
 	@$(PY) -m jmp_train compare $${EXP:+"$$EXP"} $(ARGS)
 
 test: $(STAMP)  ## the tests, on the CPU, in under 6 minutes
-	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 $(ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(STAMP)  ## the slow ones too
-	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 -m 'slow or not slow' $(ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal -m 'slow or not slow' $(ARGS)
 
 test-gpu: $(STAMP)  ## the same tests on the GPU
 	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest $(ARGS)

@@ -97,6 +97,7 @@ def test_train_then_eval_and_the_default_run_folder(capsys, tmp_path, monkeypatc
     assert "does not continue texts; expected a run of a language model, such as gpt_bf16" in err
 
 
+@pytest.mark.slow
 def test_a_language_model_trains_evaluates_and_continues_a_prompt(capsys, tmp_path):
     run_dir, text = str(tmp_path / "run"), tmp_path / "text"
     text.write_bytes("naïve café ".encode() * 400)

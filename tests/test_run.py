@@ -83,9 +83,9 @@ def test_a_finished_run_directory_is_complete(tmp_path, plots):
 @pytest.mark.parametrize(
     "name,fields",
     [
-        ("mlp_fp32", {}),
+        pytest.param("mlp_fp32", {}, marks=pytest.mark.slow),
         ("mlp_fp16", {"micro_batches": 4}),
-        ("mlp_bf16", {}),
+        pytest.param("mlp_bf16", {}, marks=pytest.mark.slow),
         ("mlp_fp16", {"steps_per_call": 5}),
         pytest.param("gpt_fp16", {}, marks=pytest.mark.slow),
     ],
