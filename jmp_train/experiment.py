@@ -125,6 +125,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Where a loss or a gradient is not finite and no loss scale skips the step: stop ends the run, skip
     skips every such step, rollback goes on from the newest checkpoint with the batches after the bad
     one. What skipping does not mend ends the run, or rolls it back."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the parameters, which is then what is evaluated; None keeps none."""
     max_skipped_in_row: int = 100
     """So many skipped steps in a row end the run, with a report of what went non-finite first."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
@@ -158,6 +160,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
         if not self.steps < 2**31:  # the optimizer counts them in an int32
             raise ValueError(f"steps is {self.steps}; expected at most {2**31 - 1}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 < ema_decay < 1, or None")
         if not 0 <= self.seed < 2**32:  # jax.random.key drops the higher bits
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         for field in ("steps", "log_every", "eval_every", "checkpoint_every"):

@@ -206,7 +206,7 @@ def _train(run: _Run, start: _Start, compiled: Any, compile_time: float) -> dict
 
     def evaluate(step: int, state: TrainState) -> None:
         nonlocal evaluated
-        evaluated = (step, parts.evaluate(state.params))
+        evaluated = (step, parts.evaluate(state.eval_params))
         writer.write(step, "eval", evaluated[1])
         progress.evaluation(step, evaluated[1])
 
@@ -248,7 +248,7 @@ def _train(run: _Run, start: _Start, compiled: Any, compile_time: float) -> dict
         )
     checkpoints.wait()
     if result.step == start.step:  # it was finished, but for its summary
-        evaluated = (result.step, parts.evaluate(result.state.params))
+        evaluated = (result.step, parts.evaluate(result.state.eval_params))
     summary = _summary(
         name=name,
         experiment=experiment,
@@ -444,7 +444,7 @@ def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, A
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
         restored = _newest(run_dir, experiment, parts)
-        return {"step": restored.step, **parts.evaluate(restored.state.params)}
+        return {"step": restored.step, **parts.evaluate(restored.state.eval_params)}
 
 
 def predict_run(
@@ -480,7 +480,7 @@ def predict_run(
                 f"{run_dir} holds a run on {experiment.data.name}, whose model does not continue "
                 "texts; expected a run of a language model, such as gpt_bf16"
             )
-        params = _newest(run_dir, experiment, parts).state.params
+        params = _newest(run_dir, experiment, parts).state.eval_params
         if not experiment.rules:
             params = get_policy(experiment.policy).cast_to_compute(params)
         generate = jax.jit(parts.task.generate, static_argnames="length")
@@ -758,6 +758,7 @@ def _stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
         loss_scale=experiment.loss_scale.make(_policies(experiment)),
         skip_nonfinite=True if experiment.nonfinite == "skip" else None,
         grad_norm=True,
+        ema_decay=experiment.ema_decay,
         micro_batches=experiment.micro_batches,
     )
 

@@ -214,6 +214,7 @@ CONFIG_WORDS = [
         ["--nonfinite", "maybe"],
         r"--nonfinite is 'maybe'; expected one of stop, skip, rollback",
     ),
+    (["--ema-decay", "1"], r"ema_decay is 1.0; expected 0 < ema_decay < 1, or None"),
     (["--nonfinite", "rolback"], r"--nonfinite is 'rolback'; did you mean 'rollback'"),
     (["--matmul-precision", "higest"], r"--matmul-precision is 'higest'; did you mean 'highest'"),
     (["--optimizer.name", "adamx"], r"--optimizer.name is 'adamx'; did you mean 'adam'"),

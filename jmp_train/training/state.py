@@ -23,11 +23,17 @@ class TrainState(NamedTuple):
     params: Any  # in the policy's parameter dtype
     opt_state: Any  # float32, but for what keeps narrow parameters exact
     model_state: Any  # batch statistics and the like, float32; None without
+    ema: Any  # moving average of the parameters, float32; None without
     loss_scale: LossScale
     skipped: jax.Array  # shape=(), int32: steps skipped because something was not finite
     skipped_in_row: jax.Array  # shape=(), int32: of those, the ones since the last good step
     last_skip: Any  # a LastSkip; None where steps are not skipped
     key: Any  # a PRNG key, the same all along: step n uses fold_in(key, n); None without
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters to evaluate: their moving average where there is one."""
+        return self.params if self.ema is None else self.ema
 
 
 class StepInfo(NamedTuple):

@@ -53,6 +53,7 @@ def make_step(
     loss_scale: LossScale | None = None,
     skip_nonfinite: bool | None = None,
     grad_norm: bool = False,
+    ema_decay: float | None = None,
     cast_batch: bool = True,
     micro_batches: int = 1,
     mesh: Mesh | None = None,
@@ -86,6 +87,10 @@ def make_step(
       skip_nonfinite: whether steps with non-finite gradients are skipped; by default only where
         there is a loss scale, because the check reads every gradient.
       grad_norm: whether to compute the gradients' global norm.
+      ema_decay: decay of an exponential moving average of the parameters, kept in float32 in
+        `state.ema` and there for evaluation (`state.eval_params`); None keeps none. After n updates
+        the decay is at most (1 + n) / (10 + n), so that the first parameters are soon forgotten,
+        as in TensorFlow's ExponentialMovingAverage. A skipped step leaves it as it is.
       cast_batch: whether the batch's floating leaves are cast to the compute dtype.
       micro_batches: the number of equal parts of a batch that run one after the other, with the
         memory of one; their gradients are accumulated in float32, then unscaled, checked and
@@ -103,7 +108,8 @@ def make_step(
       write by hand around `jax.value_and_grad` and `optax.apply_updates`.
 
     Raises:
-      ValueError: for an unknown policy, reduce dtype or mesh axis, and less than one micro-batch;
+      ValueError: for an unknown policy, reduce dtype or mesh axis, less than one micro-batch, and a
+        decay outside 0 to 1;
         when traced, for a batch that does not split into equal parts.
       TypeError: when traced, for a loss that is not a real scalar, or a parameter that is not
         floating.
@@ -126,6 +132,8 @@ def make_step(
         first_scale = NoOpLossScale() if policy is None else default_loss_scale(policy)
     if skip_nonfinite is None:
         skip_nonfinite = not isinstance(first_scale, NoOpLossScale)
+    if ema_decay is not None and not 0 < ema_decay < 1:
+        raise ValueError(f"ema_decay is {ema_decay}; expected 0 < ema_decay < 1, or None")
     optimizer = fp32_state(optimizer)
     grad_fn = value_and_grad(
         _loss_and_rest(loss_fn),
@@ -150,6 +158,7 @@ def make_step(
             params=params,
             opt_state=jax.tree.map(_own, optimizer.init(params)),
             model_state=jax.tree.map(_own, widen_to_full(model_state)),
+            ema=None if ema_decay is None else jax.tree.map(_own, widen_to_full(params)),
             loss_scale=jax.tree.map(_own, first_scale),
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
@@ -169,25 +178,33 @@ def make_step(
         aux, new_model_state = result.aux
 
         def move(kept: Any) -> Any:
-            params, opt_state, model_state = kept
+            params, opt_state, model_state, ema = kept
             updates, opt_state = optimizer.update(result.grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if ema_decay is not None:
+                taken = (state.step - state.skipped).astype(jnp.float32)
+                rate = 1 - jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
+                ema = jax.tree.map(
+                    lambda e, p: e + rate.astype(e.real.dtype) * (p - e), ema, params
+                )
             return (
-                optax.apply_updates(params, updates),
+                params,
                 opt_state,
                 jax.tree.map(lambda new, old: new.astype(old.dtype), new_model_state, model_state),
+                ema,
             )
 
-        kept = (state.params, state.opt_state, state.model_state)
+        kept = (state.params, state.opt_state, state.model_state, state.ema)
         skipped, skipped_in_row = state.skipped, state.skipped_in_row
         last_skip = state.last_skip
         if skip_nonfinite:
-            params, opt_state, model_state = _move_where(result.finite, move, kept)
+            params, opt_state, model_state, ema = _move_where(result.finite, move, kept)
             skipped = skipped + ~result.finite
             skipped_in_row = jnp.where(result.finite, 0, skipped_in_row + 1)
             this_skip = LastSkip(state.step + 1, nonfinite_leaves(result.grads))
             last_skip = select_tree(result.finite, last_skip, this_skip)
         else:
-            params, opt_state, model_state = move(kept)
+            params, opt_state, model_state, ema = move(kept)
         scale = None
         if not isinstance(state.loss_scale, NoOpLossScale):
             scale = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
@@ -203,6 +220,7 @@ def make_step(
             params,
             opt_state,
             model_state,
+            ema,
             result.loss_scale,
             skipped,
             skipped_in_row,

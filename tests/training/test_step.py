@@ -329,3 +329,32 @@ def test_without_a_policy_nothing_is_cast():
     assert seen == [(jnp.bfloat16, jnp.float32, jnp.float32)]
     assert state.params["a"].dtype == jnp.bfloat16 and info.loss_scale is None
     assert state.opt_state[0].mu["a"].dtype == jnp.float32
+
+
+def test_the_moving_average_is_that_of_float64_and_a_skipped_step_leaves_it():
+    stepper = jt.make_step(
+        lambda params, batch: jnp.sum(params["w"].astype(jnp.float32) * batch),
+        optax.sgd(0.125),
+        "f16",  # parameters in float16, their average in float32
+        loss_scale=jt.StaticLossScale(1.0),
+        ema_decay=0.5,
+    )
+    state = stepper.init({"w": jnp.ones(3)})
+    assert state.ema["w"].dtype == jnp.float32 and state.params["w"].dtype == jnp.float16
+    average, taken = np.ones(3), 0
+    for n in range(20):
+        bad = n % 4 == 2
+        state, info = stepper.step(state, jnp.full(3, jnp.inf if bad else (-1.0) ** n * n))
+        assert bool(info.finite) != bad
+        if not bad:
+            decay = min(0.5, (1 + taken) / (10 + taken))
+            average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
+            taken += 1
+        # Each update rounds three times; the average forgets half of the error at each.
+        np.testing.assert_allclose(state.ema["w"], average, rtol=6 * 2**-24, atol=6 * 2**-24 * 2)
+    assert state.eval_params is state.ema and stepper.step._cache_size() == 1
+
+
+def test_an_impossible_decay_is_refused():
+    with pytest.raises(ValueError, match="ema_decay is 1; expected 0 < ema_decay < 1"):
+        jt.make_step(lambda params, batch: 0.0, optax.sgd(1.0), ema_decay=1)
