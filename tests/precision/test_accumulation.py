@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import jmp_train as jt
+from jmp_train.precision._jax_compat import scan_counts
 
 B, D = 16, 6
 
@@ -140,7 +141,7 @@ def test_accumulators_are_float32_and_the_check_is_done_once(policy):
     state = stepper.init(params)
     outside = equations(jax.make_jaxpr(stepper.step)(state, batch).jaxpr)
     (loop,) = (eqn for eqn in outside if eqn.primitive.name == "scan")
-    start, count = loop.params["num_consts"], loop.params["num_carry"]
+    start, count = scan_counts(loop.params)
     carry = [v.aval for v in loop.invars[start : start + count]]
     assert [(a.shape, a.dtype) for a in carry] == [((D,), jnp.float32)]
     body = str(loop.params["jaxpr"])
