@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.precision.dtypes import at_least_float32, parse_dtype
+from jmp_train.precision.numerics import path_names
 
 # `optax.microbatch` splits a batch too, but hands its function neither the number of the
 # micro-batch, which a dropout key needs, nor the model state that the one before has left.
@@ -117,7 +118,7 @@ def combine(
         aux = part.aux
         if stateful:
             aux, new = part.aux
-            model_state = jax.tree.map(_as_before, new, model_state)
+            model_state = as_before(new, model_state)
         added = part.grads
         if part.weight is not None:
             added = jax.tree.map(lambda g: g * _as_real(part.weight, g), added)
@@ -249,8 +250,39 @@ def _or_one(weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, 1, weight)
 
 
-def _as_before(new: Any, old: Any) -> Any:
-    return new if new.dtype == old.dtype else new.astype(old.dtype)
+def as_before(new: Any, old: Any) -> Any:
+    """A model state as the loss function returned it, in the dtypes of the one that it was given.
+
+    What is checked is known when traced, so that a compiled step is as it would be without.
+
+    Raises:
+      TypeError: for another structure or shape, by its path.
+    """
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        names, expected = path_names(new), path_names(old)
+        other = [
+            *(f"no {name!r}" for name in expected if name not in names),
+            *(f"{name!r} in addition" for name in names if name not in expected),
+        ]
+        raise TypeError(
+            f"the loss function returned a model state with {', '.join(other)}; expected the "
+            f"structure that it was given, with {', '.join(map(repr, expected))}"
+            if other
+            else f"the loss function returned the model state {jax.tree.structure(new)}; expected "
+            f"the structure that it was given, {jax.tree.structure(old)}"
+        )
+
+    def leaf(name: str, new: Any, old: Any) -> jax.Array:
+        new, old = jnp.asarray(new), jnp.asarray(old)
+        keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (new, old)]
+        if new.shape != old.shape or (any(keys) and new.dtype != old.dtype):
+            raise TypeError(
+                f"the loss function returned the model state {name!r} with shape {new.shape} and "
+                f"dtype {new.dtype}; expected shape {old.shape} and dtype {old.dtype}, as it was given"
+            )
+        return new if any(keys) else new.astype(old.dtype)
+
+    return jax.tree.map(leaf, jax.tree.unflatten(jax.tree.structure(old), path_names(old)), new, old)
 
 
 def _mean_over_devices(tree: Any, axis_name: str | None) -> Any:

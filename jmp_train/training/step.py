@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.precision.accumulation import check_batch
+from jmp_train.precision.accumulation import as_before, check_batch
 from jmp_train.precision.dtypes import nearest
 from jmp_train.precision.gradients import GradResult, value_and_grad
 from jmp_train.precision.loss_scale import (
@@ -72,7 +72,8 @@ def make_step(
 
     Args:
       loss_fn: `loss_fn(params, batch)` returns `loss` or `(loss, aux)`. With a model state it is
-        called with `model_state=` too and returns `(loss, aux, new_model_state)`; with a key, with
+        called with `model_state=` too and returns `(loss, aux, new_model_state)`, of the same
+        structure and shapes; with a key, with
         `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
         model's output to float32 first, or with `policy.cast_to_output` where that is float32. A
         mean over anything but examples, over tokens say, is returned as a `WeightedLoss`.
@@ -111,8 +112,8 @@ def make_step(
       ValueError: for an unknown policy, reduce dtype or mesh axis, less than one micro-batch, and a
         decay outside 0 to 1;
         when traced, for a batch that does not split into equal parts.
-      TypeError: when traced, for a loss that is not a real scalar, or a parameter that is not
-        floating.
+      TypeError: when traced, for a loss that is not a real scalar, a parameter that is not floating,
+        or a new model state of another structure or shape than the one before, by its path.
 
     >>> def loss_fn(params, batch):
     ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]).astype(jnp.float32) ** 2)
@@ -176,9 +177,10 @@ def make_step(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
         result = grads(state, batch)
         aux, new_model_state = result.aux
+        new_model_state = as_before(new_model_state, state.model_state)
 
         def move(kept: Any) -> Any:
-            params, opt_state, model_state, ema = kept
+            params, opt_state, _, ema = kept
             updates, opt_state = optimizer.update(result.grads, opt_state, params)
             params = optax.apply_updates(params, updates)
             if ema_decay is not None:
@@ -187,12 +189,7 @@ def make_step(
                 ema = jax.tree.map(
                     lambda e, p: e + rate.astype(e.real.dtype) * (p - e), ema, params
                 )
-            return (
-                params,
-                opt_state,
-                jax.tree.map(lambda new, old: new.astype(old.dtype), new_model_state, model_state),
-                ema,
-            )
+            return params, opt_state, new_model_state, ema
 
         kept = (state.params, state.opt_state, state.model_state, state.ema)
         skipped, skipped_in_row = state.skipped, state.skipped_in_row

@@ -210,6 +210,45 @@ def test_model_state_is_float32_kept_over_skips_and_follows_the_model():
     np.testing.assert_array_equal(state.model_state["mean"], mean)
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_plain_numbers_in_the_model_state_are_arrays_to_the_step(micro_batches):
+    def counting(params, batch, *, model_state):
+        seen = {"rate": 0.5, "steps": model_state["steps"] + 1, "key": model_state["key"]}
+        return (params * batch).sum(), None, seen
+
+    stepper = jt.make_step(counting, optax.sgd(0.1), micro_batches=micro_batches)
+    first = {"rate": 1.0, "steps": 0, "key": jax.random.key(0)}
+    state = stepper.init(jnp.ones(2), model_state=first)
+    for _ in range(2):
+        state, _ = stepper.step(state, jnp.ones((2, 2)))
+    assert (state.model_state["rate"], state.model_state["steps"]) == (0.5, 2 * micro_batches)
+    assert state.model_state["rate"].dtype == jnp.float32
+    assert stepper.step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "returned,words",
+    [
+        ({"a": {"mean": jnp.ones(3)}, "n": 1}, r"'a/mean' with shape \(3,\).*expected shape \(\)"),
+        ({"a": {"mean": 1.0}}, "no 'n'; expected .* with 'a/mean', 'n'"),
+        ({"a": {"mean": 1.0}, "n": 1, "b": 2}, "'b' in addition; expected"),
+        (None, "no 'a/mean', no 'n'; expected"),
+        ({"a": {"mean": 1.0}, "n": [1]}, "no 'n', 'n/0' in addition; expected"),
+    ],
+)
+@pytest.mark.parametrize("micro_batches,skip", [(1, None), (1, True), (2, None)])
+def test_a_model_state_of_another_shape_or_structure_is_named(returned, words, micro_batches, skip):
+    def changing(params, batch, *, model_state):
+        return (params * batch).sum(), None, returned
+
+    stepper = jt.make_step(
+        changing, optax.sgd(0.1), micro_batches=micro_batches, skip_nonfinite=skip
+    )
+    state = stepper.init(jnp.ones(2), model_state={"a": {"mean": 0.0}, "n": 0})
+    with pytest.raises(TypeError, match=words):
+        stepper.step.lower(state, jnp.ones((2, 2)))
+
+
 def test_each_step_gets_a_fresh_key_that_depends_on_its_number_alone():
     def noisy(params, batch, *, key):
         return jnp.sum(params * 0) + jax.random.uniform(key), None
