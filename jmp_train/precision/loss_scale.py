@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -181,8 +182,11 @@ class DynamicLossScale:
         non-finite steps in a row spend it, or (False) only when the scale's growth is due.
 
     Raises:
-      ValueError: for a scale, counter, period, factor, limit or hysteresis that cannot work.
-      TypeError: for a hyper-parameter that is traced; hyper-parameters are static.
+      ValueError: for a scale, counter, period, factor, limit or hysteresis that cannot work: a scale
+        that is not normal in float32, or one that is no scalar, say. Of a traced number the shape
+        alone is known.
+      TypeError: for what is no number, and for a hyper-parameter that is traced; hyper-parameters are
+        static.
 
     >>> state = DynamicLossScale(2.0**15, period=2)
     >>> for finite in (True, True, False):
@@ -232,15 +236,13 @@ class DynamicLossScale:
         if self.hysteresis > 1 and self.hysteresis_left is None:
             put("hysteresis_left", self.hysteresis)
         put("counter", _int32_scalar(self.counter, "counter", 2**31 - 1))
-        put(
-            "hysteresis_left",
-            _int32_scalar(self.hysteresis_left, "hysteresis_left", self.hysteresis),
-        )
+        if self.hysteresis_left is not None:
+            left = _int32_scalar(self.hysteresis_left, "hysteresis_left", self.hysteresis)
+            put("hysteresis_left", left)
 
     def _check(self) -> None:
         # Written as `not (valid)`, which a NaN fails.
-        if isinstance(self.loss_scale, np.ndarray) and not 0 < self.loss_scale < math.inf:
-            raise ValueError(f"loss_scale is {self.loss_scale}; expected 0 < it < inf")
+        check_scale(_known(self.loss_scale), "loss_scale")
         for name in ("period", "hysteresis"):  # their counters are int32 and never wrap
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 to 2147483647 steps")
@@ -289,6 +291,7 @@ class DynamicLossScale:
         assert finite.ndim == 0, "expected boolean scalar"
         finite = finite.astype(jnp.bool_)
         scale = jnp.asarray(self.loss_scale)
+        scale = scale.astype(at_least_float32(scale.dtype))
 
         due = self.counter >= self.period - 1
         grown = scale * self.factor
@@ -312,12 +315,9 @@ class DynamicLossScale:
             left = jnp.where(finite, left_after_step, left_after_skip).astype(jnp.int32)
 
         counter = jnp.where(finite & ~due, jnp.asarray(self.counter) + 1, 0).astype(jnp.int32)
-        return dataclasses.replace(
-            self,
-            loss_scale=jnp.where(finite, grown, reduced),
-            counter=counter,
-            hysteresis_left=left,
-        )
+        # Not by the constructor: it would wait for the numbers, to look at them.
+        _, static = self.tree_flatten_with_keys()
+        return self.tree_unflatten(static, (jnp.where(finite, grown, reduced), counter, left))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
         leaves = ("loss_scale", "counter", "hysteresis_left")
@@ -372,25 +372,55 @@ def _whole_number(value: float, name: str) -> int:
     return int(value)
 
 
+def check_scale(value: Any, name: str) -> None:
+    """Raises ValueError for a number that no loss can be scaled by in float32; None is not known."""
+    # XLA flushes what is below the smallest normal number to zero.
+    tiny = np.finfo(np.float32).tiny
+    if value is not None and not tiny <= value < math.inf:
+        raise ValueError(
+            f"{name} is {value}; expected 0 < it < inf, and at least {tiny:.3g}, the smallest "
+            "normal number of float32"
+        )
+
+
 def _float32_scalar(value: Any, name: str) -> Any:
     """Python and NumPy numbers as a float32 array: a weakly typed scale would multiply a float16
     loss in float16, where 65,536 is infinite."""
-    if isinstance(value, (bool, int, float, np.generic, np.ndarray, jax.Array)):
-        _warn_if_not_floating(value, name)
-        if isinstance(value, jax.Array):
-            return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-        with np.errstate(over="ignore"):  # an infinite scale is refused
-            return np.asarray(value, np.float32)
-    return value
+    _warn_if_not_floating(value, name)
+    value = _scalar(value, name, "a number", lambda dtype: is_floating(dtype) or dtype.kind in "iub")
+    if isinstance(value, jax.Array):
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    with np.errstate(over="ignore"):  # an infinite scale is refused
+        return np.asarray(value, np.float32)
 
 
 def _int32_scalar(value: Any, name: str, highest: int) -> Any:
     """A Python integer as an int32 array: weakly typed, it would make the second step recompile."""
-    if not isinstance(value, int):
-        return value
-    if not 0 <= value <= highest:
-        raise ValueError(f"{name} is {value}; expected 0 to {highest}")
-    return np.asarray(value, np.int32)
+    value = _scalar(value, name, "a whole number", lambda dtype: dtype.kind in "iu")
+    known = _known(value)
+    if known is not None and not 0 <= known <= highest:
+        raise ValueError(f"{name} is {known}; expected 0 to {highest}")
+    return value if isinstance(value, jax.Array) else np.asarray(value, np.int32)
+
+
+def _scalar(value: Any, name: str, expected: str, fits: Callable[[np.dtype], bool]) -> Any:
+    """A JAX array as it is, traced or not, and anything else as a NumPy array, of shape ()."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not fits(array.dtype) and type(value) is not int:  # NumPy holds 2**64 as an object
+        given = f"of {array.dtype}" if isinstance(value, jax.Array) else repr(value)
+        raise TypeError(f"{name} is {given}; expected {expected}")
+    if array.shape != ():
+        raise ValueError(f"{name} has shape {array.shape}; expected a scalar, of shape ()")
+    return array
+
+
+def _known(value: Any) -> Any:
+    """The number in an array of shape (), where it is there to be read; else None."""
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None
+    return np.asarray(value)[()]
 
 
 def _warn_if_not_floating(value: Any, name: str) -> None:

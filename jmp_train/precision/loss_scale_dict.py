@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -14,6 +13,7 @@ from jmp_train.precision.loss_scale import (
     LossScale,
     NoOpLossScale,
     StaticLossScale,
+    check_scale,
 )
 
 _NUMBER, _WHOLE, _YES_NO = "a number", "a whole number", "True or False"
@@ -103,8 +103,8 @@ def loss_scale_from_dict(entries: dict[str, Any]) -> LossScale:
     values = {name: value for name, value in entries.items() if name != "kind"}
     _check_entries(values, _ENTRIES[kind], f"a loss scale of kind {kind!r}")
     loss_scale = _make(_KINDS[kind], values)
-    if not 0 < loss_scale.loss_scale < math.inf:  # StaticLossScale takes any number, as jmp's does
-        raise ValueError(f"loss_scale is {loss_scale.loss_scale}; expected 0 < it < inf")
+    with np.errstate(over="ignore"):  # StaticLossScale takes any number, as jmp's does
+        check_scale(np.float32(loss_scale.loss_scale), "loss_scale")
     return loss_scale
 
 

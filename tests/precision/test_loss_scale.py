@@ -614,6 +614,15 @@ NAN, INF = math.nan, math.inf
         ({"loss_scale": NAN}, "loss_scale is nan; expected 0 < it < inf"),
         ({"loss_scale": np.float32(INF)}, "loss_scale is inf; expected 0 < it < inf"),
         ({"loss_scale": 1e39}, "loss_scale is inf; expected 0 < it < inf"),
+        ({"loss_scale": jnp.float32(-1)}, "loss_scale is -1.0; expected 0 < it < inf"),
+        ({"loss_scale": jnp.bfloat16(NAN)}, "loss_scale is nan; expected 0 < it < inf"),
+        ({"loss_scale": 1e-40}, "is .*e-4.; expected .* at least 1.18e-38, the smallest normal"),
+        ({"loss_scale": np.ones(1)}, r"loss_scale has shape \(1,\); expected a scalar"),
+        ({"loss_scale": jnp.ones(2)}, r"loss_scale has shape \(2,\); expected a scalar"),
+        ({"counter": 2**64}, "counter is 18446744073709551616; expected 0 to 2147483647"),
+        ({"counter": jnp.int32(-1)}, "counter is -1; expected 0 to 2147483647"),
+        ({"counter": np.int64(2**31)}, "counter is 2147483648; expected 0 to 2147483647"),
+        ({"counter": np.zeros(1, int)}, r"counter has shape \(1,\); expected a scalar"),
         ({"period": 0}, "period is 0; expected 1 to 2147483647 steps"),
         ({"period": 2**31}, "period is 2147483648; expected 1 to 2147483647"),
         ({"period": 2.5}, "period is 2.5; expected a whole number of steps"),
@@ -640,6 +649,30 @@ NAN, INF = math.nan, math.inf
 def test_a_number_that_cannot_work_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         jt.DynamicLossScale(**({"loss_scale": 1.0} | wrong))
+
+
+@pytest.mark.parametrize(
+    "wrong,message",
+    [
+        ({"loss_scale": "65536"}, "loss_scale is '65536'; expected a number"),
+        ({"loss_scale": None}, "loss_scale is None; expected a number"),
+        ({"loss_scale": [2.0j]}, "loss_scale is \\[2j\\]; expected a number"),
+        ({"counter": 3.0}, "counter is 3.0; expected a whole number"),
+        ({"counter": jnp.float32(3)}, "counter is of float32; expected a whole number"),
+        ({"hysteresis": 2, "hysteresis_left": "1"}, "hysteresis_left is '1'; expected a whole number"),
+    ],
+)  # fmt: skip
+def test_a_scale_or_counter_that_is_no_number_is_a_type_error(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        jt.DynamicLossScale(**({"loss_scale": 1.0} | wrong))
+
+
+def test_a_traced_scale_is_taken_and_its_shape_checked():
+    make = jax.jit(lambda scale, counter: jt.DynamicLossScale(scale, counter))
+    assert make(2.0, 3) == jt.DynamicLossScale(2.0, 3)
+    assert jt.DynamicLossScale(SMALLEST_NORMAL).loss_scale == SMALLEST_NORMAL
+    with pytest.raises(ValueError, match=r"loss_scale has shape \(2,\)"):
+        make(jnp.ones(2), 3)
 
 
 def test_no_maximum_and_an_infinite_one_are_the_same():

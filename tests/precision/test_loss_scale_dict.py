@@ -68,6 +68,8 @@ GOOD = jt.loss_scale_to_dict(jt.DynamicLossScale(8.0, hysteresis=2))
         ({"kind": "static"}, "a loss scale of kind 'static' has no 'loss_scale'"),
         ({"kind": "static", "loss_scale": 0}, "loss_scale is 0.0; expected 0 < it < inf"),
         ({"kind": "static", "loss_scale": -1.0}, "loss_scale is -1.0; expected 0 < it < inf"),
+        ({"kind": "static", "loss_scale": 1e-40}, "loss_scale is .*e-4.; expected .* 1.18e-38"),
+        ({"kind": "static", "loss_scale": 1e39}, "loss_scale is inf; expected 0 < it < inf"),
         (
             {"kind": "static", "loss_scale": float("nan")},
             "loss_scale is nan; expected 0 < it < inf",
@@ -186,6 +188,7 @@ def test_a_disabled_gradscaler_means_no_loss_scaling():
         (GRADSCALER | {"growth_interval": 2.0}, "growth_interval is 2.0; expected a whole number"),
         (GRADSCALER | {"growth_factor": 0.5}, "^growth_factor is 0.5; expected at least 1"),
         (GRADSCALER | {"backoff_factor": 0}, "^backoff_factor is 0.0; expected 0 < it <= 1"),
+        (GRADSCALER | {"scale": 1e-40}, "^scale is .*e-4.; expected .* 1.18e-38"),
         (GRADSCALER | {"scale": 0.0}, "^scale is 0.0; expected 0 < it < inf"),
         (GRADSCALER | {"_growth_tracker": -1}, "^_growth_tracker is -1; expected 0 to 21"),
         (GRADSCALER | {"_growth_tracker": 5}, "_growth_tracker is 5; .* below growth_interval, 5"),
