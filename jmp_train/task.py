@@ -39,4 +39,6 @@ class Task(NamedTuple):
     metrics_fn: Callable[..., dict[str, jax.Array]]
     """`metrics_fn(params, batch)`, for `training.make_evaluate`."""
     generate: Callable[..., jax.Array] | None = None
-    """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None cannot."""
+    """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None cannot.
+
+    Raises ValueError for an empty prompt, a length below 1 and a temperature below 0 or not finite."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jmp_train.fields import check_fields
@@ -263,6 +264,9 @@ class GptConfig:
         def generate(
             params: Any, prompt_P: jax.Array, key: jax.Array, *, length: int, temperature: Any
         ) -> jax.Array:
+            prompt_P = jnp.asarray(prompt_P)
+            _check_generate(prompt_P, length, temperature)
+
             def step(carry: Any, position: jax.Array) -> Any:
                 token, cache = carry
                 net = nnx.merge(graph, params)
@@ -279,6 +283,21 @@ class GptConfig:
             return tokens[len(prompt_P) - 1 :]
 
         return Task(init, loss_fn, metrics_fn, generate)
+
+
+def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:
+    """Raises ValueError for what no text can be continued with; of traced values only shapes count."""
+    if prompt_P.ndim != 1 or not len(prompt_P) or not jnp.issubdtype(prompt_P.dtype, jnp.integer):
+        raise ValueError(
+            f"the prompt has shape {prompt_P.shape} and dtype {prompt_P.dtype}; expected integers of "
+            "shape (words,), at least one"
+        )
+    if not isinstance(length, (int, np.integer)) or length < 1:
+        raise ValueError(f"length is {length}; expected a whole number of at least 1")
+    if isinstance(temperature, jax.core.Tracer):
+        return
+    if np.ndim(temperature) or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; expected a number of 0 or more")
 
 
 def _draw(logits_V: jax.Array, key: jax.Array, temperature: Any) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,26 @@ def test_generated_bytes_are_the_likeliest_ones_of_the_float64_model(params, gen
     assert (best - second > 2e-4).all()  # no near tie that rounding could decide
     whole = logits_in_float64(params, text[:, :-1])[0, len(prompt) - 1 :]
     assert (whole.argmax(-1) != exact.argmax(-1)).any()
+
+
+@pytest.mark.parametrize(
+    "prompt,length,temperature,words",
+    [
+        ([], 1, 1.0, r"prompt has shape \(0,\) .* expected integers of shape \(words,\), at least"),
+        ([[1, 2]], 1, 1.0, r"prompt has shape \(1, 2\)"),
+        ([0.5], 1, 1.0, "dtype float32; expected integers"),
+        ([1], 0, 1.0, "length is 0; expected a whole number of at least 1"),
+        ([1], 1.5, 1.0, "length is 1.5; expected a whole number"),
+        ([1], 1, -0.5, "temperature is -0.5; expected a number of 0 or more"),
+        ([1], 1, np.float32("nan"), "temperature is nan; expected a number of 0 or more"),
+        ([1], 1, jnp.float32("inf"), "temperature is inf; expected a number of 0 or more"),
+    ],
+)
+def test_what_no_text_can_be_continued_with_is_refused(params, prompt, length, temperature, words):
+    generate: Any = task_of().generate
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=words):
+        generate(params, np.asarray(prompt, int if not prompt else None), key, length=length, temperature=temperature)  # fmt: skip
 
 
 def test_drawn_bytes_follow_the_seed_and_the_temperature(params, generate):
