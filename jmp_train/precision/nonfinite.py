@@ -32,6 +32,15 @@ class OperandRange(NamedTuple):
     smallest: float  # of its finite values; NaN where it has none
     largest: float
     argument: str  # the argument that it is, cast or reshaped at most; '' for none
+    infinities: int = 0  # how many of its values are infinite
+    nans: int = 0
+
+    def __str__(self) -> str:
+        if not np.isnan(self.smallest):
+            return f"{self.dtype} [{self.smallest:.3g}, {self.largest:.3g}]"
+        held = [f"{self.infinities} infinite"] * bool(self.infinities)
+        held += [f"{self.nans} NaN"] * bool(self.nans)
+        return f"{self.dtype} [{'no finite value: ' + ', '.join(held) if held else 'no value'}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,7 @@ class NonFiniteOp:
     def __str__(self) -> str:
         way = "backward" if self.backward else "forward"
         where = " of ".join(filter(None, (self.path, self.module)))
-        ranges = ", ".join(f"{o.dtype} [{o.smallest:.3g}, {o.largest:.3g}]" for o in self.operands)
+        ranges = ", ".join(map(str, self.operands))
         if self.kind == "overflow":
             limit = float(jnp.finfo(self.dtype).max)
             wider = f"; {self.wide:.3g} in {_wider(self.dtype).name}" if self.wide else ""
@@ -508,7 +517,8 @@ def _range(x: _Value) -> OperandRange:
     values = np.asarray(array, np.float64)
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (np.nan, np.nan)
-    return OperandRange(array.dtype.name, float(low), float(high), x.argument)
+    infinities, nans = int(np.isinf(values).sum()), int(np.isnan(values).sum())
+    return OperandRange(array.dtype.name, float(low), float(high), x.argument, infinities, nans)
 
 
 def _module(

@@ -1,6 +1,7 @@
 """The replay names the operation that went wrong, where it lies, and nothing that is harmless."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jmp_train as jt
-from jmp_train.precision.nonfinite import NonFiniteReport
+from jmp_train.precision.nonfinite import NonFiniteReport, OperandRange
 
 HALF = jnp.float16
 
@@ -77,6 +78,17 @@ def test_a_logarithm_of_zero_that_a_where_hides_is_named_in_the_backward_pass():
     assert [(op.op, op.kind, op.backward) for op in report.ops] == [("div", "nan", True)]
     zero = report.ops[0].operands[1]
     assert zero.smallest == 0.0 and report.ops[0].source.endswith("loss)")
+
+
+def test_an_operand_without_a_finite_value_tells_what_it_holds():
+    infinite = jnp.array([jnp.inf, -jnp.inf, jnp.inf])
+    (op,) = jt.first_nonfinite(lambda x: x - x[0], infinite).ops
+    assert op.operands[0][4:] == (3, 0) and op.operands[1][4:] == (1, 0)
+    assert "from float32 [no finite value: 3 infinite], float32 [no finite value: 1 in" in str(op)
+    assert str(OperandRange("float16", -1.0, 2.5, "", 1, 1)) == "float16 [-1, 2.5]"
+    nan = math.nan
+    assert str(OperandRange("float16", nan, nan, "", 2, 1)).endswith("value: 2 infinite, 1 NaN]")
+    assert str(OperandRange("float16", nan, nan, "", 0, 0)) == "float16 [no value]"
 
 
 def test_a_mask_of_infinities_is_not_named_beside_an_overflow():
