@@ -327,16 +327,22 @@ def _words(name: str) -> str:
 
 def printable(text: bytes, encoding: str) -> str:
     r"""Bytes as text that is safe to print: what is not UTF-8, a control character other than a new
-    line or a tab, or not in the terminal's encoding, is escaped.
+    line or a tab, one that turns the direction of what is shown, or not in the terminal's encoding, is
+    escaped.
 
     >>> print(printable(b"caf\xc3\xa9 \xff \x1b[31m", "ascii"))
     caf\xe9 \xff \x1b[31m
     """
     decoded = text.decode("utf-8", "backslashreplace")
-    shown = "".join(
-        c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in decoded
-    )
+    shown = "".join(ascii(c)[1:-1] if c not in "\n\t" and _controls(c) else c for c in decoded)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _controls(c: str) -> bool:
+    """Whether a character acts on the terminal, or on the order of the characters around it: these
+    are U+202A to U+202E and U+2066 to U+2069 (Unicode Standard Annex 9, section 2)."""
+    turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+    return unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in turns
 
 
 _PLAIN_WORDS = {

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from jmp_train.cli import main
+from jmp_train.cli import main, printable
 
 
 def run(capsys, *words):
@@ -258,3 +258,13 @@ def test_list_marks_a_file_that_fails_and_goes_on(capsys, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "list")
     assert status == 0 and "ZeroDivisionError" in out.replace("\n", "") and "mlp_fp16" in out
+
+
+@pytest.mark.parametrize("turn", [*range(0x202A, 0x202F), *range(0x2066, 0x206A)], ids=hex)
+def test_what_turns_the_direction_of_a_text_is_escaped(turn):
+    assert printable(f"a{chr(turn)}b".encode(), "utf-8") == f"a\\u{turn:04x}b"
+
+
+def test_what_only_joins_or_belongs_to_a_script_is_printed_as_it_is():
+    text = "\u05e9\u05dc\u05d5\u05dd \u0645\u200d \U0001f468\u200d\U0001f4bb\n\t"
+    assert printable(text.encode(), "utf-8") == text
