@@ -19,7 +19,8 @@ def token_losses(
     Products take their operands in the dtype that they come in; logits, softmax and loss are
     float32. Only the logits of `chunk` tokens exist at a time, in the backward pass too, which
     computes them again and takes its own products in the operands' dtype, adding up the embedding's
-    gradient in float32.
+    gradient in float32. That backward pass is a rule of its own (`jax.custom_vjp`), so there is no
+    forward mode: `jax.jvp` and `jax.jacfwd` raise a TypeError.
 
     Args:
       x_NxD: features of each token.
