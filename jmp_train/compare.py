@@ -14,7 +14,7 @@ from rich.table import Table
 from jmp_train.experiment import Experiment, UsageError, experiment_files, find_experiment
 from jmp_train.precision.dtypes import nearest
 from jmp_train.report.plots import plot_comparison
-from jmp_train.run import train
+from jmp_train.run import train, where
 from jmp_train.training.loop import Diverged
 from jmp_train.training.metrics import write_json
 
@@ -80,7 +80,7 @@ def compare(
 
     Raises:
       UsageError: for a folder that cannot be written.
-      Diverged: if every run did.
+      Diverged: if every run did, after writing that down as well.
       Stopped: as `run.train`.
     """
     summaries: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
@@ -105,10 +105,6 @@ def compare(
                 markup=False,
             )
     metric = next(iter(variants.values())).model.metric
-    finished = [run for runs in summaries.values() for run in runs]
-    if not finished:
-        raise Diverged(f"every run of {family} diverged")
-    example = finished[0]
     rows = {
         label: _row(runs, metric)
         | {"policy": variants[label].policy, "diverged_seeds": diverged[label]}
@@ -122,8 +118,7 @@ def compare(
         "family": family,
         "metric": metric,
         "seeds": seeds,
-        "device": example["device"],
-        "versions": example["versions"],
+        **where(),
         "rows": rows,
     }
     write_json(out / "compare.json", result)
@@ -136,10 +131,12 @@ def compare(
         },
         out / "compare.png",
         metric=metric,
-        title=f"{family}, {seeds} seed{'s' * (seeds > 1)}, {example['device']['kind']}",
+        title=f"{family}, {seeds} seed{'s' * (seeds > 1)}, {result['device']['kind']}",
     )
     console.print(_rich_table(result))
     console.print(f"{out}", highlight=False, markup=False, soft_wrap=True)
+    if not any(summaries.values()):
+        raise Diverged(f"every run of {family} diverged")
     return result
 
 

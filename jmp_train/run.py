@@ -815,7 +815,6 @@ def _summary(
     facts: dict[str, Any],
 ) -> dict[str, Any]:
     state = jax.device_get((result.state.loss_scale, result.state.skipped))
-    device = jax.devices()[0]
     return {
         "experiment": name,
         "policy": experiment.policy,
@@ -832,6 +831,14 @@ def _summary(
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
         "peak_memory_bytes": _peak_memory(memory),
         "data": {"name": experiment.data.name, **facts},
+        **where(),
+    }
+
+
+def where() -> dict[str, Any]:
+    """What a result was had on: the device and the versions."""
+    device = jax.devices()[0]
+    return {
         "device": {
             "platform": device.platform,
             "kind": device.device_kind,

@@ -56,7 +56,18 @@ def test_runs_that_diverge_are_counted_and_the_others_compared(tmp_path):
     assert "| diverged (1 of 1) |" in (tmp_path / "compare.md").read_text()
     assert (tmp_path / "compare.png").exists()
     with pytest.raises(Diverged, match="every run of mlp diverged"):
-        compare("mlp", {"pure_fp16": variants["pure_fp16"]}, seeds=1, out=tmp_path, console=console)
+        compare(
+            "mlp",
+            {"pure_fp16": variants["pure_fp16"]},
+            seeds=1,
+            out=tmp_path / "all",
+            console=console,
+        )
+    written = json.loads((tmp_path / "all" / "compare.json").read_text())
+    assert written["rows"]["pure_fp16"]["diverged_seeds"] == [0]
+    assert written["device"] == result["device"] and written["versions"] == result["versions"]
+    assert "| diverged (1 of 1) |" in (tmp_path / "all" / "compare.md").read_text()
+    assert (tmp_path / "all" / "compare.png").exists()
 
 
 def test_a_row_names_how_many_of_its_seeds_diverged():
