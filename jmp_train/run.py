@@ -745,9 +745,16 @@ def _dataset(experiment: Experiment[Any, Any]) -> Dataset:
 def _task(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
     policy, rules = get_policy(experiment.policy), Rules(experiment.rules)
     try:
-        return experiment.model.task(dataset.spec, policy, rules)
+        task = experiment.model.task(dataset.spec, policy, rules)
     except ValueError as error:  # a rule that matches no module of the model
         raise UsageError(str(error)) from None
+    if not set(task.reads) <= set(dataset.eval):
+        raise UsageError(
+            f"the model {type(experiment.model).__name__} reads {' and '.join(task.reads)}, and the "
+            f"data {type(experiment.data).__name__} have {' and '.join(dataset.eval)}; expected data "
+            "that have what the model reads"
+        )
+    return task
 
 
 def _stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:

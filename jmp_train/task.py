@@ -42,3 +42,5 @@ class Task(NamedTuple):
     """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None cannot.
 
     Raises ValueError for an empty prompt, a length below 1 and a temperature below 0 or not finite."""
+    reads: tuple[str, ...] = ()
+    """Names of the arrays that it needs in a batch; a run refuses data without them."""

@@ -48,6 +48,10 @@ EXPERIMENTS = {
     "text_rate": own('NpzConfig("good.npz"), optimizer=OptimizerConfig(learning_rate="1e-3")'),
     "listed": own('NpzConfig("good.npz")').replace("hidden=()", "hidden=[64]"),
     "no_data": own("None"),
+    "mlp_on_text": own("TextConfig(length=8)").replace("NpzConfig", "TextConfig"),
+    "gpt_on_arrays": own('NpzConfig("good.npz"), batch_size=8')
+    .replace("MlpConfig(hidden=())", "GptConfig(width=8, depth=1, heads=1)")
+    .replace("MlpConfig", "GptConfig"),
     "no_model": own('NpzConfig("good.npz")').replace("MlpConfig(hidden=())", "3"),
     "unknown_field": own('NpzConfig("good.npz"), stesp=3'),
     "no_path": own("NpzConfig()"),
@@ -323,6 +327,14 @@ NAMES = [
     (["train", "adamx"], r"name is 'adamx'; did you mean 'adam'"),
     (["train", "text_rate"], r"learning_rate is '1e-3'; expected a number"),
     (["train", "listed"], r"hidden is \[64\]; expected a tuple, each an integer"),
+    (
+        ["train", "mlp_on_text"],
+        r"MlpConfig reads image and label, and the data TextConfig have tokens and mask; expected",
+    ),
+    (
+        ["train", "gpt_on_arrays"],
+        r"GptConfig reads tokens, and the data NpzConfig have image and label; expected data that",
+    ),
     (["train", "no_data"], r"data is None; expected a configuration with a method 'load'"),
     (["train", "no_model"], r"model is 3; expected a configuration with a method 'task'"),
     (["train", "unknown_field"], r"unexpected keyword argument 'stesp'"),

@@ -37,4 +37,4 @@ def classification(
         loss, correct = losses(params, batch, None)
         return {"loss": loss, "accuracy": correct}
 
-    return Task(init, loss_fn, metrics_fn)
+    return Task(init, loss_fn, metrics_fn, reads=("image", "label"))

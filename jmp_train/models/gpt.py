@@ -282,7 +282,7 @@ class GptConfig:
             _, tokens = jax.lax.scan(step, (prompt_P[0], cache), positions)
             return tokens[len(prompt_P) - 1 :]
 
-        return Task(init, loss_fn, metrics_fn, generate)
+        return Task(init, loss_fn, metrics_fn, generate, reads=("tokens",))
 
 
 def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:

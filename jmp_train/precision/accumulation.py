@@ -282,7 +282,9 @@ def as_before(new: Any, old: Any) -> Any:
             )
         return new if any(keys) else new.astype(old.dtype)
 
-    return jax.tree.map(leaf, jax.tree.unflatten(jax.tree.structure(old), path_names(old)), new, old)
+    return jax.tree.map(
+        leaf, jax.tree.unflatten(jax.tree.structure(old), path_names(old)), new, old
+    )
 
 
 def _mean_over_devices(tree: Any, axis_name: str | None) -> Any:

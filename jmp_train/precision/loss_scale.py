@@ -387,7 +387,9 @@ def _float32_scalar(value: Any, name: str) -> Any:
     """Python and NumPy numbers as a float32 array: a weakly typed scale would multiply a float16
     loss in float16, where 65,536 is infinite."""
     _warn_if_not_floating(value, name)
-    value = _scalar(value, name, "a number", lambda dtype: is_floating(dtype) or dtype.kind in "iub")
+    value = _scalar(
+        value, name, "a number", lambda dtype: is_floating(dtype) or dtype.kind in "iub"
+    )
     if isinstance(value, jax.Array):
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
     with np.errstate(over="ignore"):  # an infinite scale is refused
