@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,20 @@ import jmp_train as jt
 from jmp_train.data import DigitsConfig
 from jmp_train.data.batches import _AUGMENT, _generator
 from jmp_train.experiment import UsageError, find_experiment
-from jmp_train.run import Stopped, _build, _first_state, _scale_of, evaluate_run, read_config, train
+from jmp_train.run import (
+    Stopped,
+    _build,
+    _first_state,
+    _investigate,
+    _Run,
+    _scale_of,
+    evaluate_run,
+    read_config,
+    train,
+)
+from jmp_train.task import DataSpec
 from jmp_train.training.checkpoints import Checkpoints
-from jmp_train.training.loop import Diverged
+from jmp_train.training.loop import Diverged, LastCall
 from jmp_train.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -401,3 +414,34 @@ def test_a_step_at_a_scale_of_one_is_replayed_at_one_though_the_scale_has_fallen
     state, info = stepper.step(stepper.init(params), jnp.full(2, jnp.inf))
     assert not info.finite and state.loss_scale.loss_scale == 0.5
     assert _scale_of(state, float(info.loss_scale)).loss_scale == 1.0
+
+
+def test_a_skipped_step_is_replayed_with_its_own_key_and_scale(tmp_path, monkeypatch):
+    # The root's slope at 0 is infinite and its value is not, so that the loss tells the key.
+    loss_fn = lambda p, b, *, key: (jnp.sqrt(p) * b).sum() * jax.random.uniform(key)
+    scale = jt.DynamicLossScale(2.0**10)
+    stepper = jt.make_step(loss_fn, optax.sgd(1.0), "float32", loss_scale=scale)
+    state = stepper.init(jnp.array([0.0, 1.0]), key=jax.random.key(0))
+    for _ in range(3):
+        state, info = stepper.step(state, jnp.ones(2))
+        assert not info.finite
+    replayed = []
+    monkeypatch.setattr("jmp_train.run._replay", lambda *args: replayed.append(args))
+    monkeypatch.setattr("jmp_train.run._float32_gradients", lambda *args: None)
+    (tmp_path / "metrics.jsonl").touch()
+    parts = types.SimpleNamespace(
+        stepper=stepper, dataset=types.SimpleNamespace(spec=DataSpec(64, 10))
+    )
+    checkpoints: Any = types.SimpleNamespace(steps=list)
+    run = _Run("mlp", small(), tmp_path, QUIET, False, parts, checkpoints, [], 0.0)  # pyright: ignore
+    last = LastCall(3, state, jnp.ones(2), float(info.loss_scale), skipped=True, bad=3)
+    report = _investigate(run, Diverged("diverged", last))
+    assert report.problems == ()
+    [(_, before, batch)] = replayed
+    assert float(stepper.grads(before, batch).loss) == float(info.loss)
+    assert state.loss_scale.loss_scale == 2.0**7 and before.loss_scale.loss_scale == 2.0**8
+
+
+def test_a_run_without_a_loss_scale_is_replayed_without_one():
+    stepper = jt.make_step(lambda p, b: (p * b).sum(), optax.sgd(1.0), skip_nonfinite=True)
+    assert isinstance(_scale_of(stepper.init(jnp.ones(2)), 1.0), jt.NoOpLossScale)
