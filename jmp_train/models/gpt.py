@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jmp_train.fields import check_fields
 from jmp_train.flax import apply_policy
@@ -294,7 +295,7 @@ def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:
         )
     if not isinstance(length, (int, np.integer)) or length < 1:
         raise ValueError(f"length is {length}; expected a whole number of at least 1")
-    if isinstance(temperature, jax.core.Tracer):
+    if isinstance(temperature, Tracer):
         return
     if np.ndim(temperature) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a number of 0 or more")
