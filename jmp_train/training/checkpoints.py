@@ -87,7 +87,16 @@ class Checkpoints:
             if metrics.parent.name.isdigit() and not _readable(metrics):
                 log.warning("the metrics of checkpoint %s are damaged", metrics.parent.name)
                 self._set_aside(metrics, f"{metrics.parent.name}-metrics")
-        self._checkpointer: Any = self._open(cleanup_tmp_directories=clean)
+        try:
+            self._checkpointer: Any = self._open(cleanup_tmp_directories=clean)
+        except Exception as error:  # noqa: BLE001  # one that it cannot describe stops Orbax
+            for path in [p for p in directory.iterdir() if p.name.isdigit()]:
+                try:
+                    ocp.checkpointables_metadata(str(path.resolve()))
+                except Exception:  # noqa: BLE001
+                    log.warning("checkpoint %s cannot be loaded: %s", path.name, _first_line(error))
+                    self._set_aside(path, path.name)
+            self._checkpointer = self._open(cleanup_tmp_directories=clean)
         self._saving: int | None = None  # the step of the save under way
         self._unsaved = ""  # what became of the last save, if it failed
 

@@ -154,6 +154,16 @@ def test_no_damage_of_any_kind_comes_back_as_a_state(tmp_path, kind, times):
     check_damage(tmp_path, kind, times)
 
 
+def test_a_checkpoint_that_orbax_cannot_describe_does_not_hold_up_the_others(tmp_path, caplog):
+    save(tmp_path, 1, 2).close()
+    metadata = tmp_path / "2" / "_CHECKPOINT_METADATA"
+    metadata.write_text(metadata.read_text().replace("item_handlers", "item_h`ndlers"))
+    with caplog.at_level(logging.WARNING), contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        restored = checkpoints.restore_latest(trained(steps=0))
+    assert restored is not None and restored.step == 1
+    assert "checkpoint 2 cannot be loaded" in caplog.text and (tmp_path / "damaged-2").is_dir()
+
+
 def test_what_orbax_does_not_notice_the_digest_does(tmp_path, monkeypatch, caplog):
     save(tmp_path, 1, 2).close()
     checkpoints = Checkpoints(tmp_path)
