@@ -28,6 +28,18 @@ from jmp_train.training.state import LastSkip, StepInfo, TrainState
 T = TypeVar("T")
 
 
+class _Kept(NamedTuple):
+    """What a skipped step leaves as it is, and what counts it; fields of the `TrainState`."""
+
+    params: Any
+    opt_state: Any
+    model_state: Any
+    ema: Any
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+    last_skip: Any
+
+
 class Stepper(NamedTuple):
     """A train step under a policy: `init` makes the state, `step` and `scan` advance it."""
 
@@ -179,29 +191,36 @@ def make_step(
         aux, new_model_state = result.aux
         new_model_state = as_before(new_model_state, state.model_state)
 
-        def move(kept: Any) -> Any:
-            params, opt_state, _, ema = kept
-            updates, opt_state = optimizer.update(result.grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+        def move(kept: _Kept) -> _Kept:
+            updates, opt_state = optimizer.update(result.grads, kept.opt_state, kept.params)
+            params = optax.apply_updates(kept.params, updates)
+            ema = kept.ema
             if ema_decay is not None:
-                taken = (state.step - state.skipped).astype(jnp.float32)
+                taken = (state.step - kept.skipped).astype(jnp.float32)
                 rate = 1 - jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
                 ema = jax.tree.map(
                     lambda e, p: e + rate.astype(e.real.dtype) * (p - e), ema, params
                 )
-            return params, opt_state, new_model_state, ema
+            return kept._replace(
+                params=params,
+                opt_state=opt_state,
+                model_state=new_model_state,
+                ema=ema,
+                skipped_in_row=jnp.zeros_like(kept.skipped_in_row),
+            )
 
-        kept = (state.params, state.opt_state, state.model_state, state.ema)
-        skipped, skipped_in_row = state.skipped, state.skipped_in_row
-        last_skip = state.last_skip
+        def skip(kept: _Kept) -> _Kept:
+            return kept._replace(
+                skipped=kept.skipped + 1,
+                skipped_in_row=kept.skipped_in_row + 1,
+                last_skip=LastSkip(state.step + 1, nonfinite_leaves(result.grads)),
+            )
+
+        kept = _Kept(*(getattr(state, field) for field in _Kept._fields))
         if skip_nonfinite:
-            params, opt_state, model_state, ema = _move_where(result.finite, move, kept)
-            skipped = skipped + ~result.finite
-            skipped_in_row = jnp.where(result.finite, 0, skipped_in_row + 1)
-            this_skip = LastSkip(state.step + 1, nonfinite_leaves(result.grads))
-            last_skip = select_tree(result.finite, last_skip, this_skip)
+            kept = _move_or_skip(result.finite, move, skip, kept)
         else:
-            params, opt_state, model_state, ema = move(kept)
+            kept = move(kept)._replace(skipped_in_row=state.skipped_in_row)
         scale = None
         if not isinstance(state.loss_scale, NoOpLossScale):
             scale = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
@@ -212,18 +231,7 @@ def make_step(
             grad_norm=optax.tree.norm(result.grads) if grad_norm else None,
             loss_scale=scale,
         )
-        state = TrainState(
-            state.step + 1,
-            params,
-            opt_state,
-            model_state,
-            ema,
-            result.loss_scale,
-            skipped,
-            skipped_in_row,
-            last_skip,
-            state.key,
-        )
+        state = state._replace(step=state.step + 1, loss_scale=result.loss_scale, **kept._asdict())
         return state, info
 
     return Stepper(
@@ -235,19 +243,19 @@ def make_step(
     )
 
 
-def _move_where(finite: jax.Array, move: Callable[[T], T], kept: T) -> T:
-    """`move(kept)` where `finite` holds, else `kept`; each platform in its own cheapest way.
+def _move_or_skip(finite: jax.Array, move: Callable[[T], T], skip: Callable[[T], T], kept: T) -> T:
+    """`move(kept)` where `finite` holds, else `skip(kept)`; each platform in its own cheapest way.
 
     On a CPU a select makes XLA form the new state beside the old and pass over both once more:
-    with adamw and 10 M parameters it takes 1.66 times the step that never skips, a cond 1.06 times
-    (benchmarks/bench_skipping.py). Compiled for a TPU, a select adds no traffic to that step. On a
+    with adamw and 10 M parameters it takes 1.7 to 2.5 times the step that never skips, a cond 1.1 to
+    1.3 times (benchmarks/bench_skipping.py). Compiled for a TPU, a select adds no traffic to that step. On a
     GPU the host has to read a cond's condition before it can launch a branch, at every step.
     """
     return jax.lax.platform_dependent(
         finite,
         kept,
-        cpu=lambda finite, kept: jax.lax.cond(finite, move, lambda kept: kept, kept),
-        default=lambda finite, kept: select_tree(finite, move(kept), kept),
+        cpu=lambda finite, kept: jax.lax.cond(finite, move, skip, kept),
+        default=lambda finite, kept: select_tree(finite, move(kept), skip(kept)),
     )
 
 
