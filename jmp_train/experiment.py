@@ -119,6 +119,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Steps between two evaluations on the held-out data."""
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step is always saved."""
+    checkpoint_wait: bool = False
+    """Wait until each checkpoint is on the disk, so that a kill costs one interval at the most."""
     steps_per_call: int = 1
     """Steps in one dispatch to the device; divides the four numbers of steps above."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"

@@ -51,6 +51,7 @@ _MAY_CHANGE = (
     "log_every",
     "eval_every",
     "checkpoint_every",
+    "checkpoint_wait",
     "max_skipped_in_row",
     "nonfinite",
     "optimizer.learning_rate",
@@ -225,7 +226,11 @@ def _train(run: _Run, start: _Start, compiled: Any, compile_time: float) -> dict
             "rollbacks": start.rollbacks,
         }
         checkpoints.save(
-            step, state, extra=extra, metrics=evaluated[1] if evaluated[0] == step else None
+            step,
+            state,
+            extra=extra,
+            metrics=evaluated[1] if evaluated[0] == step else None,
+            wait=experiment.checkpoint_wait,
         )
 
     for file in ("diverged.json", "diverged.txt"):  # of an attempt that this one takes up again

@@ -101,7 +101,13 @@ class Checkpoints:
         self._unsaved = ""  # what became of the last save, if it failed
 
     def save(
-        self, step: int, state: Any, *, extra: dict[str, Any], metrics: dict[str, float] | None
+        self,
+        step: int,
+        state: Any,
+        *,
+        extra: dict[str, Any],
+        metrics: dict[str, float] | None,
+        wait: bool = False,
     ) -> None:
         """Saves in the background; the state may be donated as soon as this returns.
 
@@ -113,6 +119,7 @@ class Checkpoints:
           state: a pytree of JAX arrays.
           extra: JSON values to keep beside it, such as where the data stands.
           metrics: evaluation results at this step, where there are any.
+          wait: whether to return only when it is on the disk, or has failed.
         """
         metrics = metrics if metrics and self._best in metrics else None
         arrays = {name: [digest, *_kind(x)] for name, digest, x in _named(state)}
@@ -130,6 +137,8 @@ class Checkpoints:
             self._failed(step, error)
         else:
             self._saving = step
+        if wait:
+            self._settle()
 
     def give_up(self, step: int, error: Exception) -> None:
         """Takes a step as one whose save failed."""

@@ -77,6 +77,14 @@ def test_saving_does_not_hold_the_state_back_from_being_donated(tmp_path):
     np.testing.assert_array_equal(restored.state.params["w"], expected)
 
 
+def test_a_save_that_waits_is_on_the_disk_when_it_returns(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, trained(), extra={}, metrics=None, wait=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]  # no temporary folder
+    restored = Checkpoints(tmp_path).restore_latest(trained(steps=0))
+    assert restored is not None and restored.step == 1
+
+
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
     metrics = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.4, 5: 0.2}
     assert save(tmp_path, *metrics, metrics=metrics, best="accuracy").steps() == [2, 4, 5]
