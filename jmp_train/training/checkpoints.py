@@ -112,7 +112,8 @@ class Checkpoints:
         """Saves in the background; the state may be donated as soon as this returns.
 
         It first waits for the save before it. A save that failed, for want of room say, leaves a
-        warning and nothing behind it; the checkpoints before it stay.
+        warning; the checkpoints before it stay, and what it left half done is removed, at the
+        latest by the next start.
 
         Args:
           step: steps taken.
