@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from runs import assert_same_arrays, final_arrays
+from saved_arrays import assert_same_arrays, final_arrays
 
 from jmp_train.cli import main
 from jmp_train.data.batches import train_batches

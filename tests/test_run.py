@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 from rich.console import Console
-from runs import assert_same_arrays, final_arrays
+from saved_arrays import assert_same_arrays, final_arrays
 
 import jmp_train as jt
 from jmp_train.data import DigitsConfig
