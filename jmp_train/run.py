@@ -173,16 +173,20 @@ def _train_to_the_end(run: _Run, start: _Start) -> dict[str, Any]:
         except Diverged as error:
             if error.last is None:
                 raise
-            run.checkpoints.wait()
+            with contextlib.suppress(NotSaved):  # what went wrong matters more than what is lost
+                run.checkpoints.wait()
             if run.experiment.nonfinite != "rollback" or start.rollbacks >= _MAX_ROLLBACKS:
                 raise _explained(run, error) from None
-            reason, bad, rollbacks = str(error), error.last.bad, start.rollbacks + 1
+            reason, bad = str(error), error.last.bad
         # Here the error is gone, and with it the state that went wrong.
-        start = _start(run)
+        before, start = start, _start(run)
+        run.checkpoints.set_aside_after(start.step)
         calls = -(-(bad - start.step) // run.experiment.steps_per_call)
+        if start.step == before.step:  # whose data does not know of what was left out since
+            calls += before.calls_left_out
         batches = calls * run.experiment.steps_per_call
         _say(run.console, f"{reason}: back to step {start.step}, past the next {batches} batches")
-        start = start._replace(rollbacks=rollbacks, calls_left_out=calls)
+        start = start._replace(rollbacks=before.rollbacks + 1, calls_left_out=calls)
 
 
 def _train(run: _Run, start: _Start, compiled: Any, compile_time: float) -> dict[str, Any]:
