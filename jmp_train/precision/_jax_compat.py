@@ -24,7 +24,7 @@ from jax.extend import source_info_util
 OLDEST = (0, 10)
 
 
-class JaxLayoutError(NotImplementedError):
+class JaxLayoutError(RuntimeError):
     """The installed JAX keeps something where `autocast` does not know to look."""
 
     def __init__(self, what: str):
