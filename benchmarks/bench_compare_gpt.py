@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
-import tempfile
-from pathlib import Path
 
 import jax
-from record import RESULTS, device_name, equivalence, keep
-from rich.console import Console
+from record import keep_comparison
 
-from jmp_train.compare import compare, markdown_table, variants_of
+from jmp_train.compare import variants_of
 
 MARGIN = 0.02  # bits per byte
 
@@ -57,27 +53,7 @@ def main() -> None:
             family, "fp32@highest,fp32,fp16,bf16" if wide else "fp32,fp16,bf16"
         ).items()
     }
-    out = Path(tempfile.mkdtemp())
-    try:
-        result = compare(family, variants, seeds=options.seeds, out=out, console=Console())
-        rows = result["rows"]
-        first, *others = rows
-        values = {label: row["bits_per_byte"]["values"] for label, row in rows.items()}
-        for label in others:
-            rows[label]["against"] = first
-            rows[label]["equivalence"] = found = equivalence(
-                values[label], values[first], margin=MARGIN
-            )
-            print(
-                f"{label} - {first}: {found['difference']:+.4f} bits per byte, 90 % interval "
-                f"[{found['low']:+.4f}, {found['high']:+.4f}], margin {MARGIN}: "
-                f"{'equivalent' if found['equivalent'] else 'not shown to be equivalent'}"
-            )
-        print(keep("compare_gpt", rows, margin=MARGIN, **vars(options)))
-        (RESULTS / f"compare_gpt-{device_name()}.md").write_text(markdown_table(result))
-        shutil.copy(out / "compare.png", RESULTS / f"compare_gpt-{device_name()}.png")
-    finally:
-        shutil.rmtree(out)
+    keep_comparison("compare_gpt", family, variants, margin=MARGIN, options=options)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
-import tempfile
-from pathlib import Path
 
 import jax
-from record import RESULTS, device_name, equivalence, keep
-from rich.console import Console
+from record import keep_comparison
 
-from jmp_train.compare import compare, markdown_table, variants_of
+from jmp_train.compare import variants_of
 
 MARGIN = 0.0074  # of accuracy
 
@@ -45,25 +41,7 @@ def main() -> None:
         )
         for label, e in variants_of("mlp", precisions).items()
     }
-    out = Path(tempfile.mkdtemp())
-    try:
-        result = compare("mlp", variants, seeds=options.seeds, out=out, console=Console())
-        rows = result["rows"]
-        first, *others = rows
-        for label in others if options.seeds > 1 else ():
-            found = equivalence(
-                rows[label]["accuracy"]["values"], rows[first]["accuracy"]["values"], margin=MARGIN
-            )
-            rows[label] |= {"against": first, "equivalence": found}
-            print(
-                f"{label} - {first}: {found['difference']:+.4f}, 90 % interval [{found['low']:+.4f}, "
-                f"{found['high']:+.4f}], within {MARGIN}: {found['equivalent']}"
-            )
-        print(keep("compare_mlp", rows, margin=MARGIN, **vars(options)))
-        (RESULTS / f"compare_mlp-{device_name()}.md").write_text(markdown_table(result))
-        shutil.copy(out / "compare.png", RESULTS / f"compare_mlp-{device_name()}.png")
-    finally:
-        shutil.rmtree(out)
+    keep_comparison("compare_mlp", "mlp", variants, margin=MARGIN, options=options)
 
 
 if __name__ == "__main__":

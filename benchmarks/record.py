@@ -6,8 +6,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from rich.console import Console
 from scipy import stats
 
+from jmp_train.compare import compare, markdown_table
 from jmp_train.training.metrics import write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -126,3 +130,36 @@ def keep(name: str, rows: Any, **settings: Any) -> Path:
         },
     )
     return path
+
+
+def keep_comparison(
+    name: str, family: str, variants: dict[str, Any], *, margin: float, options: Any
+) -> None:
+    """Runs `compare`, tests each variant for equivalence with the first, and keeps JSON, table and plot.
+
+    Args:
+      name: of the benchmark.
+      family: of the experiments.
+      variants: experiments by label.
+      margin: of the family's metric.
+      options: the benchmark's; its `seeds` are used, all are kept.
+    """
+    out = Path(tempfile.mkdtemp())
+    try:
+        result = compare(family, variants, seeds=options.seeds, out=out, console=Console())
+        rows, metric = result["rows"], result["metric"]
+        first, *others = rows
+        for label in others if options.seeds > 1 else ():
+            values = (rows[row][metric]["values"] for row in (label, first))
+            found = equivalence(*values, margin=margin)
+            rows[label] |= {"against": first, "equivalence": found}
+            print(
+                f"{label} - {first}: {metric} {found['difference']:+.4f}, 90 % interval "
+                f"[{found['low']:+.4f}, {found['high']:+.4f}], margin {margin}: "
+                f"{'equivalent' if found['equivalent'] else 'not shown to be equivalent'}"
+            )
+        print(keep(name, rows, margin=margin, **vars(options)))
+        (RESULTS / f"{name}-{device_name()}.md").write_text(markdown_table(result))
+        shutil.copy(out / "compare.png", RESULTS / f"{name}-{device_name()}.png")
+    finally:
+        shutil.rmtree(out)

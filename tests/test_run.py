@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -373,6 +374,22 @@ def test_two_bad_batches_after_one_checkpoint_are_both_passed(tmp_path):
     ] * 2
     position = json.loads((tmp_path / "checkpoints/40/_CHECKPOINT_METADATA").read_text())
     assert position["custom_metadata"]["extra"]["data"] == state_at(45)
+
+
+def test_a_rollback_passes_over_a_checkpoint_that_was_damaged_meanwhile(tmp_path, monkeypatch):
+    restore, calls = Checkpoints.restore_latest, []
+
+    def damaging(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            shutil.rmtree(tmp_path / "checkpoints" / "30" / "state")
+        return restore(self, *args, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore_latest", damaging)
+    summary = train("mlp_fp32", poisoned(33, nonfinite="rollback"), tmp_path, QUIET)
+    assert (summary["steps"], summary["rollbacks"]) == (40, 1)
+    folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert {"30", "40", "damaged-30"} <= folders
 
 
 def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):

@@ -265,12 +265,13 @@ class DynamicLossScale:
         """Whether a non-finite step would find the budget spent and the scale at its minimum, so
         that it could not back off; bool of shape (). DeepSpeed ends the run at such a step
         (`raise_error_at_min_scale`)."""
-        at_minimum = jnp.asarray(self.loss_scale) <= self._lowest
+        at_minimum = jnp.asarray(self.loss_scale) <= self.lowest
         left = self.hysteresis_left
         return at_minimum if left is None else at_minimum & (left <= 1)
 
     @property
-    def _lowest(self) -> float:
+    def lowest(self) -> float:
+        """The smallest scale that it backs off to."""
         return max(self.min_loss_scale, float(np.finfo(np.float32).tiny))
 
     def scale(self, tree: T) -> T:
@@ -304,7 +305,7 @@ class DynamicLossScale:
         else:
             reduced = scale * self.backoff_factor
         # A scale that starts below the minimum is raised to it by the first overflow, as in jmp.
-        reduced = jnp.maximum(reduced, self._lowest)
+        reduced = jnp.maximum(reduced, self.lowest)
 
         left = self.hysteresis_left
         if left is not None:

@@ -179,7 +179,7 @@ def _diverged(
 ) -> str:
     """Why the run cannot go on; '' where it can."""
     in_row, scale = values["skipped_in_row"], values["loss_scale"]
-    lowest = _lowest_scale(state)
+    lowest = state.loss_scale.lowest if isinstance(state.loss_scale, DynamicLossScale) else 0.0
     at_minimum = scale <= lowest and in_row >= min(limit, SKIPS_AT_MINIMUM)
     if in_row >= limit or at_minimum:
         why = f", the lowest that it may be ({lowest:g})" if at_minimum else ""
@@ -207,11 +207,3 @@ def _first_bad(at: int, losses: list[Any]) -> int:
     ]
     bad = np.flatnonzero(~np.concatenate(good)) if good else []
     return at - sum(map(len, good)) + 1 + int(bad[0]) if len(bad) else at
-
-
-def _lowest_scale(state: TrainState) -> float:
-    """The scale below which a dynamic loss scale does not back off; 0 without one."""
-    scale = state.loss_scale
-    if not isinstance(scale, DynamicLossScale):
-        return 0.0
-    return max(scale.min_loss_scale, float(np.finfo(np.float32).tiny))
