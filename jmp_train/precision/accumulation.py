@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,9 +32,11 @@ class WeightedLoss:
     sum of the totals divided by the sum of the weights, gradients likewise: what one large batch
     would give. A mean of the parts' means would weigh a token of a short part more.
 
-    The division is left to the caller because a part without a token would be 0 / 0. A total of 0
-    over a weight of 0 counts for nothing here, and if no part has any weight, loss and gradients
-    are zero. What is not finite is not hidden, whatever its weight.
+    The division is left to the caller because a part without a token would be 0 / 0. A part of
+    weight 0 still contributes its total, so weights may have either sign, and any split of a batch
+    gives the same loss. Where the weights of the whole batch sum to 0, the sum of the totals is the
+    loss: a batch without a token has loss and gradients of zero. What is not finite is not hidden,
+    whatever its weight.
 
     Attributes:
       total: the sum; a real scalar, at best in float32.
@@ -46,29 +50,36 @@ class WeightedLoss:
     weight: Any
 
 
+class Weights(NamedTuple):
+    """The weights of one part; each of shape=(), float32 or wider."""
+
+    own: jax.Array  # of this micro-batch on this device
+    total: jax.Array  # of this micro-batch on all devices
+    divisor: jax.Array  # what the part's total was divided by, to give its loss
+
+
 class Part(NamedTuple):
     """What one micro-batch on one device gives."""
 
     loss: jax.Array  # shape=(), in its own dtype
-    own_weight: Any  # shape=(), float32: of this part; None where parts weigh the same
-    weight: Any  # shape=(), float32: its mean over the devices, which `loss` was divided by
+    weights: Any  # `Weights` of a `WeightedLoss`; None where parts weigh the same
     grads: Any  # of `loss`, scaled; at least float32
     aux: Any
 
 
-def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Any, Any]:
-    """The mean that a `WeightedLoss` stands for, its own weight, and the weight divided by.
+def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Weights | None]:
+    """The mean that a `WeightedLoss` stands for, and its weights.
 
     Divided before the backward pass, not after: the gradients of a sum over 10^5 tokens would be
-    10^5 times nearer to float16's limit. The devices' mean weight is taken, not each its own, so
-    that a loss function which itself reduces over the devices differentiates rightly.
+    10^5 times nearer to float16's limit. The divisor is the devices' mean weight, not each one's
+    own, so that a loss function which itself reduces over the devices differentiates rightly.
     """
     if not isinstance(loss, WeightedLoss):
-        return loss, None, None
+        return loss, None
     total, own = jnp.asarray(loss.total), jnp.asarray(loss.weight)
     if own.shape != () or jnp.issubdtype(own.dtype, jnp.complexfloating):
         raise TypeError(
-            f"the weight has shape {own.shape} and dtype {own.dtype}; expected a scalar"
+            f"the weight has shape {own.shape} and dtype {own.dtype}; expected a real scalar"
         )
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise TypeError(
@@ -76,8 +87,11 @@ def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Any, Any]:
         )
     dtype = at_least_float32(total.dtype)
     own = jax.lax.stop_gradient(own.astype(dtype))
-    weight = own if axis_name is None else jax.lax.pmean(own, axis_name)
-    return total.astype(dtype) / _or_one(weight), own, weight
+    weight, devices = own, 1
+    if axis_name is not None:
+        weight, devices = jax.lax.psum((own, 1), axis_name)
+    divisor = _or_one(weight / devices)
+    return total.astype(dtype) / divisor, Weights(own, weight, divisor)
 
 
 def combine(
@@ -102,55 +116,50 @@ def combine(
       axis_name: the mesh axis of the devices, inside a `shard_map` over it; None for one device.
       reduce_dtype: what gradients are summed over the devices in.
     """
-    rows = split(batch, micro_batches)
+    rows = interleave(batch, micro_batches)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * micro_batches
     stateful = kwargs.get("model_state") is not None
 
-    def body(carry: Any, at: Any) -> Any:
+    def body(carry: Any, number: Any) -> Any:
         grads, model_state = carry
-        number, rows = at
         extras = dict(kwargs)
         if kwargs.get("key") is not None:
             extras["key"] = jax.random.fold_in(kwargs["key"], first + number)
         if stateful:
             extras["model_state"] = model_state
-        part = run(rows, extras)
+        part = run(micro_batch(rows, number), extras)
         aux = part.aux
         if stateful:
             aux, new = part.aux
             model_state = as_before(new, model_state)
         added = part.grads
-        if part.weight is not None:
-            added = jax.tree.map(lambda g: g * _as_real(part.weight, g), added)
+        if part.weights is not None:
+            added = jax.tree.map(lambda g: g * _as_real(part.weights.divisor, g), added)
         grads = added if grads is None else jax.tree.map(jnp.add, grads, added)
         return (grads, model_state), part._replace(grads=None, aux=aux)
 
     model_state = kwargs.get("model_state")
     if micro_batches == 1:
-        carry, parts = body((None, model_state), (0, jax.tree.map(lambda x: x[0], rows)))
+        carry, parts = body((None, model_state), 0)
         parts = jax.tree.map(lambda x: jnp.asarray(x)[None], parts)
     else:
+        # Like the parameters, so that under explicit sharding the sum has their sharding.
         zeros = jax.tree.map(
-            lambda p: jnp.zeros(jnp.shape(p), at_least_float32(jnp.result_type(p))), params
+            lambda p: jnp.zeros_like(p, dtype=at_least_float32(jnp.result_type(p))), params
         )
         numbers = jnp.arange(micro_batches, dtype=jnp.int32)
-        carry, parts = jax.lax.scan(body, (zeros, model_state), (numbers, rows))
+        carry, parts = jax.lax.scan(body, (zeros, model_state), numbers)
     grads, model_state = carry
 
     devices = 1 if axis_name is None else jax.lax.psum(1, axis_name)
-    weight = devices * (micro_batches if parts.weight is None else _or_one(parts.weight.sum()))
+    whole = _whole(parts, devices * micro_batches)
 
-    def mean(x: jax.Array, weights: Any) -> jax.Array:
-        wide = x.astype(at_least_float32(x.dtype))
-        if weights is not None:
-            wide = wide * weights
-        total = wide.sum() if axis_name is None else jax.lax.psum(wide.sum(), axis_name)
-        return total / weight
+    def summed(x: jax.Array) -> jax.Array:
+        return x.sum() if axis_name is None else jax.lax.psum(x.sum(), axis_name)
 
     def reduced(g: jax.Array) -> jax.Array:
-        g = g / _as_real(
-            weight, g
-        )  # first: a sum of weighted gradients may be beyond the reduce dtype
+        # Divided first: a sum of weighted gradients may be beyond the reduce dtype.
+        g = g / _as_real(whole.divisor, g)
         if axis_name is None:
             return g
         narrow = g.dtype
@@ -159,19 +168,42 @@ def combine(
         return jax.lax.psum(g.astype(narrow), axis_name).astype(g.dtype)
 
     def metric(x: jax.Array) -> jax.Array:
-        """A floating scalar's mean; a part without weight is left out, its own is often 0 / 0."""
         if x.ndim != 1 or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        if parts.own_weight is None:
-            return mean(x, None).astype(x.dtype)
-        x = jnp.where(parts.own_weight == 0, 0, x)
-        return mean(x, parts.own_weight).astype(x.dtype)
+        # A part without weight is selected away: its own metric is often 0 / 0.
+        wide = jnp.where(whole.of_metric == 0, 0, x.astype(at_least_float32(x.dtype)))
+        return (summed(wide * whole.of_metric) / whole.metric_divisor).astype(x.dtype)
 
     aux = jax.tree.map(metric, parts.aux)
     if stateful:
         aux = aux, _mean_over_devices(model_state, axis_name)
-    loss = mean(parts.loss, parts.weight)
-    return Part(loss, None, None, jax.tree.map(reduced, grads), aux), parts.loss.dtype
+    loss = summed(parts.loss.astype(whole.of_loss.dtype) * whole.of_loss) / whole.divisor
+    return Part(loss, None, jax.tree.map(reduced, grads), aux), parts.loss.dtype
+
+
+class _Whole(NamedTuple):
+    """What sums over the parts are weighted with, shape (parts,), and divided by, shape ()."""
+
+    of_loss: jax.Array
+    divisor: jax.Array
+    of_metric: jax.Array
+    metric_divisor: jax.Array
+
+
+def _whole(parts: Part, count: int) -> _Whole:
+    """The weights of a batch of `count` parts, of which this device has `parts`.
+
+    A metric is a mean by the parts' weights; where these sum to 0 over the batch, a plain mean.
+    """
+    wide = at_least_float32(parts.loss.dtype)
+    ones, number = jnp.ones(parts.loss.shape, wide), jnp.asarray(count, wide)
+    if parts.weights is None:
+        return _Whole(ones, number, ones, number)
+    total = parts.weights.total.sum()
+    of_metric, metric_divisor = jax.tree.map(
+        lambda a, b: jnp.where(total == 0, a, b), (ones, number), (parts.weights.own, total)
+    )
+    return _Whole(parts.weights.divisor, _or_one(total), of_metric, metric_divisor)
 
 
 def check_batch(batch: Any, parts: int, meaning: str) -> None:
@@ -198,12 +230,40 @@ def check_batch(batch: Any, parts: int, meaning: str) -> None:
         )
 
 
-def split(batch: Any, micro_batches: int) -> Any:
-    """The leading axis B of each leaf as (micro_batches, B / micro_batches), in order."""
+def interleave(batch: Any, micro_batches: int) -> Any:
+    """The leading axis B of each leaf as (B / micro_batches, micro_batches).
+
+    The axis that stays in front is the one that a batch is sharded over. Cut the other way round,
+    into consecutive rows, the axis of micro-batches would inherit the sharding, and each device
+    would gather and compute every micro-batch in full.
+    """
     check_batch(batch, micro_batches, f"{micro_batches} micro-batches")
-    return jax.tree.map(
-        lambda x: jnp.reshape(x, (micro_batches, x.shape[0] // micro_batches, *x.shape[1:])), batch
-    )
+
+    def cut(x: Any) -> jax.Array:
+        x = jnp.asarray(x)
+        _check_sharding(x, micro_batches)
+        return jnp.reshape(x, (x.shape[0] // micro_batches, micro_batches, *x.shape[1:]))
+
+    return jax.tree.map(cut, batch)
+
+
+def micro_batch(rows: Any, number: Any) -> Any:
+    """A micro-batch of what `interleave` made: rows number, number + N, number + 2 N, ... of N."""
+    take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, axis=1, keepdims=False)
+    return jax.tree.map(take, rows)
+
+
+def _check_sharding(x: jax.Array, micro_batches: int) -> None:
+    """Raises ValueError where an explicitly sharded axis of examples has too few for each part."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[0] if sharding.spec else None
+    names = (names,) if isinstance(names, str) else names or ()
+    devices = math.prod(sharding.mesh.shape[name] for name in names)
+    if x.shape[0] % (devices * micro_batches):
+        raise ValueError(
+            f"the batch has {x.shape[0]} examples, sharded over {devices} devices; expected a "
+            f"multiple of {devices * micro_batches}, to be split into {micro_batches} micro-batches"
+        )
 
 
 def check_micro_batches(micro_batches: Any) -> int:
@@ -256,7 +316,8 @@ def as_before(new: Any, old: Any) -> Any:
     What is checked is known when traced, so that a compiled step is as it would be without.
 
     Raises:
-      TypeError: for another structure or shape, by its path.
+      TypeError: for another structure or shape, or a number of another kind (floating where it was
+        given an integer, say), by its path.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
         names, expected = path_names(new), path_names(old)
@@ -275,7 +336,8 @@ def as_before(new: Any, old: Any) -> Any:
     def leaf(name: str, new: Any, old: Any) -> jax.Array:
         new, old = jnp.asarray(new), jnp.asarray(old)
         keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (new, old)]
-        if new.shape != old.shape or (any(keys) and new.dtype != old.dtype):
+        alike = new.dtype == old.dtype if any(keys) else _kind(new) == _kind(old)
+        if new.shape != old.shape or not alike:
             raise TypeError(
                 f"the loss function returned the model state {name!r} with shape {new.shape} and "
                 f"dtype {new.dtype}; expected shape {old.shape} and dtype {old.dtype}, as it was given"
@@ -285,6 +347,12 @@ def as_before(new: Any, old: Any) -> Any:
     return jax.tree.map(
         leaf, jax.tree.unflatten(jax.tree.structure(old), path_names(old)), new, old
     )
+
+
+def _kind(x: jax.Array) -> type:
+    """What a cast may not cross: bool, signed, unsigned, floating and complex numbers."""
+    kinds = (jnp.bool_, jnp.signedinteger, jnp.unsignedinteger, jnp.floating, jnp.complexfloating)
+    return next(kind for kind in kinds if jnp.issubdtype(x.dtype, kind))
 
 
 def _mean_over_devices(tree: Any, axis_name: str | None) -> Any:

@@ -34,6 +34,7 @@ class GradResult(NamedTuple):
     grads: Any  # as the parameters, float32 (float64 for float64 parameters), unscaled
     finite: jax.Array  # shape=(), bool: whether every gradient is finite
     loss_scale: LossScale  # for the next step
+    scaled_by: jax.Array | None  # shape=(), float32: the scale of this step; None without one
     aux: Any  # what the loss function returned beside the loss; None without `has_aux`
 
 
@@ -56,7 +57,8 @@ def value_and_grad(
     scale.
 
     The gradients are those of the cast parameters: the cast itself counts as the identity.
-    A loss in float16 cannot pass on a derivative above 65,504, so the scale is then held at 2^15.
+    A loss in float16 cannot pass on a derivative above 65,504, so the scale is then capped at 2^15
+    (`scaled_by` is the scale that was used).
 
     With micro-batches, or over the devices of a mesh axis, scaled gradients are converted to
     float32 and accumulated on each device, divided by the number of parts (or their weight), cast
@@ -136,12 +138,12 @@ def value_and_grad(
             def compute(params: Any) -> tuple[jax.Array, Any]:
                 out = loss_fn(params, batch, *args, **kwargs)
                 loss, aux = out if has_aux else (out, None)
-                loss, own_weight, weight = mean_of(loss, axis_name)
-                return _real_scalar(loss), (aux, own_weight, weight)
+                loss, weights = mean_of(loss, axis_name)
+                return _real_scalar(loss, has_aux), (aux, weights)
 
-            loss, backward, (aux, own, weight) = jax.vjp(compute, cast_params, has_aux=True)
+            loss, backward, (aux, weights) = jax.vjp(compute, cast_params, has_aux=True)
             (grads,) = backward(_seed(_fit(scale, loss.dtype), loss.dtype))
-            return Part(loss, own, weight, _widen(grads, params), aux)
+            return Part(loss, weights, _widen(grads, params), aux)
 
         if micro_batches == 1 and axis_name is None:
             whole = run(batch, kwargs)
@@ -157,13 +159,15 @@ def value_and_grad(
                 reduce_dtype=reduce_dtype,
             )
         scale = _fit(scale, loss_dtype)
-        grads = _unscale(whole.grads, scale, _seed(scale, loss_dtype))
+        seed = _seed(scale, loss_dtype)
+        grads = _unscale(whole.grads, scale, seed)
         finite = all_finite(grads)
         return GradResult(
             loss=whole.loss.astype(at_least_float32(whole.loss.dtype)),
             grads=grads,
             finite=finite,
             loss_scale=scale.adjust(finite),
+            scaled_by=None if isinstance(scale, NoOpLossScale) else seed.astype(jnp.float32),
             aux=whole.aux,
         )
 
@@ -185,14 +189,18 @@ def _check_params(params: Any) -> None:
             )
 
 
-def _real_scalar(loss: Any) -> jax.Array:
-    loss = jnp.asarray(loss)
-    if loss.shape != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+def _real_scalar(loss: Any, has_aux: bool) -> jax.Array:
+    hint = "" if has_aux else "; for (loss, aux) pass has_aux=True"
+    try:
+        array = jnp.asarray(loss)
+    except (TypeError, ValueError):
+        raise TypeError(f"the loss is a {type(loss).__name__}; expected a real scalar{hint}") from None
+    if array.shape != () or not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
-            f"the loss has shape {loss.shape} and dtype {loss.dtype}; expected a real scalar of "
-            "shape (); for (loss, aux) pass has_aux=True"
+            f"the loss has shape {array.shape} and dtype {array.dtype}; expected a real scalar of "
+            f"shape (){hint}"
         )
-    return loss
+    return array
 
 
 def _fit(loss_scale: LossScale, dtype: Any) -> LossScale:
