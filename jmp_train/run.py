@@ -702,7 +702,7 @@ def _start(run: _Run) -> _Start:
 
 def _with_other_skips(run: _Run, state: TrainState, check: Any) -> Restored | None:
     """A checkpoint of a run that skipped steps for one that does not, or the other way round."""
-    other = no_skip(state.params) if state.last_skip is None else None
+    other = no_skip(state.params, state.model_state) if state.last_skip is None else None
     try:
         restored = run.checkpoints.restore_latest(state._replace(last_skip=other), check=check)
     except DoesNotFit:

@@ -6,10 +6,12 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Run by test_mesh.py in a process that has four devices.
-collect_ignore = (
-    [] if "device_count=4" in os.environ.get("XLA_FLAGS", "") else ["training/four_devices.py"]
-)
+# Run in processes that have as many devices: see training/test_mesh.py.
+collect_ignore = [
+    file
+    for devices, file in ((4, "training/four_devices.py"), (8, "training/eight_devices.py"))
+    if f"device_count={devices}" not in os.environ.get("XLA_FLAGS", "")
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

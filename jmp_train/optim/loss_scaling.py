@@ -10,7 +10,13 @@ import optax
 
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import NarrowParameters
-from jmp_train.precision.loss_scale import DynamicLossScale, LossScale, all_finite, select_tree
+from jmp_train.precision.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    all_finite,
+    check_loss_scale,
+    select_tree,
+)
 
 
 class LossScalingState(NamedTuple):
@@ -50,6 +56,9 @@ def loss_scaling(
     Returns:
       A transformation with the same arguments and a `LossScalingState`.
 
+    Raises:
+      TypeError: for a loss scale that is none.
+
     >>> optimizer = loss_scaling(optax.sgd(1.0), DynamicLossScale(2.0**16))
     >>> params = jnp.float32(3.0)
     >>> state = optimizer.init(params)
@@ -64,6 +73,8 @@ def loss_scaling(
 
     Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.2.
     """
+    if loss_scale is not None:
+        check_loss_scale(loss_scale)
     inner = fp32_state(optimizer)
     first = DynamicLossScale(2.0**16) if loss_scale is None else loss_scale
 
@@ -115,13 +126,19 @@ def scale_loss(loss: Any, opt_state: Any) -> Any:
     >>> int(optax.tree.get(state, "LossScalingState").skipped)
     0
     """
-    found = optax.tree.get_all_with_path(opt_state, LossScalingState.__name__)
+    found = scales_of(opt_state)
     if len(found) != 1:
         raise ValueError(
             f"the optimizer's state holds {len(found)} loss scales; expected one: put loss_scaling "
             "around the whole optimizer"
         )
-    return found[0][1].loss_scale.scale(loss)
+    return found[0].scale(loss)
+
+
+def scales_of(opt_state: Any) -> list[LossScale]:
+    """The loss scales in an optimizer's state, at any depth."""
+    found = optax.tree.get_all_with_path(opt_state, LossScalingState.__name__)
+    return [state.loss_scale for _, state in found]
 
 
 def _no_updates(updates: Any) -> Any:

@@ -157,6 +157,21 @@ def bit_updates(updates: Any, params: Any, new: Any) -> Any:
     return _merge(params, map_narrow(BitUpdate.between, params, new), updates)
 
 
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates` for parameters of any dtype.
+
+    JAX promotes no 8-bit float, so Optax cannot add a float32 update to one; here the sum is
+    formed in float32, as for a 16-bit parameter, and rounded once.
+    """
+
+    def add(p: Any, u: Any) -> Any:
+        if isinstance(u, BitUpdate) or jnp.finfo(p.dtype).bits > 8:
+            return optax.apply_updates(p, u)
+        return optax.apply_updates(p.astype(jnp.float32), u).astype(p.dtype)
+
+    return jax.tree.map(add, params, updates)
+
+
 def _flatten(params: Any) -> tuple[list[Any], Any]:
     if params is None:
         raise ValueError("the parameters are missing; expected update(updates, state, params)")

@@ -22,6 +22,7 @@ from jmp_train.precision.loss_scale import (
     LossScale,
     NoOpLossScale,
     all_finite,
+    check_loss_scale,
     largest_power_of_two,
 )
 from jmp_train.precision.policy import Policy, get_policy
@@ -97,7 +98,7 @@ def value_and_grad(
     Raises:
       ValueError: for an unknown policy or reduce dtype, or less than one micro-batch; when traced,
         for a batch that cannot be split into equal micro-batches.
-      TypeError: when traced, for a loss that is not a real scalar, and for a parameter that is not
+      TypeError: when traced, for a loss scale that is none, a loss that is not a real scalar, and for a parameter that is not
         floating (a counter or a PRNG key, say), by its path.
 
     >>> def loss_fn(params, batch):
@@ -128,6 +129,7 @@ def value_and_grad(
         **kwargs: Any,
     ) -> GradResult:
         scale = NoOpLossScale() if loss_scale is None else loss_scale
+        check_loss_scale(scale)
         _check_params(params)
         cast_params = to_compute(params)
 
@@ -194,7 +196,9 @@ def _real_scalar(loss: Any, has_aux: bool) -> jax.Array:
     try:
         array = jnp.asarray(loss)
     except (TypeError, ValueError):
-        raise TypeError(f"the loss is a {type(loss).__name__}; expected a real scalar{hint}") from None
+        raise TypeError(
+            f"the loss is a {type(loss).__name__}; expected a real scalar{hint}"
+        ) from None
     if array.shape != () or not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"the loss has shape {array.shape} and dtype {array.dtype}; expected a real scalar of "

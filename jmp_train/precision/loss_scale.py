@@ -112,6 +112,11 @@ class StaticLossScale:
     Attributes:
       loss_scale: the factor, a number; kept static, so it has no pytree leaves.
 
+    Raises:
+      ValueError: for a factor that is not above 0, finite and normal in float32; for 0, which jmp
+        constructs, only from what is to scale a loss with it.
+      TypeError: for what is no number.
+
     >>> StaticLossScale(2.0**10).unscale({"g": jnp.float16(2.0)})
     {'g': Array(0.00195312, dtype=float32)}
     """
@@ -120,6 +125,8 @@ class StaticLossScale:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss_scale", _static_number(self.loss_scale, "loss_scale"))
+        if self.loss_scale != 0:  # jmp takes 0; `check_loss_scale` refuses it where it is used
+            _check_static_scale(self.loss_scale)
 
     def scale(self, tree: T) -> T:
         """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
@@ -338,6 +345,17 @@ class DynamicLossScale:
 LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
 
 
+def check_loss_scale(loss_scale: Any) -> None:
+    """Raises TypeError for what is no `LossScale`, and ValueError for a static one of 0."""
+    if isinstance(loss_scale, StaticLossScale):
+        _check_static_scale(loss_scale.loss_scale)
+    if isinstance(loss_scale, LossScale):
+        return
+    number = isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool)
+    nearest = f"StaticLossScale({loss_scale!r})" if number else "DynamicLossScale(2.0**16)"
+    raise TypeError(f"loss_scale is {loss_scale!r}; expected a loss scale such as {nearest}")
+
+
 def default_loss_scale(policy: Policy) -> LossScale:
     """What a policy needs: dynamic from 2^16 where it computes in float16, else none.
 
@@ -382,6 +400,11 @@ def check_scale(value: Any, name: str) -> None:
             f"{name} is {value}; expected 0 < it < inf, and at least {tiny:.3g}, the smallest "
             "normal number of float32"
         )
+
+
+def _check_static_scale(value: float) -> None:
+    with np.errstate(over="ignore"):  # an infinite scale is refused
+        check_scale(float(np.float32(value)), "loss_scale")
 
 
 def _float32_scalar(value: Any, name: str) -> Any:

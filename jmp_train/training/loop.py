@@ -167,11 +167,14 @@ def _train_values(
 
 
 def nonfinite_gradients(state: TrainState) -> list[str]:
-    """The paths of the parameters whose gradients were not finite in the last skipped step."""
+    """The paths of what was not finite in the last skipped step: parameters, for their gradients, and
+    leaves of the model state, under `model_state/`."""
     if state.last_skip is None:
         return []
+    names = path_names(state.params)
+    names += [f"model_state/{name}" for name in path_names(state.model_state)]
     flags = np.asarray(state.last_skip.nonfinite)
-    return [name for name, bad in zip(path_names(state.params), flags, strict=True) if bad]
+    return [name for name, bad in zip(names, flags, strict=True) if bad]
 
 
 def _diverged(

@@ -13,7 +13,9 @@ class LastSkip(NamedTuple):
     """The last step that was skipped."""
 
     step: jax.Array  # shape=(), int32: steps taken after it; 0 where none was skipped
-    nonfinite: jax.Array  # shape=(parameter leaves,), bool: whose gradient was not finite
+    # shape=(leaves of parameters and model state,), bool: parameters whose gradient was not finite,
+    # then leaves of the model state that became non-finite
+    nonfinite: jax.Array
 
 
 class TrainState(NamedTuple):
@@ -41,7 +43,7 @@ class StepInfo(NamedTuple):
 
     loss: jax.Array  # shape=(), float32: unscaled
     aux: Any  # what the loss function returned beside the loss
-    finite: Any  # shape=(), bool: whether all gradients were; None where steps are not skipped
+    finite: Any  # shape=(), bool: whether the step was taken; None where steps are not skipped
     grad_norm: (
         Any  # shape=(), float32: global norm, unscaled and before clipping; None if not asked
     )

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.precision.accumulation import as_before, check_batch
-from jmp_train.precision.dtypes import nearest
+from jmp_train.optim.narrow_parameters import apply_updates
+from jmp_train.precision.accumulation import as_before
 from jmp_train.precision.gradients import GradResult, value_and_grad
 from jmp_train.precision.loss_scale import (
     LossScale,
@@ -23,7 +22,16 @@ from jmp_train.precision.loss_scale import (
 )
 from jmp_train.precision.numerics import nonfinite_leaves
 from jmp_train.precision.policy import Policy, get_policy, widen_to_full
+from jmp_train.training.devices import over_devices, replicate, with_parameters
+from jmp_train.training.donation import Donating
 from jmp_train.training.state import LastSkip, StepInfo, TrainState
+from jmp_train.training.step_arguments import (
+    check_key,
+    check_make_step,
+    check_scaled_once,
+    check_state,
+    explain_missing_arguments,
+)
 
 T = TypeVar("T")
 
@@ -44,9 +52,13 @@ class Stepper(NamedTuple):
     """A train step under a policy: `init` makes the state, `step` and `scan` advance it."""
 
     init: Callable[..., TrainState]
-    """`init(params, *, model_state=None, key=None)`. Copies, so the caller's arrays stay alive."""
+    """`init(params, *, model_state=None, key=None)`. Copies, so the caller's arrays stay alive.
+    Counters and the loss scale are replicated over the devices that the parameters are sharded over."""
     step: jax.stages.Wrapped
     """`step(state, batch) -> (TrainState, StepInfo)`: one step, jitted; the state's buffers are donated."""
+    pure_step: Callable[[TrainState, Any], tuple[TrainState, StepInfo]]
+    """The function that `step` jits, without jit and donation: to differentiate through steps, to
+    `vmap` over states, or to jit in another way."""
     scan: jax.stages.Wrapped
     """`scan(state, batches)`: a step for each entry of the batches' leading axis in one dispatch,
     jitted and donated; the info's leaves get that leading axis."""
@@ -89,9 +101,13 @@ def make_step(
         `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
         model's output to float32 first, or with `policy.cast_to_output` where that is float32. A
         mean over anything but examples, over tokens say, is returned as a `WeightedLoss`.
-      optimizer: any Optax transformation; it need not know of precision. For parameters narrower
+      optimizer: any Optax transformation; it need not know of precision. Its update gets the extra
+        arguments `value` (the loss), `grad` (the gradients, unscaled) and `value_fn` (the loss on
+        this batch as a differentiable function of the parameters), so `reduce_on_plateau`,
+        `polyak_sgd`, `momo` and `lbfgs` work. For parameters narrower
         than float32, `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan` around
-        one keeps updates that are too small for them.
+        one keeps updates that are too small for them. Not one in `loss_scaling`: the step scales
+        the loss itself.
       policy: a `Policy` or a string for `get_policy`. None casts neither parameters nor batch, for
         a loss function that does so itself: one under `autocast`, or with a model under
         `jmp_train.flax.apply_policy`.
@@ -105,9 +121,10 @@ def make_step(
         the decay is at most (1 + n) / (10 + n), so that the first parameters are soon forgotten,
         as in TensorFlow's ExponentialMovingAverage. A skipped step leaves it as it is.
       cast_batch: whether the batch's floating leaves are cast to the compute dtype.
-      micro_batches: the number of equal parts of a batch that run one after the other, with the
+      micro_batches: the number N of equal parts of a batch that run one after the other, with the
         memory of one; their gradients are accumulated in float32, then unscaled, checked and
-        clipped once. Each gets its own key and the model state that the one before returned. In
+        clipped once. Part n has the examples n, n + N, n + 2 N, ..., so that the parts of a sharded
+        batch are sharded alike. Each gets its own key and the model state that the one before returned. In
         the info's `aux`, floating scalars are their mean; other leaves get a leading axis.
       mesh: devices to share each batch out to, by its leading axis; the state is whole on each.
         Each device takes its micro-batches as above; losses, metrics and the model state's
@@ -122,10 +139,13 @@ def make_step(
 
     Raises:
       ValueError: for an unknown policy, reduce dtype or mesh axis, less than one micro-batch, and a
-        decay outside 0 to 1;
-        when traced, for a batch that does not split into equal parts.
-      TypeError: when traced, for a loss that is not a real scalar, a parameter that is not floating,
-        or a new model state of another structure or shape than the one before, by its path.
+        decay outside 0 to 1; from `init`, for an optimizer in `loss_scaling`;
+        when traced, for a batch that does not split into equal parts;
+        from `step` and `scan`, for a state that an earlier call has donated.
+      TypeError: for a loss function, an optimizer or a loss scale that is none, and from `init` for
+        a key that is none; when traced, for a state that is none, a loss that is not a real scalar,
+        a parameter that is not floating, a new model state of another structure, shape or kind of
+        number than the one before, by its path, and an optimizer that needs further arguments.
 
     >>> def loss_fn(params, batch):
     ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]).astype(jnp.float32) ** 2)
@@ -139,6 +159,7 @@ def make_step(
     >>> int(state.skipped)  # a scale of 65,536 was too large for a gradient of 1
     1
     """
+    check_make_step(loss_fn, optimizer, loss_scale)
     policy = None if policy is None else get_policy(policy)
     first_scale = loss_scale
     if first_scale is None:
@@ -158,27 +179,27 @@ def make_step(
         reduce_dtype=reduce_dtype,
     )
     if mesh is not None:
-        # By default the axes of `jax.make_mesh` are explicit, and `shard_map` would then refuse a
-        # batch that is not sharded yet.
-        mesh = Mesh(mesh.devices, mesh.axis_names)
-        grad_fn = _over_devices(grad_fn, mesh, axis_name, micro_batches)
+        grad_fn = over_devices(grad_fn, mesh, axis_name, micro_batches)
 
     def init(params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
+        check_key(key)
+        params = jax.tree.map(_own, params)  # arrays, so that a cast leaves no Python number out
         params = params if policy is None else policy.cast_to_param(params)
-        params = jax.tree.map(_own, params)
+        model_state = jax.tree.map(_own, widen_to_full(model_state))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=jax.tree.map(_own, optimizer.init(params)),
-            model_state=jax.tree.map(_own, widen_to_full(model_state)),
+            model_state=model_state,
             ema=None if ema_decay is None else jax.tree.map(_own, widen_to_full(params)),
             loss_scale=jax.tree.map(_own, first_scale),
             skipped=jnp.zeros((), jnp.int32),
             skipped_in_row=jnp.zeros((), jnp.int32),
-            last_skip=no_skip(params) if skip_nonfinite else None,
+            last_skip=no_skip(params, model_state) if skip_nonfinite else None,
             key=None if key is None else _own(key),
         )
-        return state if mesh is None else jax.device_put(state, NamedSharding(mesh, P()))
+        check_scaled_once(state.opt_state)
+        return with_parameters(state) if mesh is None else replicate(state, mesh)
 
     def grads(state: TrainState, batch: Any) -> GradResult:
         extras = {} if state.model_state is None else {"model_state": state.model_state}
@@ -187,19 +208,33 @@ def make_step(
         return grad_fn(state.params, batch, loss_scale=state.loss_scale, **extras)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+        check_state(state)
         result = grads(state, batch)
         aux, new_model_state = result.aux
         new_model_state = as_before(new_model_state, state.model_state)
+        finite = result.finite
+        if skip_nonfinite and state.model_state is not None:
+            finite &= ~_became_nonfinite(new_model_state, state.model_state).any()
 
         def move(kept: _Kept) -> _Kept:
-            updates, opt_state = optimizer.update(result.grads, kept.opt_state, kept.params)
-            params = optax.apply_updates(kept.params, updates)
+            with explain_missing_arguments():
+                updates, opt_state = optimizer.update(
+                    result.grads,
+                    kept.opt_state,
+                    kept.params,
+                    value=result.loss,
+                    grad=result.grads,
+                    value_fn=_loss_of_parameters(grads, state, batch),
+                )
+            params = apply_updates(kept.params, updates)
             ema = kept.ema
             if ema_decay is not None:
                 taken = (state.step - kept.skipped).astype(jnp.float32)
                 rate = 1 - jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
                 ema = jax.tree.map(
-                    lambda e, p: e + rate.astype(e.real.dtype) * (p - e), ema, params
+                    lambda e, p: e + rate.astype(e.real.dtype) * (p.astype(e.dtype) - e),
+                    ema,
+                    params,
                 )
             return kept._replace(
                 params=params,
@@ -210,34 +245,40 @@ def make_step(
             )
 
         def skip(kept: _Kept) -> _Kept:
+            bad = nonfinite_leaves(result.grads)
+            if state.model_state is not None:
+                became = _became_nonfinite(new_model_state, state.model_state)
+                bad = jnp.concatenate([bad, became])
             return kept._replace(
                 skipped=kept.skipped + 1,
                 skipped_in_row=kept.skipped_in_row + 1,
-                last_skip=LastSkip(state.step + 1, nonfinite_leaves(result.grads)),
+                last_skip=LastSkip(state.step + 1, bad),
             )
 
         kept = _Kept(*(getattr(state, field) for field in _Kept._fields))
         if skip_nonfinite:
-            kept = _move_or_skip(result.finite, move, skip, kept)
+            kept = _move_or_skip(finite, move, skip, kept)
         else:
             kept = move(kept)._replace(skipped_in_row=state.skipped_in_row)
-        scale = None
-        if not isinstance(state.loss_scale, NoOpLossScale):
-            scale = jnp.asarray(state.loss_scale.loss_scale, jnp.float32)
         info = StepInfo(
             loss=result.loss,
             aux=aux,
-            finite=result.finite if skip_nonfinite else None,
+            finite=finite if skip_nonfinite else None,
             grad_norm=optax.tree.norm(result.grads) if grad_norm else None,
-            loss_scale=scale,
+            loss_scale=result.scaled_by,
         )
         state = state._replace(step=state.step + 1, loss_scale=result.loss_scale, **kept._asdict())
         return state, info
 
+    def scan(state: TrainState, batches: Any) -> tuple[TrainState, StepInfo]:
+        check_state(state)
+        return jax.lax.scan(step, state, batches)
+
     return Stepper(
         init=init,
-        step=jax.jit(step, donate_argnums=0),
-        scan=jax.jit(lambda state, batches: jax.lax.scan(step, state, batches), donate_argnums=0),
+        step=Donating(step),
+        pure_step=step,
+        scan=Donating(scan),
         skips_nonfinite=skip_nonfinite,
         grads=grads,
     )
@@ -259,50 +300,39 @@ def _move_or_skip(finite: jax.Array, move: Callable[[T], T], skip: Callable[[T],
     )
 
 
-def _over_devices(
-    grad_fn: Callable[..., GradResult], mesh: Mesh, axis_name: str, micro_batches: int
-) -> Callable[..., GradResult]:
-    """`grad_fn` on each device's share of the batch, everything else being the same on all."""
-    if axis_name not in mesh.axis_names:
-        raise ValueError(
-            f"the mesh has no axis {axis_name!r}; {nearest(axis_name, mesh.axis_names)}"
-        )
-    devices = mesh.shape[axis_name]
-    meaning = f"{devices} devices x {micro_batches} micro-batches"
-
-    def local(params: Any, batch: Any, loss_scale: Any, extras: Any) -> Any:
-        result = grad_fn(params, batch, loss_scale=loss_scale, **extras)
-        aux, model_state = result.aux
-        means = jax.tree.map(lambda x: x if x.ndim == 0 else None, aux)
-        stacked = jax.tree.map(lambda x: None if x.ndim == 0 else x, aux)
-        return result._replace(aux=(means, model_state)), stacked
-
-    # check_vma=False: with it on, a loop in a user's model that starts from zeros is a type error,
-    # and gradients are summed in the compute dtype, inside the backward pass.
-    sharded = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(P(), P(axis_name), P(), P()),
-        out_specs=(P(), P(axis_name)),
-        check_vma=False,
-    )
-
-    def over_devices(params: Any, batch: Any, *, loss_scale: Any, **extras: Any) -> GradResult:
-        check_batch(batch, devices * micro_batches, meaning)
-        result, stacked = sharded(params, batch, loss_scale, extras)
-        means, model_state = result.aux
-        aux = jax.tree.map(
-            lambda a, b: b if a is None else a, means, stacked, is_leaf=lambda x: x is None
-        )
-        return result._replace(aux=(aux, model_state))
-
-    return over_devices
-
-
-def no_skip(params: Any) -> LastSkip:
+def no_skip(params: Any, model_state: Any) -> LastSkip:
     """What a state remembers of skipped steps before there was one."""
-    leaves = len(jax.tree.leaves(params))
+    leaves = len(jax.tree.leaves((params, model_state)))
     return LastSkip(jnp.zeros((), jnp.int32), jnp.zeros(leaves, jnp.bool_))
+
+
+def _became_nonfinite(new: Any, old: Any) -> jax.Array:
+    """Which leaves of a model state were finite and are not any more; shape=(leaves,), bool.
+
+    A state may hold infinities from the start: a smallest loss so far, or the mask of a cache.
+    """
+    return nonfinite_leaves(new) & ~nonfinite_leaves(old)
+
+
+def _loss_of_parameters(
+    grads: Callable[[TrainState, Any], GradResult], state: TrainState, batch: Any
+) -> Callable[[Any], jax.Array]:
+    """The loss of one step as a function of the parameters; differentiated, it gives the step's own
+    gradients, formed under the loss scale and unscaled. Not traced unless it is called."""
+
+    @jax.custom_vjp
+    def loss(params: Any) -> jax.Array:
+        return grads(state._replace(params=params), batch).loss
+
+    def forward(params: Any) -> tuple[jax.Array, Any]:
+        result = grads(state._replace(params=params), batch)
+        return result.loss, jax.tree.map(lambda g, p: g.astype(p.dtype), result.grads, params)
+
+    def backward(gradients: Any, cotangent: jax.Array) -> tuple[Any]:
+        return (jax.tree.map(lambda g: g * cotangent.astype(g.real.dtype), gradients),)
+
+    loss.defvjp(forward, backward)
+    return loss
 
 
 def _own(x: Any) -> jax.Array:
