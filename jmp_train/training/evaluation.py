@@ -29,6 +29,7 @@ def make_evaluate(
       sum over batches is float64 on the host.
 
     Raises:
+      TypeError: when called, for a mask that is not bool.
       ValueError: when called, if no example is left to average over, or if the mask's shape is
         not that of the values.
 
@@ -41,10 +42,15 @@ def make_evaluate(
 
     @jax.jit
     def sums(params: Any, batch: Any, **extras: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        mask = batch.get("mask") if isinstance(batch, Mapping) else None
+        if mask is not None and mask.dtype != jnp.bool_:
+            raise TypeError(
+                f"the mask has dtype {mask.dtype}; expected bool, such as mask != 0: it says which "
+                "examples count, and is not a weight"
+            )
         batch = to_compute(batch)
         values = metrics_fn(to_compute(params), batch, **extras)
         values = {name: value.astype(jnp.float32) for name, value in values.items()}
-        mask = batch.get("mask") if isinstance(batch, Mapping) else None
         if mask is None:
             mask = jnp.ones_like(next(iter(values.values())), bool)
         for name, value in values.items():
