@@ -165,7 +165,7 @@ def test_too_many_skips_have_status_3_and_a_report(capsys, tmp_path):
     words = ("train", "mlp_fp16", *small, *scale, *fields, "--run-dir", str(run_dir))
     status, _, err = run(capsys, *words)
     assert status == 3 and "Traceback" not in err
-    assert "5 steps in a row up to step 5 had non-finite gradients" in err
+    assert "5 steps in a row up to step 5 were not finite and were skipped" in err
     assert "overflow of float16 (largest 65504; " in err and "(backward" in err
     assert "loss scale: 1e+09 at step 5" in err
     assert "newest checkpoint: no checkpoint" in err

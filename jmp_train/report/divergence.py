@@ -52,7 +52,8 @@ class Divergence:
       loss_scale: that the last step was taken under.
       skips: whether non-finite steps are skipped.
       history: the last train records, oldest first.
-      gradients: the paths of the gradients that were not finite in the last skipped step.
+      gradients: the paths of the gradients that were not finite in the last skipped step, and under
+        `model_state/` those of the model state that became so.
       parameters: the paths of the parameters that are not finite now.
       operations: the replay of the last step; None where there could be none.
       float32: the same step's gradients in float32; None where they could not be formed.
@@ -80,7 +81,7 @@ class Divergence:
     def __str__(self) -> str:
         lines = [self.reason]
         if self.gradients:
-            lines.append(f"gradients that were not finite: {_some(self.gradients)}")
+            lines.append(f"not finite in the last skipped step: {_some(self.gradients)}")
         if self.parameters:
             lines.append(f"parameters that are not finite: {_some(self.parameters)}")
         if self.operations is not None:

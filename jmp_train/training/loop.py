@@ -187,7 +187,7 @@ def _diverged(
     if in_row >= limit or at_minimum:
         why = f", the lowest that it may be ({lowest:g})" if at_minimum else ""
         return (
-            f"{in_row} steps in a row up to step {at} had non-finite gradients and were skipped "
+            f"{in_row} steps in a row up to step {at} were not finite and were skipped "
             f"(loss scale {scale:g}{why})"
         )
     if not skips_nonfinite and not math.isfinite(values["loss"]):

@@ -63,7 +63,7 @@ class Stepper(NamedTuple):
     """`scan(state, batches)`: a step for each entry of the batches' leading axis in one dispatch,
     jitted and donated; the info's leaves get that leading axis."""
     skips_nonfinite: bool
-    """Whether steps with non-finite gradients are skipped."""
+    """Whether steps that are not finite are skipped."""
     grads: Callable[[TrainState, Any], GradResult]
     """`grads(state, batch)`: loss and gradients as the step forms them, not jitted. A skipped step
     has changed nothing, so `first_nonfinite` of this can tell what happened in it."""
@@ -113,8 +113,9 @@ def make_step(
         `jmp_train.flax.apply_policy`.
       loss_scale: the first state of the loss scale; by default `default_loss_scale(policy)`:
         dynamic where the policy computes in float16, else none.
-      skip_nonfinite: whether steps with non-finite gradients are skipped; by default only where
-        there is a loss scale, because the check reads every gradient.
+      skip_nonfinite: whether steps with non-finite gradients, or after which the model state would
+        no longer be finite, are skipped; by default only where there is a loss scale, because the
+        check reads every gradient.
       grad_norm: whether to compute the gradients' global norm.
       ema_decay: decay of an exponential moving average of the parameters, kept in float32 in
         `state.ema` and there for evaluation (`state.eval_params`); None keeps none. After n updates
