@@ -167,7 +167,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
     def add(p: Any, u: Any) -> Any:
         if isinstance(u, BitUpdate) or jnp.finfo(p.dtype).bits > 8:
             return optax.apply_updates(p, u)
-        return optax.apply_updates(p.astype(jnp.float32), u).astype(p.dtype)
+        return jnp.asarray(p.astype(jnp.float32) + u).astype(p.dtype)
 
     return jax.tree.map(add, params, updates)
 

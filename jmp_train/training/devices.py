@@ -28,11 +28,10 @@ def with_parameters(state: TrainState) -> TrainState:
     and the next would compile for that.
     """
     placed = (x for x in jax.tree.leaves(state.params) if not isinstance(x, Tracer))
-    meshes = [x.sharding.mesh for x in placed if isinstance(x.sharding, NamedSharding)]
-    if not meshes:
+    shardings = [x.sharding for x in placed if isinstance(x.sharding, NamedSharding)]
+    if not shardings:
         return state
-    mesh = meshes[0]
-    devices, everywhere = set(mesh.devices.flat), NamedSharding(mesh, P())
+    devices, everywhere = shardings[0].device_set, NamedSharding(shardings[0].mesh, P())
 
     def place(x: Any) -> Any:
         there = isinstance(x, Tracer) or x.sharding.device_set == devices

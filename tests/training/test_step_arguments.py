@@ -157,7 +157,7 @@ def test_the_caps_scale_is_the_one_that_is_reported():
         jax.tree.map(lambda x: x.astype(jnp.float16), BATCH),
         loss_scale=jt.StaticLossScale(2.0**20),
     )
-    assert result.scaled_by == 2.0**15 and result.scaled_by.dtype == jnp.float32
+    assert result.scaled_by == 2.0**15 and jnp.result_type(result.scaled_by) == jnp.float32
 
 
 @pytest.mark.parametrize(
