@@ -6,10 +6,13 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Run by test_mesh.py in a process that has four devices.
-collect_ignore = (
-    [] if "device_count=4" in os.environ.get("XLA_FLAGS", "") else ["training/four_devices.py"]
-)
+# Run by test_mesh.py and test_state_sharding.py, each in a process that has so many devices.
+_NEED_DEVICES = {"training/four_devices.py": 4, "optim/eight_devices.py": 8}
+collect_ignore = [
+    file
+    for file, count in _NEED_DEVICES.items()
+    if f"device_count={count}" not in os.environ.get("XLA_FLAGS", "")
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,12 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import join_bf16_remainder, split_bf16_remainder, to_float32
+from jmp_train.precision.rounding import (
+    add_float32,
+    join_bf16_remainder,
+    split_bf16_remainder,
+    to_float32,
+)
 
 
 class Bf16RemainderState(NamedTuple):
@@ -61,7 +66,8 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
 
     def init(params: Any) -> Bf16RemainderState:
         check_narrow("bf16_remainder", params, (np.dtype(jnp.bfloat16),))
-        remainder = map_narrow(lambda p: jnp.zeros(jnp.shape(p), jnp.uint16), params)
+        # Zeros; computed from the parameters, they are sharded as these are, under jit too.
+        remainder = map_narrow(lambda p: split_bf16_remainder(to_float32(p))[1], params)
         return Bf16RemainderState(inner.init(in_full(params)), remainder)
 
     def update(
@@ -71,7 +77,10 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
         full = in_full(params, joined)
         updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
         halves = map_narrow(
-            lambda p, m, u: split_bf16_remainder(m + to_float32(u)), params, joined, updates
+            lambda p, m, u: split_bf16_remainder(add_float32(m, to_float32(u))),
+            params,
+            joined,
+            updates,
         )
         new = map_narrow(lambda p, both: both[0], params, halves)
         remainder = map_narrow(lambda p, both: both[1], params, halves)

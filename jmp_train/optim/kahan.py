@@ -15,7 +15,7 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import kahan_add
+from jmp_train.precision.rounding import kahan_add, to_float32
 
 
 class KahanState(NamedTuple):
@@ -64,14 +64,21 @@ def kahan(optimizer: optax.GradientTransformation) -> NarrowParameters:
 
     def init(params: Any) -> KahanState:
         check_narrow("kahan", params)
-        compensation = map_narrow(lambda p: jnp.zeros(jnp.shape(p), jnp.bfloat16), params)
+        # Zeros; computed from the parameters, they are sharded as these are, under jit too.
+        zeros = map_narrow(lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params)
+        compensation = map_narrow(lambda p, zero: kahan_add(p, zero, zero)[1], params, zeros)
         return KahanState(inner.init(in_full(params)), compensation)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KahanState]:
         updates, inner_state = inner.update(updates, state.inner, in_full(params), **extra_args)
-        sums = map_narrow(kahan_add, params, state.compensation, updates)
+        sums = map_narrow(
+            lambda p, lost, u: kahan_add(p, lost, to_float32(u)),
+            params,
+            state.compensation,
+            updates,
+        )
         new = map_narrow(lambda p, both: both[0], params, sums)
         compensation = map_narrow(lambda p, both: both[1], params, sums)
         return bit_updates(updates, params, new), KahanState(inner_state, compensation)
