@@ -34,8 +34,14 @@ class Bf16RemainderState(NamedTuple):
 def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
     """Runs an optimizer on float32 parameters of which the model sees the nearest bfloat16.
 
-    The bfloat16 parameter and a 16-bit remainder are together the float32 bit for bit, so training
-    is that of `master_weights`, bit for bit, at 2 bytes a parameter in the state in place of 4.
+    The bfloat16 parameter and a 16-bit remainder are together the float32. On equal gradients they
+    are the float32 parameters of the inner optimizer, bit for bit (on a CPU but for subnormals), and
+    training is that of `master_weights`, bit for bit, at 2 bytes a parameter in the state in place
+    of 4. Training with the policy `mixed_bfloat16` differs in one thing: what the model sees of a
+    parameter halfway between two bfloat16 is the larger in magnitude here, and the even one there.
+    For one value in 131,072 these are not the same, and from its first such value on neither is the
+    training.
+
     The two halves belong together: a parameter written to from outside is misread by up to one
     spacing of bfloat16.
 
