@@ -6,11 +6,16 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# Run in processes that have as many devices: see training/test_mesh.py.
+# Run by test_several_devices.py, each in a process that has so many devices.
+NEED_DEVICES = {
+    "training/four_devices.py": 4,
+    "training/sharded_steps.py": 8,
+    "optim/sharded_state.py": 8,
+}
 collect_ignore = [
     file
-    for devices, file in ((4, "training/four_devices.py"), (8, "training/eight_devices.py"))
-    if f"device_count={devices}" not in os.environ.get("XLA_FLAGS", "")
+    for file, count in NEED_DEVICES.items()
+    if f"device_count={count}" not in os.environ.get("XLA_FLAGS", "")
 ]
 
 

@@ -16,7 +16,12 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import join_bf16_remainder, split_bf16_remainder, to_float32
+from jmp_train.precision.rounding import (
+    add_float32,
+    join_bf16_remainder,
+    split_bf16_remainder,
+    to_float32,
+)
 
 
 class Bf16RemainderState(NamedTuple):
@@ -29,8 +34,14 @@ class Bf16RemainderState(NamedTuple):
 def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
     """Runs an optimizer on float32 parameters of which the model sees the nearest bfloat16.
 
-    The bfloat16 parameter and a 16-bit remainder are together the float32 bit for bit, so training
-    is that of `master_weights`, bit for bit, at 2 bytes a parameter in the state in place of 4.
+    The bfloat16 parameter and a 16-bit remainder are together the float32. On equal gradients they
+    are the float32 parameters of the inner optimizer, bit for bit (on a CPU but for subnormals), and
+    training is that of `master_weights`, bit for bit, at 2 bytes a parameter in the state in place
+    of 4. Training with the policy `mixed_bfloat16` differs in one thing: what the model sees of a
+    parameter halfway between two bfloat16 is the larger in magnitude here, and the even one there.
+    For one value in 131,072 these are not the same, and from its first such value on neither is the
+    training.
+
     The two halves belong together: a parameter written to from outside is misread by up to one
     spacing of bfloat16.
 
@@ -61,7 +72,8 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
 
     def init(params: Any) -> Bf16RemainderState:
         check_narrow("bf16_remainder", params, (np.dtype(jnp.bfloat16),))
-        remainder = map_narrow(lambda p: jnp.zeros(jnp.shape(p), jnp.uint16), params)
+        # Zeros; computed from the parameters, they are sharded as these are, under jit too.
+        remainder = map_narrow(lambda p: split_bf16_remainder(to_float32(p))[1], params)
         return Bf16RemainderState(inner.init(in_full(params)), remainder)
 
     def update(
@@ -71,7 +83,10 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
         full = in_full(params, joined)
         updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
         halves = map_narrow(
-            lambda p, m, u: split_bf16_remainder(m + to_float32(u)), params, joined, updates
+            lambda p, m, u: split_bf16_remainder(add_float32(m, to_float32(u))),
+            params,
+            joined,
+            updates,
         )
         new = map_narrow(lambda p, both: both[0], params, halves)
         remainder = map_narrow(lambda p, both: both[1], params, halves)

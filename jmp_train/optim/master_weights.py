@@ -16,7 +16,12 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import round_to_nearest, split_bf16_remainder, to_float32
+from jmp_train.precision.rounding import (
+    add_float32,
+    round_to_nearest,
+    split_bf16_remainder,
+    to_float32,
+)
 
 
 class MasterWeightsState(NamedTuple):
@@ -73,7 +78,9 @@ def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
     ) -> tuple[Any, MasterWeightsState]:
         full = in_full(params, state.master)
         updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
-        master = map_narrow(lambda p, m, u: m + to_float32(u), params, state.master, updates)
+        master = map_narrow(
+            lambda p, m, u: add_float32(m, to_float32(u)), params, state.master, updates
+        )
         new = map_narrow(lambda p, m: _nearest(m, p.dtype), params, master)
         return bit_updates(updates, params, new), MasterWeightsState(inner_state, master)
 

@@ -16,7 +16,7 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import stochastic_round, to_float32
+from jmp_train.precision.rounding import add_float32, stochastic_round, to_float32
 
 
 class StochasticRoundingState(NamedTuple):
@@ -32,7 +32,8 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
     The update is added in float32; the sum goes to either neighbour in the parameter's dtype, the
     nearer the likelier, so that updates below half a spacing move the parameter in the mean where
     rounding to nearest never would. The price is noise of up to one spacing a step; nothing is
-    kept but a key. A parameter whose update is zero stays as it is.
+    kept but a key. A parameter whose update is zero stays as it is, a subnormal one
+    too.
 
     0 bytes a parameter in the state. A parameter in float32 is left to the inner optimizer.
 
@@ -83,7 +84,7 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
         keys = treedef.unflatten([jax.random.fold_in(now, n) for n in range(len(leaves))])
 
         def rounded(p: Any, value: jax.Array, u: Any, key: jax.Array) -> jax.Array:
-            return stochastic_round(value + to_float32(u), p.dtype, key)
+            return stochastic_round(add_float32(value, to_float32(u)), p.dtype, key)
 
         new = map_narrow(rounded, params, full, updates, keys)
         state = StochasticRoundingState(inner_state, jax.random.key_data(following))

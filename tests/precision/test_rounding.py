@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jmp_train as jt
-from jmp_train.precision.rounding import to_float32
+from jmp_train.precision.rounding import add_float32, to_float32
 
 FORMATS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -300,6 +300,41 @@ def test_other_formats_are_refused(function):
         function(jnp.ones(2, jnp.int32), dtype=jnp.bfloat16)
     with jax.enable_x64(True), pytest.raises(TypeError, match="float64; expected float32"):
         function(jnp.ones(2, jnp.float64), dtype=jnp.bfloat16)
+
+
+# Sums
+
+
+@pytest.mark.parametrize("jit", [True, False])
+def test_a_sum_with_zero_is_the_other_subnormal(jit):
+    """All of bfloat16's subnormals and 100,000 others; of two zeros the sum is NumPy's."""
+    magnitudes = [np.arange(128) << 16, np.random.default_rng(0).integers(0, 2**23, 100_000)]
+    x = np.concatenate(magnitudes).astype(np.uint32).view(np.float32)
+    x = np.concatenate([x, -x])
+    add = jax.jit(add_float32) if jit else add_float32
+    for zero in (0.0, -0.0):
+        y = np.full_like(x, zero)
+        np.testing.assert_array_equal(patterns(add(x, y)), patterns(x + y))
+
+
+def test_other_sums_are_those_of_numpy_but_for_flushed_subnormals():
+    """A sum with a subnormal operand or result may lack that subnormal, less than 2^-126, and then
+    be rounded otherwise: by 2^-23 of it."""
+    x, y = (random_patterns(200_000, seed).view(np.float32) for seed in (0, 1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = x * np.float32(-1 + 2**-20)
+        x, y = np.concatenate([x, x, y]), np.concatenate([y, near, np.zeros_like(y)])
+        expected = x + y
+    got = np.asarray(jax.jit(add_float32)(x, y))
+    normal = ~(np.abs(np.stack([x, y, expected])) < np.finfo(np.float32).tiny).any(axis=0)
+    normal |= y == 0
+    is_nan = np.isnan(expected)
+    assert normal.mean() > 0.9 and np.isnan(got[is_nan]).all()
+    same = normal & ~is_nan
+    np.testing.assert_array_equal(patterns(got)[same], patterns(expected)[same])
+    rest = ~normal & ~is_nan
+    apart = np.abs(got[rest].astype(np.float64) - expected[rest])
+    assert (apart <= np.maximum(2.0**-126, 2.0**-23 * np.abs(expected[rest]))).all()
 
 
 # Kahan

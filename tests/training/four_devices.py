@@ -1,4 +1,4 @@
-"""Steps over a mesh; run by test_mesh.py in a process of its own that has four CPU devices."""
+"""Steps over a mesh; run by test_several_devices.py in a process of its own that has four CPU devices."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Steps on sharded arrays without `mesh=`; run by test_mesh.py in a process with eight CPU devices."""
+"""Steps on sharded arrays without `mesh=`; run by test_several_devices.py in a process with eight CPU devices."""
 
 import contextlib
 import re
