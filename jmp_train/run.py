@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from jmp_train.data.batches import eval_batches, iterate, state_at, train_batches
-from jmp_train.experiment import Experiment, UsageError, flatten
+from jmp_train.experiment import Experiment, UsageError, fit_warmup, flatten
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.precision.loss_scale import NoOpLossScale, StaticLossScale
 from jmp_train.precision.nonfinite import NonFiniteReport, first_nonfinite
@@ -55,6 +55,7 @@ _MAY_CHANGE = (
     "max_skipped_in_row",
     "nonfinite",
     "optimizer.learning_rate",
+    "optimizer.warmup_steps",  # it follows --steps where the run is not longer
 )
 _MAX_ROLLBACKS = 10  # of a whole run; one that needs more has another trouble than a bad batch
 _ORDER_OF_DATA = ("batch_size", "steps_per_call", "seed")  # and all of data.*
@@ -136,10 +137,14 @@ def train(
       Stopped: if SIGTERM, SIGINT or SIGUSR1 ended the run, after saving.
     """
     began = time.perf_counter()
+    experiment, warmup = fit_warmup(experiment)
     with _stop_signals() as stopped, _matmul_precision(experiment.matmul_precision):
         _check_directory(run_dir, name, experiment, force)  # refuses before anything is written
         parts = _build(experiment)
+        _check_batch_size(experiment, parts.dataset)
         with _lock(run_dir, console):
+            for line in filter(None, (devices_line(), warmup)):
+                _say(console, line)
             changed = _check_directory(run_dir, name, experiment, force)  # it may have begun since
             if changed:
                 _say(console, f"changed: {', '.join(changed)}")
@@ -450,6 +455,7 @@ def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, A
       UsageError: if there is no checkpoint, or the newest holds another state.
       NoUsableCheckpoint: if none can be loaded.
     """
+    experiment, _ = fit_warmup(experiment)
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
         restored = _newest(run_dir, experiment, parts)
@@ -482,6 +488,7 @@ def predict_run(
       UsageError: if there is no checkpoint, or the experiment's model does not continue texts.
       NoUsableCheckpoint: if none can be loaded.
     """
+    experiment, _ = fit_warmup(experiment)
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
         if parts.task.generate is None:
@@ -739,16 +746,18 @@ def _step_policy(experiment: Experiment[Any, Any]) -> Policy | None:
 
 def _dataset(experiment: Experiment[Any, Any]) -> Dataset:
     try:
-        dataset = experiment.data.load()
+        return experiment.data.load()
     except (OSError, ValueError) as error:  # a file that is off
         raise UsageError(str(error)) from None
+
+
+def _check_batch_size(experiment: Experiment[Any, Any], dataset: Dataset) -> None:
     examples = len(next(iter(dataset.train.values())))
-    if experiment.batch_size > examples and dataset.augment is None:  # each copy of one the same
+    if experiment.batch_size > examples:
         raise UsageError(
-            f"batch_size is {experiment.batch_size}; expected at most the {examples} examples to "
-            "train on"
+            f"batch_size is {experiment.batch_size}; expected --batch-size of at most {examples}, the "
+            "number of examples to train on"
         )
-    return dataset
 
 
 def _task(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
@@ -849,6 +858,17 @@ def _summary(
         "data": {"name": experiment.data.name, **facts},
         **where(),
     }
+
+
+def devices_line() -> str:
+    """A line for a process that has several devices, of which training uses the first; else ""."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return ""
+    return (
+        f"training on 1 of {len(devices)} devices ({devices[0]}); make_step(mesh=...) trains on "
+        "several (docs/accumulation.md)"
+    )
 
 
 def where() -> dict[str, Any]:
