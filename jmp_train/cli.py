@@ -33,16 +33,20 @@ _USAGE = """\
 usage: jmp-train COMMAND ...
 
   train NAME [--run-dir DIR] [--force] [--lr RATE] [--FIELD VALUE ...]
-                                                    train an experiment, or resume a run
-  eval RUN_DIR                                      evaluate a run's newest checkpoint
+      train an experiment, or resume a run
+  eval RUN_DIR
+      evaluate a run's newest checkpoint
   predict RUN_DIR --prompt TEXT [--length N] [--temperature T] [--seed N]
-                                                    continue a text with a run of a language model
-  list                                              the experiments
-  compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR] [--FIELD VALUE ...]
-                                                    one family across precisions and seeds
-  --version                                         the versions of jmp-train and JAX
+      continue a text with a run of a language model
+  list
+      the experiments
+  compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR]
+          [--FIELD VALUE ...]
+      one family across precisions and seeds
+  --version
+      the versions of jmp-train and JAX
 
-jmp-train train NAME --help explains every field of an experiment.
+Every field of an experiment: jmp-train train NAME --help
 """
 
 _TRAIN_USAGE = """\

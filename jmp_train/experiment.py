@@ -206,17 +206,24 @@ def fit_warmup(experiment: E) -> tuple[E, str]:
     >>> fitted.optimizer.warmup_steps
     6
     >>> print(line)
-    warm-up scaled from 100 to 6 steps, a tenth of the run of 60 (--optimizer.warmup-steps sets another)
+    warm-up scaled from 100 to 6 steps, a tenth of the run's 60 steps
     """
     asked, steps = experiment.optimizer.warmup_steps, experiment.steps
-    if asked < steps:
+    scaled = fitting_warmup(asked, steps)
+    if scaled == asked:
         return experiment, ""
-    optimizer = dataclasses.replace(experiment.optimizer, warmup_steps=steps // 10)
-    line = (
-        f"warm-up scaled from {asked} to {steps // 10} steps, a tenth of the run of {steps} "
-        "(--optimizer.warmup-steps sets another)"
-    )
+    optimizer = dataclasses.replace(experiment.optimizer, warmup_steps=scaled)
+    line = f"warm-up scaled from {asked} to {scaled} steps, a tenth of the run's {steps} steps"
     return dataclasses.replace(experiment, optimizer=optimizer), line
+
+
+def fitting_warmup(warmup_steps: int, steps: int) -> int:
+    """Return a warm-up that is shorter than its run as it is, and a tenth of the run for any other.
+
+    >>> fitting_warmup(100, 1000), fitting_warmup(100, 60)
+    (100, 6)
+    """
+    return warmup_steps if warmup_steps < steps else steps // 10
 
 
 class UsageError(Exception):

@@ -56,8 +56,9 @@ def parse(kind: Any, default: Any, words: list[str], prog: str, *, known_only: b
         raise UsageError(one_line(complaint.getvalue())) from None
     except ValueError as error:  # an experiment's own check of its values
         raise UsageError(str(error)) from None
-    if isinstance(experiment, Experiment):
-        _refuse_long_warmup(words, getattr(parsed, "experiment", parsed))
+    parsed_experiment = getattr(parsed, "experiment", parsed)
+    if isinstance(parsed_experiment, Experiment):
+        _refuse_long_warmup(words, parsed_experiment)
     return parsed
 
 

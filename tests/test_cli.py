@@ -226,7 +226,7 @@ def test_list_has_a_line_for_each_experiment(capsys):
 def test_help_explains_every_field(capsys):
     usage = run(capsys, "--help")[:2]
     assert usage[0] == 0
-    for words in (["help"], ["list", "--help"], ["train", "-h"], ["compare", "--help"]):
+    for words in (["help"], ["list", "--help"], ["eval", "-h"], ["compare", "--help"]):
         assert run(capsys, *words)[:2] == usage
     status, out, _ = run(capsys, "compare", "mlp", "--help")
     assert status == 0 and "--precisions" in out and "--optimizer.learning-rate" in out

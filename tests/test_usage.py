@@ -117,6 +117,11 @@ def test_without_any_run_eval_says_how_to_make_one(capsys, tmp_path, monkeypatch
     assert "runs/ holds no run; make one: jmp-train train NAME" in refused(capsys, "eval")
 
 
+def test_the_usage_fits_80_columns(capsys):
+    status, out, _ = run(capsys, "--help")
+    assert status == 0 and max(map(len, out.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("words", [["train", "--help"], ["train", "-h"]])
 def test_train_help_leads_to_the_fields(capsys, words):
     status, out, _ = run(capsys, *words)

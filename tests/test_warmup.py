@@ -11,7 +11,7 @@ from rich.console import Console
 from saved_arrays import assert_same_arrays, final_arrays
 
 from jmp_train.cli import main
-from jmp_train.experiment import find_experiment, fit_warmup
+from jmp_train.experiment import UsageError, find_experiment, fit_warmup
 from jmp_train.optim import OptimizerConfig, make_schedule
 from jmp_train.run import Stopped, evaluate_run, train
 from jmp_train.training.checkpoints import Checkpoints
@@ -109,6 +109,31 @@ def test_more_steps_take_up_the_longer_runs_schedule(tmp_path):
     assert "optimizer.warmup_steps 4 -> 100" in out.getvalue()
     assert "steps 40 -> 400" in out.getvalue()
     assert config_of(run_dir)["optimizer"]["warmup_steps"] == 100
+
+
+@pytest.mark.parametrize("first,then", [(5, 100), (100, 5)])
+def test_another_warmup_of_a_run_is_refused(tmp_path, first, then):
+    def warming(steps):
+        optimizer = dataclasses.replace(small(200).optimizer, warmup_steps=steps)
+        return small(200, optimizer=optimizer)
+
+    train("mlp_fp32", warming(first), tmp_path / "run", Console(quiet=True))
+    with pytest.raises(UsageError, match=f"optimizer.warmup_steps {first} -> {then}; expected"):
+        train("mlp_fp32", warming(then), tmp_path / "run", Console(quiet=True))
+
+
+def test_fewer_steps_after_a_stop_scale_the_warmup(tmp_path, monkeypatch):
+    quiet = Console(quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            RunProgress,
+            "train",
+            lambda self, step, values: step == 20 and os.kill(os.getpid(), signal.SIGTERM),
+        )
+        with pytest.raises(Stopped):
+            train("mlp_fp32", small(400), tmp_path / "run", quiet)
+    assert train("mlp_fp32", small(60), tmp_path / "run", quiet)["steps"] == 60
+    assert config_of(tmp_path / "run")["optimizer"]["warmup_steps"] == 6
 
 
 def test_a_scaled_run_evaluates_as_it_was_trained(capsys, tmp_path):
