@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install train compare test test-all test-gpu lint format bench clean
+.PHONY: help install train eval predict compare test test-all test-gpu lint format bench clean
 PY := .venv/bin/python
 
 # The hardware decides what is installed: make install ACCELERATOR=cpu|cuda|cuda12|tpu overrides it.
@@ -9,9 +9,8 @@ TPU := $(wildcard /dev/accel0 /dev/vfio/0)
 ACCELERATOR ?= $(if $(NVIDIA_DRIVER),$(shell test $(NVIDIA_DRIVER) -ge 580 && echo cuda || echo cuda12),$(if $(TPU),tpu,cpu))
 comma := ,
 EXTRAS := dev$(if $(filter-out cpu,$(ACCELERATOR)),$(comma)$(ACCELERATOR))
-comma := ,
 STAMP := .venv/.installed-$(ACCELERATOR)
-export EXP
+export EXP RUN
 UV := $(shell command -v uv 2>/dev/null)
 
 help:  ## this list
@@ -33,6 +32,12 @@ install: $(STAMP)  ## make .venv and install, for the hardware that is here
 
 train: $(STAMP)  ## train an experiment: make train EXP=mlp_bf16
 	@$(PY) -m jmp_train train $${EXP:+"$$EXP"} $(ARGS)
+
+eval: $(STAMP)  ## evaluate a run: make eval RUN=runs/mlp_bf16/TIME
+	@$(PY) -m jmp_train eval $${RUN:+"$$RUN"} $(ARGS)
+
+predict: $(STAMP)  ## continue a text with a run: make predict RUN=runs/gpt_fp32/TIME
+	@$(PY) -m jmp_train predict $${RUN:+"$$RUN"} $(ARGS)
 
 compare: $(STAMP)  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
 	@$(PY) -m jmp_train compare $${EXP:+"$$EXP"} $(ARGS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
+import importlib.metadata
 import itertools
-import re
 import sys
+import textwrap
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +24,7 @@ from jmp_train.experiment import (
     find_experiment,
     with_settings,
 )
+from jmp_train.options import parse, typed
 from jmp_train.precision.dtypes import nearest
 
 E = TypeVar("E")
@@ -31,16 +32,34 @@ E = TypeVar("E")
 _USAGE = """\
 usage: jmp-train COMMAND ...
 
-  train NAME [--run-dir DIR] [--force] [--FIELD VALUE ...]
-                                                    train an experiment, or go on with a run
-  eval RUN_DIR                                      evaluate a run's newest checkpoint
+  train NAME [--run-dir DIR] [--force] [--lr RATE] [--FIELD VALUE ...]
+      train an experiment, or resume a run
+  eval RUN_DIR
+      evaluate a run's newest checkpoint
   predict RUN_DIR --prompt TEXT [--length N] [--temperature T] [--seed N]
-                                                    continue a text with a run of a language model
-  list                                              the experiments
-  compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR] [--FIELD VALUE ...]
-                                                    one family across precisions and seeds
+      continue a text with a run of a language model
+  list
+      the experiments
+  compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR]
+          [--FIELD VALUE ...]
+      one family across precisions and seeds
+  --version
+      the versions of jmp-train and JAX
 
-jmp-train train NAME --help explains every field of an experiment.
+Every field of an experiment: jmp-train train NAME --help
+"""
+
+_TRAIN_USAGE = """\
+usage: jmp-train train NAME [--run-dir DIR] [--force] [--lr RATE]
+                            [--FIELD VALUE ...]
+
+Train an experiment, or resume the run in --run-dir.
+
+The fields depend on the experiment; its own help shows each with its value:
+
+  jmp-train train mlp_bf16 --help
+
+Experiments:
 """
 
 
@@ -55,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_USAGE, end="")
         return 0 if words else 2
+    if words[0] in ("-V", "--version", "version"):
+        print(f"jmp-train {_version('jmp-train')} (jax {_version('jax')})")
+        return 0
     if words[1:] and words[1] in ("-h", "--help"):
-        print(_USAGE, end="")
+        print(_train_usage() if words[0] == "train" else _USAGE, end="")
         return 0
     # Imported here so that --help answers without JAX.
     from jax.errors import JaxRuntimeError
@@ -91,6 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run() -> None:
     """The console script: `main`, then exit with its status."""
     sys.exit(main())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # used from a folder, not installed
+        return "not installed"
+
+
+def _train_usage() -> str:
+    names = textwrap.wrap(", ".join(experiment_files()), 78)
+    return _TRAIN_USAGE + "".join(f"  {line}\n" for line in names)
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -167,10 +201,10 @@ def _train(words: list[str]) -> None:
     from jmp_train.run import train
     from jmp_train.training.compilation_cache import keep_compiled
 
-    name, words = _positional(words, "train NAME", "the name of an experiment")
+    name, words = _positional(words, "train NAME", "the name of an experiment", _experiments)
     experiment = find_experiment(name)
-    arguments = _parse(
-        TrainArguments[_typed(experiment)],
+    arguments = parse(
+        TrainArguments[typed(experiment)],
         TrainArguments(experiment),
         words,
         f"jmp-train train {name}",
@@ -196,10 +230,10 @@ def _eval(words: list[str]) -> None:
     from jmp_train.run import evaluate_run
     from jmp_train.training.compilation_cache import keep_compiled
 
-    folder, words = _positional(words, "eval RUN_DIR", "the directory of a run")
+    folder, words = _positional(words, "eval RUN_DIR", "the directory of a run", _newest_runs)
     run_dir = Path(folder)
     experiment = _stored_experiment(run_dir)
-    experiment = _parse(_typed(experiment), experiment, words, f"jmp-train eval {folder}")
+    experiment = parse(typed(experiment), experiment, words, f"jmp-train eval {folder}")
     keep_compiled()
     result = evaluate_run(run_dir, experiment)
     step = result.pop("step")
@@ -210,8 +244,8 @@ def _predict(words: list[str]) -> None:
     from jmp_train.run import predict_run
     from jmp_train.training.compilation_cache import keep_compiled
 
-    folder, words = _positional(words, "predict RUN_DIR", "the directory of a run")
-    options = _parse(PredictOptions, PredictOptions(), words, f"jmp-train predict {folder}")
+    folder, words = _positional(words, "predict RUN_DIR", "the directory of a run", _newest_runs)
+    options = parse(PredictOptions, PredictOptions(), words, f"jmp-train predict {folder}")
     prompt = options.prompt.encode("utf-8", "surrogateescape")  # as the shell gave it
     experiment = _stored_experiment(Path(folder))
     keep_compiled()
@@ -239,35 +273,40 @@ def _stored_experiment(run_dir: Path) -> Experiment[Any, Any]:
 
 
 def _list(words: list[str]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     if words:
         raise UsageError(f"unexpected {words[0]!r}; jmp-train list takes no argument")
     table = Table("experiment", "policy", "data", "metric", box=None, header_style="bold")
+    broken = {}
     for name in experiment_files():
         try:
             experiment = find_experiment(name)
         except UsageError as error:
-            table.add_row(name, f"[red]{escape(str(error))}")
+            broken[name] = error
             continue
         table.add_row(name, experiment.policy, experiment.data.name, experiment.model.metric)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for name, error in broken.items():
+        console.print(
+            f"{name}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _compare(words: list[str]) -> None:
     from jmp_train.compare import compare, variants_of
     from jmp_train.training.compilation_cache import keep_compiled
 
-    family, words = _positional(words, "compare FAMILY", "the name of a family")
+    family, words = _positional(words, "compare FAMILY", "the name of a family", _experiments)
     prog = f"jmp-train compare {family}"
     if {"-h", "--help"} & set(words):
         first = next(iter(variants_of(family, CompareOptions.precisions).values()))
-        _parse(CompareArguments[_typed(first)], CompareArguments(experiment=first), words, prog)
-    options, fields = _parse(CompareOptions, CompareOptions(), words, prog, known_only=True)
+        parse(CompareArguments[typed(first)], CompareArguments(experiment=first), words, prog)
+    options, fields = parse(CompareOptions, CompareOptions(), words, prog, known_only=True)
     variants = {}
     for label, default in variants_of(family, options.precisions).items():
-        variants[label] = _parse(_typed(default), default, fields, prog)
+        variants[label] = parse(typed(default), default, fields, prog)
         for field in ("policy", "seed"):
             if getattr(variants[label], field) != getattr(default, field):
                 raise UsageError(f"compare sets --{field} itself; expected no --{field}")
@@ -286,39 +325,36 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _positional(words: list[str], form: str, what: str) -> tuple[str, list[str]]:
+def _positional(
+    words: list[str], form: str, what: str, choices: Callable[[], str]
+) -> tuple[str, list[str]]:
     if not words or words[0].startswith("-"):
-        names = ", ".join(experiment_files())
-        raise UsageError(f"expected {what}: jmp-train {form}; experiments are {names}")
+        raise UsageError(f"expected {what}: jmp-train {form}; {choices()}")
     return words[0], words[1:]
 
 
-def _typed(experiment: Experiment[Any, Any]) -> Any:
-    """The experiment's type with its own model and data, whose fields become options."""
-    kind = Experiment[type(experiment.model), type(experiment.data)]
-    return Annotated[kind, tyro.conf.FlagConversionOff]
+def _experiments() -> str:
+    return f"experiments are {', '.join(experiment_files())}"
 
 
-def _parse(
-    kind: Any, default: Any, words: list[str], prog: str, *, known_only: bool = False
-) -> Any:
-    """Reads options into a dataclass; what is off becomes one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind,
-                default=default,
-                args=words,
-                prog=prog,
-                return_unknown_args=known_only,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(one_line(complaint.getvalue())) from None
-    except ValueError as error:  # an experiment's own check of its values
-        raise UsageError(str(error)) from None
+def _newest_runs() -> str:
+    """Where the newest runs are, for a command that needs one."""
+    from jmp_train.run import read_config
+
+    configs = [
+        path
+        for form in ("*/*/config.json", "compare/*/*/runs/*/config.json")
+        for path in Path("runs").glob(form)
+    ]
+    found = []
+    for config in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(UsageError):  # one that cannot be read is no use here
+            found.append(f"{config.parent} ({read_config(config.parent)[0]})")
+        if len(found) == 3:
+            break
+    if not found:
+        return "runs/ holds no run; make one: jmp-train train NAME"
+    return f"the newest runs are {', '.join(found)}"
 
 
 def _words(name: str) -> str:
@@ -343,58 +379,6 @@ def _controls(c: str) -> bool:
     are U+202A to U+202E and U+2066 to U+2069 (Unicode Standard Annex 9, section 2)."""
     turns = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
     return unicodedata.category(c) == "Cc" or unicodedata.bidirectional(c) in turns
-
-
-_PLAIN_WORDS = {
-    r"^Error parsing (experiment\.)?(--)?": "--",
-    r"^--\w+Options: ": "",
-    r"invalid literal for int\(\) with base 10: (.*)": r"expected an integer, got \1",
-    r"could not convert string to float: (.*)": r"expected a number, got \1",
-    r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]\.": (
-        r"expected an integer or None, got \1"
-    ),
-    r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]\.": (
-        r"expected a number or None, got \1"
-    ),
-    r"Could not find valid parse for arguments: \[(.*)\]": r"expected numbers, got \1",
-    r"^Missing value for argument '(\S+)'.*": r"\1: expected a value",
-    r"^--[A-Z]\w*: ": "",  # the class of all fields
-}
-
-
-def one_line(complaint: str) -> str:
-    """Tyro's framed message in one line: what is off, then the nearest option.
-
-    >>> one_line("╭─ Unrecognized options ─╮\\n│ Unrecognized options: --lr, 1 │\\n│ ──── │\\n"
-    ...          "│ Perhaps you meant: │\\n│     --learning-rate FLOAT │\\n╰───╯")
-    'Unrecognized options: --lr, 1; did you mean --learning-rate?'
-    """
-    sections: list[list[str]] = [[]]
-    for row in complaint.splitlines():
-        text = row.strip("│ ")
-        if set(text) <= set("╭╮╰╯─-") or text.startswith("╭"):  # a rule, or the frame
-            sections.append([])
-        else:
-            sections[-1].append(text)
-    if "╭" not in complaint:  # without a frame, which ASCII lacks, the title is a section
-        sections = sections[1:]
-    first, *rest = [section for section in sections if any(section)]
-    message = " ".join(first).strip()
-    options = [row.split()[0] for section in rest for row in section if row.startswith("--")]
-    for pattern, words in _PLAIN_WORDS.items():
-        message = re.sub(pattern, words, message)
-    if message.startswith("Unrecognized options") and options:
-        return f"{message}; did you mean {options[0]}?"
-    if message.startswith("Unrecognized options"):
-        return f"{message}; expected --FIELD VALUE, as --help shows them"
-    choice = re.fullmatch(
-        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (.*)\.", message
-    )
-    if choice:
-        given, option, valid = choice.groups()
-        hint = nearest(given, re.findall(r"'([^']*)'", valid))
-        return f"{option} is {given!r}; {hint}"
-    return message
 
 
 @contextlib.contextmanager

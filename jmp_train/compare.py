@@ -11,10 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jmp_train.experiment import Experiment, UsageError, experiment_files, find_experiment
+from jmp_train.experiment import (
+    Experiment,
+    UsageError,
+    experiment_files,
+    find_experiment,
+    fit_warmup,
+)
 from jmp_train.precision.dtypes import nearest
 from jmp_train.report.plots import plot_comparison
-from jmp_train.run import train, where
+from jmp_train.run import devices_line, train, where
 from jmp_train.training.loop import Diverged
 from jmp_train.training.metrics import write_json
 
@@ -86,6 +92,11 @@ def compare(
     summaries: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
     diverged: dict[str, list[int]] = {label: [] for label in variants}  # their seeds
     quiet = Console(quiet=True)
+    fitted = {label: fit_warmup(experiment) for label, experiment in variants.items()}
+    variants = {label: experiment for label, (experiment, _) in fitted.items()}
+    for line in dict.fromkeys([devices_line(), *(line for _, line in fitted.values())]):
+        if line:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for seed in range(seeds):
         for label, experiment in variants.items():
             run_dir = out / "runs" / f"{label}-seed{seed}"

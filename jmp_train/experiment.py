@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from jmp_train.fields import check_fields, fits
-from jmp_train.optim.optimizers import OptimizerConfig, check_parameters, make_schedule
+from jmp_train.optim.optimizers import OptimizerConfig, check_parameters
 from jmp_train.precision.dtypes import nearest
 from jmp_train.precision.loss_scale import (
     DynamicLossScale,
@@ -30,6 +30,7 @@ from jmp_train.precision.rules import Rules
 
 ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
+E = TypeVar("E", bound="Experiment[Any, Any]")
 
 
 #: The fields of `LossScaleConfig` that `DynamicLossScale` knows by jmp's names.
@@ -106,7 +107,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     rules: tuple[str, ...] = ()
     """Policies by module path, 'PATTERN=POLICY' each, first match wins; they replace --policy."""
     steps: int = 1000
-    """Training steps in the whole run."""
+    """Training steps in the whole run; a warm-up that is not shorter is scaled to a tenth of it."""
     batch_size: int = 128
     """Examples in a batch."""
     micro_batches: int = 1
@@ -177,7 +178,6 @@ class Experiment(Generic[ModelConfig, DataConfig]):
                 f"batch_size is {self.batch_size}; expected a multiple of micro_batches "
                 f"({self.micro_batches})"
             )
-        make_schedule(self.optimizer, self.steps)
 
     def _parameters_misfit(self, param_dtype: Any) -> str:
         """Why the optimizer's way with narrow parameters does not fit a dtype; "" if it does."""
@@ -186,6 +186,44 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         except ValueError as error:
             return str(error)
         return ""
+
+
+def fit_warmup(experiment: E) -> tuple[E, str]:
+    """Scale a warm-up that is not shorter than its run to a tenth of the run.
+
+    Args:
+      experiment: whose `steps` may have been lowered without a thought of the warm-up.
+
+    Returns:
+      The experiment, changed only where its warm-up does not fit, and a line that says what changed;
+      "" if nothing did.
+
+    >>> from jmp_train.data import DigitsConfig
+    >>> from jmp_train.models import MlpConfig
+    >>> optimizer = OptimizerConfig(warmup_steps=100)
+    >>> experiment = Experiment(MlpConfig(), DigitsConfig(), steps=60, optimizer=optimizer)
+    >>> fitted, line = fit_warmup(experiment)
+    >>> fitted.optimizer.warmup_steps
+    6
+    >>> print(line)
+    warm-up scaled from 100 to 6 steps, a tenth of the run's 60 steps
+    """
+    asked, steps = experiment.optimizer.warmup_steps, experiment.steps
+    scaled = fitting_warmup(asked, steps)
+    if scaled == asked:
+        return experiment, ""
+    optimizer = dataclasses.replace(experiment.optimizer, warmup_steps=scaled)
+    line = f"warm-up scaled from {asked} to {scaled} steps, a tenth of the run's {steps} steps"
+    return dataclasses.replace(experiment, optimizer=optimizer), line
+
+
+def fitting_warmup(warmup_steps: int, steps: int) -> int:
+    """Return a warm-up that is shorter than its run as it is, and a tenth of the run for any other.
+
+    >>> fitting_warmup(100, 1000), fitting_warmup(100, 60)
+    (100, 6)
+    """
+    return warmup_steps if warmup_steps < steps else steps // 10
 
 
 class UsageError(Exception):

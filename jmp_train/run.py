@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from jmp_train.data.batches import eval_batches, iterate, state_at, train_batches
-from jmp_train.experiment import Experiment, UsageError, flatten
+from jmp_train.experiment import Experiment, UsageError, fit_warmup, fitting_warmup, flatten
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.precision.loss_scale import NoOpLossScale, StaticLossScale
 from jmp_train.precision.nonfinite import NonFiniteReport, first_nonfinite
@@ -91,6 +91,7 @@ class _Run(NamedTuple):
     checkpoints: Checkpoints
     stopped: list[int]  # the signals that have come
     began: float
+    asked_warmup: int  # before it was fitted to the experiment's steps
 
 
 class _Start(NamedTuple):
@@ -136,18 +137,34 @@ def train(
       Stopped: if SIGTERM, SIGINT or SIGUSR1 ended the run, after saving.
     """
     began = time.perf_counter()
+    asked_warmup = experiment.optimizer.warmup_steps
+    experiment, scaled = fit_warmup(experiment)
     with _stop_signals() as stopped, _matmul_precision(experiment.matmul_precision):
-        _check_directory(run_dir, name, experiment, force)  # refuses before anything is written
+        # Refuses before anything is written.
+        _check_directory(run_dir, name, experiment, asked_warmup, force)
         parts = _build(experiment)
+        _check_batch_size(experiment, parts.dataset)
         with _lock(run_dir, console):
-            changed = _check_directory(run_dir, name, experiment, force)  # it may have begun since
+            for line in filter(None, (devices_line(), scaled)):
+                _say(console, line)
+            # It may have begun since.
+            changed = _check_directory(run_dir, name, experiment, asked_warmup, force)
             if changed:
                 _say(console, f"changed: {', '.join(changed)}")
             if not (run_dir / "config.json").exists():  # a kill leaves what is known as a run
                 _write_config(run_dir, name, experiment)
             with contextlib.closing(_checkpoints(run_dir, experiment, clean=True)) as checkpoints:
                 run = _Run(
-                    name, experiment, run_dir, console, force, parts, checkpoints, stopped, began
+                    name,
+                    experiment,
+                    run_dir,
+                    console,
+                    force,
+                    parts,
+                    checkpoints,
+                    stopped,
+                    began,
+                    asked_warmup,
                 )
                 start = _start(run)
                 if start.step > experiment.steps:
@@ -190,7 +207,7 @@ def _train_to_the_end(run: _Run, start: _Start) -> dict[str, Any]:
 
 
 def _train(run: _Run, start: _Start, compiled: Any, compile_time: float) -> dict[str, Any]:
-    name, experiment, run_dir, console, _, parts, checkpoints, stopped, began = run
+    name, experiment, run_dir, console, _, parts, checkpoints, stopped, began = run[:9]
     batches = iterate(parts.batches)
     if start.data is not None:
         batches.set_state(start.data)
@@ -450,6 +467,7 @@ def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, A
       UsageError: if there is no checkpoint, or the newest holds another state.
       NoUsableCheckpoint: if none can be loaded.
     """
+    experiment, _ = fit_warmup(experiment)
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
         restored = _newest(run_dir, experiment, parts)
@@ -482,6 +500,7 @@ def predict_run(
       UsageError: if there is no checkpoint, or the experiment's model does not continue texts.
       NoUsableCheckpoint: if none can be loaded.
     """
+    experiment, _ = fit_warmup(experiment)
     with _matmul_precision(experiment.matmul_precision):
         parts = _build(experiment)
         if parts.task.generate is None:
@@ -549,7 +568,7 @@ def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_directory(
-    run_dir: Path, name: str, experiment: Experiment[Any, Any], force: bool
+    run_dir: Path, name: str, experiment: Experiment[Any, Any], asked_warmup: int, force: bool
 ) -> list[str]:
     """The settings that changed since this directory's run began; changes nothing.
 
@@ -578,7 +597,7 @@ def _check_directory(
     if there != name and not force:
         raise UsageError(f"{run_dir} holds a run of {there!r}; expected one of {name!r}")
     changed = _changed({"experiment": there, **values}, flatten(_config(name, experiment)))
-    refused = [text for field, text in changed.items() if field not in _MAY_CHANGE]
+    refused = _refused(changed, values, asked_warmup)
     if refused and not force:
         raise UsageError(
             f"{run_dir} holds a run with other settings: {', '.join(refused)}; expected the same "
@@ -591,6 +610,16 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What to say of each setting that differs, by its dotted path."""
     fields = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
     return {k: f"{k} {before.get(k)} -> {now.get(k)}" for k in fields}
+
+
+def _refused(changed: dict[str, str], before: dict[str, Any], asked_warmup: int) -> list[str]:
+    """The changes that only --force allows. A warm-up may change if it follows the number of steps:
+    if the run has the one that the same warm-up gave it with its steps."""
+    may_change: set[str] = {*_MAY_CHANGE}
+    steps, warmup = before.get("steps"), before.get("optimizer.warmup_steps")
+    if isinstance(steps, int) and fitting_warmup(asked_warmup, steps) == warmup:
+        may_change.add("optimizer.warmup_steps")
+    return [text for field, text in changed.items() if field not in may_change]
 
 
 @contextlib.contextmanager
@@ -665,8 +694,9 @@ def _start(run: _Run) -> _Start:
 
     def check(step: int, extra: dict[str, Any]) -> None:
         nonlocal changed
-        changed = _changed(flatten(extra["config"]), now)
-        refused = [text for field, text in changed.items() if field not in _MAY_CHANGE]
+        before = flatten(extra["config"])
+        changed = _changed(before, now)
+        refused = _refused(changed, before, run.asked_warmup)
         if refused and not force:
             raise UsageError(
                 f"{run_dir / 'checkpoints' / str(step)} was saved with other settings: "
@@ -739,16 +769,18 @@ def _step_policy(experiment: Experiment[Any, Any]) -> Policy | None:
 
 def _dataset(experiment: Experiment[Any, Any]) -> Dataset:
     try:
-        dataset = experiment.data.load()
+        return experiment.data.load()
     except (OSError, ValueError) as error:  # a file that is off
         raise UsageError(str(error)) from None
+
+
+def _check_batch_size(experiment: Experiment[Any, Any], dataset: Dataset) -> None:
     examples = len(next(iter(dataset.train.values())))
-    if experiment.batch_size > examples and dataset.augment is None:  # each copy of one the same
+    if experiment.batch_size > examples:
         raise UsageError(
-            f"batch_size is {experiment.batch_size}; expected at most the {examples} examples to "
-            "train on"
+            f"batch_size is {experiment.batch_size}; expected --batch-size of at most {examples}, the "
+            "number of examples to train on"
         )
-    return dataset
 
 
 def _task(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
@@ -849,6 +881,14 @@ def _summary(
         "data": {"name": experiment.data.name, **facts},
         **where(),
     }
+
+
+def devices_line() -> str:
+    """A line for a process that has several devices, of which training uses the first; else ""."""
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return ""
+    return f"training on 1 of {len(devices)} devices ({devices[0]}); for more: make_step(mesh=...)"
 
 
 def where() -> dict[str, Any]:

@@ -22,6 +22,7 @@ FLOORS = {
     "report": 4,
     "run": 5,
     "compare": 6,
+    "options": 6,
     "cli": 7,
     "__main__": 8,
 }
@@ -67,7 +68,7 @@ def test_only_the_rooms_for_it_import_flax_optax_and_files(parts):
         "grain": {"data"},
         "sklearn": {"data"},
         "matplotlib": {"report"},
-        "tyro": {"cli"},
+        "tyro": {"cli", "options"},
     }
     for name in imports(parts):
         library = name.split(".")[0]

@@ -40,7 +40,7 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["train", "mlp_bf16", "--max-skipped-in-row", "0"], "max_skipped_in_row is 0; expected at"),
         (["train", "mlp_bf16", "--optimizer.b1", "x"], "--optimizer.b1: expected a number, got 'x'"),
         (["train", "mlp_bf16", "--optimizer.name", "adamx"], "'adamx'; did you mean 'adam'?"),
-        (["train", "mlp_bf16", "--optimizer.warmup-steps", "9999"], "expected fewer than steps"),
+        (["train", "mlp_bf16", "--optimizer.warmup-steps", "9999"], "expected fewer than --steps"),
         (["train", "mlp_bf16", "--loss-scale.growth-factor", "0"], "growth_factor is 0"),
         (["train", "mlp_bf16", "--model.hidden", "-3"], "hidden is (-3,)"),
         (["train", "mlp_bf16", "--rules", "x"], "write it as 'pattern=policy'"),
@@ -226,7 +226,7 @@ def test_list_has_a_line_for_each_experiment(capsys):
 def test_help_explains_every_field(capsys):
     usage = run(capsys, "--help")[:2]
     assert usage[0] == 0
-    for words in (["help"], ["list", "--help"], ["train", "-h"], ["compare", "--help"]):
+    for words in (["help"], ["list", "--help"], ["eval", "-h"], ["compare", "--help"]):
         assert run(capsys, *words)[:2] == usage
     status, out, _ = run(capsys, "compare", "mlp", "--help")
     assert status == 0 and "--precisions" in out and "--optimizer.learning-rate" in out

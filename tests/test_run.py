@@ -465,7 +465,7 @@ def test_a_skipped_step_is_replayed_with_its_own_key_and_scale(tmp_path, monkeyp
         stepper=stepper, dataset=types.SimpleNamespace(spec=DataSpec(64, 10))
     )
     checkpoints: Any = types.SimpleNamespace(steps=list)
-    run = _Run("mlp", small(), tmp_path, QUIET, False, parts, checkpoints, [], 0.0)  # pyright: ignore
+    run = _Run("mlp", small(), tmp_path, QUIET, False, parts, checkpoints, [], 0.0, 0)  # pyright: ignore
     last = LastCall(3, state, jnp.ones(2), float(info.loss_scale), skipped=True, bad=3)
     report = _investigate(run, Diverged("diverged", last))
     assert report.problems == ()

@@ -35,7 +35,7 @@ class NpzConfig:
     y: str = "y"
     """Name of the array of labels, (examples,): integers from 0."""
     classes: int | None = None
-    """Number of classes; None: one more than the largest label."""
+    """Number of classes; None: as many as there are labels, which are then every integer from 0 on."""
     eval_share: float = 0.2
     """Share of the examples that is held out, the same ones in every run."""
 
@@ -63,11 +63,11 @@ class NpzConfig:
         Raises:
           ValueError: for a file that is not there or damaged, with the nearest that is; for arrays
             of another shape or dtype; for a value that is not finite and a label that is out of
-            range, by its index.
+            range, by its index; for labels that leave out a class, unless `classes` is set.
         """
         examples, labels = self._read(Path(self.path))
+        _check_labels(labels, self.classes, self.path, self.y)
         classes = self.classes or _classes(labels, self.path, self.y)
-        _check_labels(labels, classes, self.path, self.y)
         if self.eval_path is None:
             count = len(labels)
             held_out = round(self.eval_share * count)
@@ -246,23 +246,32 @@ def _check_finite(examples: np.ndarray, shape: tuple[int, ...], path: Path, name
 
 
 def _classes(labels: np.ndarray, path: str, name: str) -> int:
-    """One more than the largest label, where that is plausible."""
-    largest = labels.max()
-    if not largest < len(labels):
+    """The number of classes that labels show: they are every integer from 0 on.
+
+    A gap is more often a mistake (labels from 1) than a class without an example.
+    """
+    found = np.unique(labels)
+    count = len(found)
+    if count < 2 or found[-1] != count - 1:
+        some = [f"{label:g}" for label in (found if count < 8 else [*found[:5], found[-1]])]
+        if count >= 8:
+            some[-1:] = ["...", some[-1]]
         raise ValueError(
-            f"{path}: the label {largest} of {name!r} at [{int(labels.argmax())}] is not below the "
-            f"number of examples, {len(labels)}; set data.classes if it is right"
+            f"{path}: the labels {name!r} are {', '.join(some)} ({count} different); expected every "
+            f"integer from 0 to {max(count, 2) - 1}, or data.classes where some classes have no "
+            f"example (--data.classes {max(int(found[-1]) + 1, 2)})"
         )
-    return max(int(largest) + 1, 2)
+    return count
 
 
-def _check_labels(labels: np.ndarray, classes: int, path: str, name: str) -> None:
-    bad = ~((labels >= 0) & (labels < classes) & (labels == np.floor(labels)))
+def _check_labels(labels: np.ndarray, classes: int | None, path: str, name: str) -> None:
+    bad = ~((labels >= 0) & (labels < (classes or 2**31)) & (labels == np.floor(labels)))
     if bad.any():
         first = int(bad.argmax())
+        most = "" if classes is None else f" to {classes - 1}"
         raise ValueError(
             f"{path}: {int(bad.sum())} of the {len(labels)} labels {name!r} are off, the first "
-            f"{labels[first]} at [{first}]; expected integers from 0 to {classes - 1}"
+            f"{labels[first]} at [{first}]; expected integers from 0{most}"
         )
 
 

@@ -26,11 +26,11 @@ class OptimizerConfig:
     name: Literal["adamw", "adam", "sgd", "lion", "muon"] = "adamw"
     """Optimizer; its state is float32 under every policy, unless state says otherwise."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate; --lr for short."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from its peak to zero (constant: it does not) by the last step."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from zero to its peak."""
+    """Steps over which the learning rate rises linearly from zero to its peak; fewer than the run has."""
     weight_decay: float = 1e-4
     """Decoupled weight decay (adamw, lion, muon)."""
     b1: float = 0.9
@@ -77,7 +77,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       steps: updates in the whole run.
 
     Raises:
-      ValueError: if the warm-up is longer than the run.
+      ValueError: if the warm-up is not shorter than the run; `experiment.fit_warmup` scales it.
 
     >>> schedule = make_schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=10), steps=110)
     >>> [round(float(schedule(n)), 3) for n in (0, 5, 10, 60, 110)]

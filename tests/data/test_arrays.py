@@ -61,9 +61,39 @@ def test_a_second_file_is_held_out_in_its_order(saved):
 
 
 def test_classes_may_be_more_than_the_labels_show_and_labels_may_be_whole_floats(saved):
-    path = saved(x=np.ones((10, 1)), y=np.array([0.0, 3.0] * 5))
-    assert NpzConfig(path).load().spec.classes == 4
+    path = saved(x=np.ones((10, 1)), y=np.array([0.0, 1.0] * 5))
+    assert NpzConfig(path).load().spec.classes == 2
     assert NpzConfig(path, classes=12).load().spec.classes == 12
+
+
+@pytest.mark.parametrize(
+    "labels,line",
+    [
+        ([1, 2], r"are 1, 2 \(2 different\); expected every integer from 0 to 1, .*classes 3\)$"),
+        ([0, 3], r"are 0, 3 \(2 different\); expected every integer from 0 to 1, .*classes 4\)$"),
+        (
+            [0, 1, 3],
+            r"are 0, 1, 3 \(3 different\); expected every integer from 0 to 2, .*classes 4\)$",
+        ),
+        ([0], r"are 0 \(1 different\); expected every integer from 0 to 1, .*classes 2\)$"),
+        (range(1, 13), r"are 1, 2, 3, 4, 5, \.\.\., 12 \(12 different\); expected .* from 0 to 11"),
+        ([0.0, 2.0], r"are 0, 2 \(2 different\); expected every integer from 0 to 1"),
+    ],
+)
+def test_labels_with_a_gap_are_refused_unless_classes_are_given(saved, labels, line):
+    y = np.array([*labels] * 10)
+    path = saved(x=np.ones((len(y), 1)), y=y)
+    with pytest.raises(ValueError, match=line):
+        NpzConfig(path).load()
+    assert NpzConfig(path, classes=40).load().spec.classes == 40
+
+
+def test_a_class_may_be_held_out_whole(saved):
+    """The gap is looked for in the file, not in the share of it that is trained on."""
+    y = np.array([0, 1] * 20 + [2])
+    path = saved(x=np.ones((41, 1)), y=y)
+    data = NpzConfig(path, eval_share=0.97).load()
+    assert data.spec.classes == 3 and len(set(data.train["label"].tolist())) < 3
 
 
 def test_an_array_that_the_memory_does_not_hold_is_refused_unread(saved, monkeypatch):
