@@ -125,6 +125,9 @@ class OpPlan:
     subs: tuple[Plan, ...] = ()
     asks: list[Wants] = dataclasses.field(default_factory=list)  # per operand, where entered
     params: dict[str, Any] | None = None  # in place of the equation's
+    constant: list[bool] = dataclasses.field(
+        default_factory=list
+    )  # per operand of a derivative rule
 
 
 @dataclasses.dataclass
@@ -200,6 +203,7 @@ class _Walk:
         raised: set[int],
     ):
         self.planner = planner
+        self.body = body
         self.rules = planner.rules
         self.raised = raised
         self.kinds: dict[Any, Kind | None] = {}
@@ -440,7 +444,9 @@ class _Walk:
         whole = [self.whole_number(atom) for atom in eqn.invars]
         sub = self.planner.plan(body, self.kinds_in(eqn.invars), region, whole=whole)
         asks = [_hopeful(k, ask) for k, ask in zip(sub.ins, sub.asks, strict=True)]
-        return self.entered(eqn, [sub], asks, sub.outs)
+        op = self.entered(eqn, [sub], asks, sub.outs)
+        op.constant = [self.body.is_constant(atom) for atom in eqn.invars]
+        return op
 
     def cond(self, eqn: Any, region: Region | None) -> OpPlan:
         """A cast that every branch makes is made outside, any other inside its branch."""
