@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 
@@ -499,7 +500,7 @@ class Emitter:
         ] = {}  # zeros, which hold no array, and constants, which rules may read
         values, avals = [], []
         for i, (residual, x) in enumerate(zip(held, residuals, strict=True)):
-            if residual.constant and not isinstance(x, jax.core.Tracer):
+            if residual.constant and not isinstance(x, Tracer):
                 static[i] = x
             else:
                 values.append(value_of(residual.kind, x))
