@@ -12,11 +12,12 @@ and yet the loop adds its gradient up in the weight's own dtype; XLA drops what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 
@@ -244,6 +245,15 @@ def _scatter(eqn: Any, operand: Any, indices: Any, updates: Any) -> Any:
     )
 
 
+class Residual(NamedTuple):
+    """What a `custom_vjp` rule keeps for its backward pass: how it is held, the dtype that the rule
+    was written for, and whether it is a constant of the code."""
+
+    kind: Kind | None
+    dtype: Any
+    constant: bool
+
+
 class Emitter:
     """Runs plans. Traced bodies are kept, so a function called twice stays one function."""
 
@@ -440,9 +450,7 @@ class Emitter:
         params, parcel = op.eqn.params, Parcel(values, op.asks, copies=True)
         symbolic, skip = params["symbolic_zeros"], params["num_consts"]
         first = parcel.firsts()
-        held: list[
-            tuple[Kind | None, Any]
-        ] = []  # of each residual: its kind, and its type as written
+        held: list[Residual] = []
 
         def forward(*args: Any) -> Any:
             nonzeros = [args[i].perturbed if symbolic else True for i in first[skip:]]
@@ -453,19 +461,19 @@ class Emitter:
             plan = self.planner.plan(rule.forward, ins, op.subs[0].region)
             outs = self.run(plan, given[skip:])
             split = len(outs) - len(op.outs)
-            rest = iter(outs[:split])
-            residuals = [next(rest) if i is None else given[i] for i in rule.inputs]
-            avals = iter(v.aval for v in rule.forward.outvars[:split])
-            residual_avals = [
-                next(avals) if i is None else op.eqn.invars[i].aval for i in rule.inputs
-            ]
-            held[:] = zip(map(_kind, residuals), residual_avals, strict=True)
+            made = iter(zip(outs, rule.forward.outvars, strict=True))
+            residuals: list[Any] = []
+            held.clear()
+            for i in rule.inputs:
+                value, atom = next(made) if i is None else (given[i], op.eqn.invars[i])
+                constant = rule.forward.is_constant(atom) if i is None else op.constant[i]
+                residuals.append(based(value))
+                held.append(Residual(_kind(value), atom.aval.dtype, constant))
             shown = [_as_kind(v, k) for v, k in zip(outs[split:], op.outs, strict=True)]
-            return shown, [based(v) for v in residuals]
+            return shown, residuals
 
         def backward(residuals: Any, cotangents: Any) -> Any:
-            given = [value_of(k, r) for (k, _), r in zip(held, residuals, strict=True)]
-            cts, logs = self._backward(op, given, [a.dtype for _, a in held], cotangents)
+            cts, logs = self._backward(op, held, residuals, cotangents)
             back: list[Any] = [None] * len(parcel.args)
             for i, ct in zip(first[skip:], cts, strict=True):
                 back[i] = ct if ct is None else _as_dtype(ct, jax.typeof(parcel.args[i]).dtype)
@@ -478,25 +486,31 @@ class Emitter:
         return [value_of(kind, out) for kind, out in zip(op.outs, outs, strict=True)]
 
     def _backward(
-        self, op: OpPlan, residuals: list[Any], dtypes: list[Any], cotangents: Sequence[Any]
+        self,
+        op: OpPlan,
+        held: Sequence[Residual],
+        residuals: Sequence[Any],
+        cotangents: Sequence[Any],
     ) -> tuple[list[Any], dict[str, Any] | None]:
         """Runs the user's backward rule, traced in the dtypes that it was written for; returns the
         cotangents, None for a zero, and what the rule logs, in the dtypes that it was written in."""
-        n, params = len(residuals), op.eqn.params
-        static: dict[int, Any] = {}  # zeros, which hold no array
-        values, avals = (
-            list(residuals),
-            [
-                compat.aval_like(jax.typeof(based(r)), d)
-                for r, d in zip(residuals, dtypes, strict=True)
-            ],
-        )
-        for i, (ct, var) in enumerate(zip(cotangents, op.eqn.outvars, strict=True)):
+        params, total = op.eqn.params, len(held) + len(cotangents)
+        static: dict[
+            int, Any
+        ] = {}  # zeros, which hold no array, and constants, which rules may read
+        values, avals = [], []
+        for i, (residual, x) in enumerate(zip(held, residuals, strict=True)):
+            if residual.constant and not isinstance(x, Tracer):
+                static[i] = x
+            else:
+                values.append(value_of(residual.kind, x))
+                avals.append(compat.aval_like(jax.typeof(x), residual.dtype))
+        for i, (ct, var) in enumerate(zip(cotangents, op.eqn.outvars, strict=True), len(held)):
             if compat.is_symbolic_zero(ct):
                 aval = compat.aval_like(ct.aval, var.aval.to_tangent_aval().dtype)
-                static[n + i] = SymbolicZero(aval)
+                static[i] = SymbolicZero(aval)
             elif ct.dtype == jax.dtypes.float0:
-                static[n + i] = ct
+                static[i] = ct
             else:
                 values.append(value_of(kind_of_aval(jax.typeof(ct)), ct))
                 avals.append(compat.aval_like(jax.typeof(ct), var.aval.dtype))
@@ -505,7 +519,6 @@ class Emitter:
 
         def written_rule(*args: Any) -> Any:
             rest = iter(args)
-            total = n + len(cotangents)
             args = tuple(static[i] if i in static else next(rest) for i in range(total))
             outs, logs = compat.run_backward(params, args)
             zero[:] = [out is None or compat.is_symbolic_zero(out) for out in outs]

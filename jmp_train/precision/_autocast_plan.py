@@ -22,7 +22,17 @@ from jax.extend.core import Literal
 
 from jmp_train.precision._jax_compat import Body, body_of, scan_counts
 from jmp_train.precision.dtypes import is_floating
-from jmp_train.precision.op_rules import INDEPENDENT, LAYOUT, MOVES, POWERS, RAISED, OpRules
+from jmp_train.precision.op_rules import (
+    BINARY,
+    INDEPENDENT,
+    LAYOUT,
+    LINEAR,
+    LOGS,
+    MOVES,
+    POWERS,
+    RAISED,
+    OpRules,
+)
 
 FLOAT32 = np.dtype(np.float32)
 HALF = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
@@ -44,6 +54,8 @@ class Kind:
       stored: for an input of the program, at most moved since: its number of elements, before any
         broadcast. None for what was computed.
       features: for a product with a stored array, the numbers of elements that a bias of it has.
+      binary: whether every element is 0 or 1, as in a mask or a one-hot.
+      logs: whether it is linear in logarithms, as log-probabilities are.
     """
 
     native: np.dtype
@@ -51,6 +63,8 @@ class Kind:
     fits: frozenset[str] | None = None
     stored: int | None = None
     features: frozenset[int] = frozenset()
+    binary: bool = False
+    logs: bool = False
 
 
 def written(dtype: Any) -> Kind:
@@ -88,8 +102,9 @@ def fits_of(literal: Any) -> Fits | None:
 
 
 def kind_of_literal(literal: Any) -> Kind | None:
-    kind = kind_of_aval(literal.aval)
-    return kind and dataclasses.replace(kind, fits=fits_of(literal))
+    kind, fits = kind_of_aval(literal.aval), fits_of(literal)
+    binary = fits is not None and float(literal.val) in (0.0, 1.0)
+    return kind and dataclasses.replace(kind, fits=fits, binary=binary)
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,6 +140,9 @@ class OpPlan:
     subs: tuple[Plan, ...] = ()
     asks: list[Wants] = dataclasses.field(default_factory=list)  # per operand, where entered
     params: dict[str, Any] | None = None  # in place of the equation's
+    constant: list[bool] = dataclasses.field(
+        default_factory=list
+    )  # per operand of a derivative rule
 
 
 @dataclasses.dataclass
@@ -200,6 +218,7 @@ class _Walk:
         raised: set[int],
     ):
         self.planner = planner
+        self.body = body
         self.rules = planner.rules
         self.raised = raised
         self.kinds: dict[Any, Kind | None] = {}
@@ -252,6 +271,7 @@ class _Walk:
             op = _ENTERED[name](self, eqn, region)
         else:
             op = self.plain(index, eqn, region)
+            op.outs = _traced_on(eqn, self.kinds_in(eqn.invars), op.outs)
         for atom, dtype in zip(eqn.invars, op.wants, strict=True):
             self.want(atom, dtype)
         for atom, ask in zip(eqn.invars, op.asks, strict=False):
@@ -313,6 +333,8 @@ class _Walk:
             return self.as_written(eqn, "as written", "half in the author's code")
         if _asks_for_precision(eqn.params.get("precision")):
             return self.as_written(eqn, "as written", "the author's precision=")
+        if note := _sum_of(eqn, self.kinds_in(eqn.invars)):
+            return self.all_in(eqn, FLOAT32, "float32", note)
         op = _with_result(self.all_in(eqn, compute, "compute"), compute)
         features = _features(eqn, self.kinds_in(eqn.invars))
         op.outs = [k and dataclasses.replace(k, features=features) for k in op.outs]
@@ -399,7 +421,8 @@ class _Walk:
                 else _dtype(kind_of_aval(atom.aval))
             )
             if new is not None and kind is None:
-                new = dataclasses.replace(new, fits=self.whole_number(atom))
+                binary = atom.aval.dtype == np.bool_
+                new = dataclasses.replace(new, fits=self.whole_number(atom), binary=binary)
             return OpPlan(eqn, "cast", new.native if new else None, [exact], [new]), None
         old = atom.aval.dtype
         if promote([old, new.native]) == new.native:
@@ -440,7 +463,9 @@ class _Walk:
         whole = [self.whole_number(atom) for atom in eqn.invars]
         sub = self.planner.plan(body, self.kinds_in(eqn.invars), region, whole=whole)
         asks = [_hopeful(k, ask) for k, ask in zip(sub.ins, sub.asks, strict=True)]
-        return self.entered(eqn, [sub], asks, sub.outs)
+        op = self.entered(eqn, [sub], asks, sub.outs)
+        op.constant = [self.body.is_constant(atom) for atom in eqn.invars]
+        return op
 
     def cond(self, eqn: Any, region: Region | None) -> OpPlan:
         """A cast that every branch makes is made outside, any other inside its branch."""
@@ -557,6 +582,42 @@ def _features(eqn: Any, kinds: Sequence[Kind | None]) -> frozenset[int]:
                 whole = math.prod(shape) // max(inner, 1)
                 sizes |= {whole, whole // max(batch, 1)}
     return frozenset(sizes)
+
+
+def _traced_on(
+    eqn: Any, kinds: Sequence[Kind | None], outs: Sequence[Kind | None]
+) -> list[Kind | None]:
+    """The kinds of results, with what the operands say of their values: 0 or 1, logarithms."""
+    name, known = eqn.primitive.name, [k for k in kinds if k]
+    binary = name in BINARY and bool(known) and all(k.binary for k in known)
+    logs = name in LOGS or (name in LINEAR and any(k.logs for k in known))
+    if name in ("mul", "div"):  # by a number or a mask; weighted by an array, it is no logarithm
+        logs = logs and all(k.logs or k.binary or k.fits is not None for k in known)
+    if not (binary or logs):
+        return list(outs)
+    wide = (k and k.native not in HALF for k in outs)
+    return [
+        k and dataclasses.replace(k, binary=binary, logs=logs and bool(w))
+        for k, w in zip(outs, wide, strict=True)
+    ]
+
+
+def _sum_of(eqn: Any, kinds: Sequence[Kind | None]) -> str:
+    """Why a product is a sum, of float32 like `reduce_sum`; '' where it is a matrix product.
+
+    An inner product has no output dimension of its own: `sum(a * b)`, as losses spell it.
+    A product of logarithms with 0 and 1 picks log-probabilities, which a float32 loss reads.
+    """
+    if eqn.primitive.name != "dot_general":
+        return ""
+    contracted, batched = eqn.params["dimension_numbers"]
+    ranks = [len(c) + len(b) for c, b in zip(contracted, batched, strict=True)]
+    if contracted[0] and ranks == [len(atom.aval.shape) for atom in eqn.invars]:
+        return "an inner product is a sum"
+    for one, other in (kinds, kinds[::-1]):
+        if one and other and one.binary and other.logs:
+            return "logarithms picked by 0 and 1"
+    return ""
 
 
 def _asks_for_precision(precision: Any) -> bool:

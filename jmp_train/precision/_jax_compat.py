@@ -66,6 +66,10 @@ class Body(NamedTuple):
     def eqns(self) -> Sequence[Any]:
         return self.jaxpr.eqns
 
+    def is_constant(self, atom: Any) -> bool:
+        """Whether an atom is a literal or a constant: it has its value before anything runs."""
+        return isinstance(atom, jex_core.Literal) or any(atom is v for v in self.constvars)
+
 
 def body_of(jaxpr: Any) -> Body:
     """The body of an open or a closed jaxpr."""

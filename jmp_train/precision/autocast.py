@@ -61,8 +61,14 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
     `1e-8` and `-1e30` next to a float16 array make the operation float32. A sum that float32
     operations alone read is formed in float32, as in softmax's `exp(x - max(x))`.
 
+    An inner product (`vdot`) is a sum and runs in float32. So does a product of logarithms with
+    zeros and ones made from a comparison, such as `log_softmax(x) @ one_hot`. A loss that begins
+    with other arithmetic on half-precision logits (`optax.losses.dice_loss`) needs
+    `with_precision("float32")` to stay in float32.
+
     Loop carries and the outputs of `fn` keep their dtypes. Derivative rules (`custom_jvp`,
-    `custom_vjp`) stay the ones that are used, and run under the same autocast. One array is cast
+    `custom_vjp`) stay the ones that are used, and run under the same autocast; a residual that is
+    a constant keeps its value. One array is cast
     to one dtype once; a loop's weights are cast before it, and their gradient is still summed up
     in float32.
 

@@ -17,7 +17,8 @@ torch lists functions (`softmax`, `layer_norm`); a jaxpr holds the primitives th
 Where the two differ: whole-number powers (`integer_pow`, `square`) are in float32 where the format
 is float16, which cannot hold 256**2, or where float32 operations alone read them, as in a variance
 or a loss; in bfloat16 they promote otherwise, because JAX spells activations such as gelu with
-them, which torch leaves in half. torch's `reciprocal` is a `div` here and promotes. Sums that a scatter or a
+them, which torch leaves in half. A `dot_general` that is an inner product (`vdot`, which torch
+does not list either) or that picks logarithms by 0 and 1 is a sum, in float32. torch's `reciprocal` is a `div` here and promotes. Sums that a scatter or a
 window forms are sums (torch leaves `avg_pool` and `scatter_add` off its float32 list); special
 functions that torch does not list run in float32.
 """
@@ -73,6 +74,13 @@ LAYOUT = _names(
     "broadcast_in_dim copy dynamic_slice gather name optimization_barrier reshape "
     "sharding_constraint slice squeeze transpose"
 )
+
+#: What makes logarithms, and what keeps sums of them, and multiples by a number, such.
+LOGS = _names("log log1p")
+LINEAR = MOVES | _names("add add_any cumsum div mul reduce_sum sub")
+
+#: What makes zeros and ones of zeros and ones.
+BINARY = MOVES | _names("mul")
 
 _ARITHMETIC = _names(
     "add add_any argmax argmin atan atan2 cbrt ceil cos div eq erf erfc floor ge gt integer_pow "
