@@ -70,7 +70,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
         with _regions(rules) as seen:
             _, variables = _as(kind, self).init_with_output(rngs, *args, **options)
         rules.check(seen)
-        return _cast_params(variables, rules)
+        return cast_params(variables, rules)
 
     def init_with_output(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
         variables = self.init(rngs, *args, **options)
@@ -108,7 +108,7 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
         yield seen
 
 
-def _cast_params(variables: Any, rules: Rules) -> Any:
+def cast_params(variables: Any, rules: Rules) -> Any:
     """Parameters in the parameter dtype of the module that holds them."""
 
     def cast(path: Any, x: Any) -> Any:
