@@ -195,12 +195,10 @@ def _graph(kind: str, **options: Any) -> Callable[[], Any]:
     return make
 
 
-def _haiku_resnet() -> Any:
+def _haiku_mlp() -> Any:
     hk: Any = import_module("haiku")
-
-    net = hk.transform_with_state(lambda x: hk.nets.ResNet18(10)(x, is_training=True))
-    params, state = jax.jit(net.init)(_KEY, _IMAGES)
-    return _plain(lambda p, inputs: net.apply(p, state, None, *inputs)[0], params, _IMAGES)
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([32, 32, 4])(x)))
+    return _plain(lambda p, inputs: net.apply(p, *inputs), net.init(_KEY, _ROWS), _ROWS)
 
 
 def _haiku_lstm() -> Any:
@@ -271,7 +269,7 @@ MODELS: dict[str, Model] = {
     "GIN": Model("jraphx", _graph("GIN")),
     "GCN": Model("jraphx", _graph("GCN")),
     "GAT": Model("jraphx", _graph("GAT", heads=2)),
-    "nets.ResNet18": Model("dm-haiku", _haiku_resnet),
+    "nets.MLP": Model("dm-haiku", _haiku_mlp),
     "LSTM": Model("dm-haiku", _haiku_lstm),
     "nn.MultiheadAttention": Model("equinox", _equinox_attention),
     "nn.MLP": Model("equinox", _equinox_mlp),
