@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 
 from flax import linen, nnx
 
-from jmp_train.flax import _linen, _nnx
+from jmp_train.flax import _linen, _nnx, _wrapper
 from jmp_train.precision.rules import Rules, RulesReport
 
 M = TypeVar("M")
+
+_EXPECTED = "an nnx.Module or a linen.Module, or an object whose .module is a linen.Module"
 
 __all__ = ["apply_policy", "explain"]
 
@@ -27,19 +29,21 @@ def apply_policy(module: M, rules: Any) -> M:
     rule.
 
     Args:
-      module: an `nnx.Module` or a `linen.Module`.
+      module: an `nnx.Module`, a `linen.Module`, or an object that carries a `linen.Module` in its
+        attribute `module`, such as a Flax model of Hugging Face.
       rules: `Rules`, a list of pairs for it, or one policy for the whole model.
 
     Returns:
       A module of a subclass of `type(module)`, with the same fields and methods. NNX: a copy, its
       parameters cast; it can be split, merged and trained like the one that was given. Linen:
       `init` returns cast parameters, and `apply` runs under the rules. Both trace at every call, so
-      put `jax.jit` around the outermost function.
+      put `jax.jit` around the outermost function. An object with a module: a shallow copy of its
+      own type, its module under the rules and its `params` cast.
 
     Raises:
       ValueError: for unknown policies; for a rule that matches no module, with the nearest paths
         (Linen: at `init` or `apply`, where the modules are known).
-      TypeError: for what is no Flax module.
+      TypeError: for what is neither, and for an object that does not store the module it carries.
 
     >>> import jax, jax.numpy as jnp
     >>> class Net(nnx.Module):
@@ -57,14 +61,16 @@ def apply_policy(module: M, rules: Any) -> M:
         return _nnx.apply_policy(module, rules)
     if isinstance(module, linen.Module):
         return _linen.apply_policy(module, rules)
-    raise TypeError(f"apply_policy expects an nnx.Module or a linen.Module, got {type(module)}")
+    if _wrapper.carries_module(module):
+        return _wrapper.apply_policy(module, rules)
+    raise TypeError(f"apply_policy expects {_EXPECTED}, got {type(module)}")
 
 
 def explain(module: Any, rules: Any, *args: Any, **kwargs: Any) -> RulesReport:
     """Which rule gives which module of a model its policy: `print` it.
 
     Args:
-      module: an `nnx.Module` or a `linen.Module`.
+      module: as for `apply_policy`.
       rules: as for `apply_policy`.
       *args, **kwargs: Linen alone: what the model is called with (arrays or
         `jax.ShapeDtypeStruct`s), because a Linen model has its modules only when called.
@@ -81,8 +87,9 @@ def explain(module: Any, rules: Any, *args: Any, **kwargs: Any) -> RulesReport:
     layers/1  LayerNorm   p=full,c=full,o=full  layers/1
     """
     rules = Rules(rules)
+    module = module.module if _wrapper.carries_module(module) else module
     if isinstance(module, nnx.Module):
         return rules.explain(_nnx.modules_of(module))
     if isinstance(module, linen.Module):
         return rules.explain(_linen.modules_of(module, *args, **kwargs))
-    raise TypeError(f"explain expects an nnx.Module or a linen.Module, got {type(module)}")
+    raise TypeError(f"explain expects {_EXPECTED}, got {type(module)}")

@@ -36,21 +36,26 @@ def modules_of(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
 
 def apply_policy(module: M, rules: Rules) -> M:
     """See `jmp_train.flax.apply_policy`."""
+    return _as(_under_rules(type(module), rules), module)
+
+
+def _as(kind: Callable[..., M], module: nn.Module) -> M:
+    """A module of another class with the fields of the one given."""
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
     fields.pop("parent", None)
-    return _under_rules(type(module), rules)(**fields)
+    return kind(**fields)
 
 
 @functools.lru_cache(maxsize=256)
 def _under_rules(kind: type, rules: Rules) -> type:
-    """A subclass whose `init` and `apply` follow the rules."""
+    """A subclass whose `init` and `apply` run a module of the class itself under the rules."""
 
     def apply(self: Any, variables: Any, *args: Any, rngs: Any = None, **options: Any) -> Any:
         mutable = options.get("mutable", False)
 
         def pure(variables: Any, args: Any, rngs: Any, options: Any) -> Any:
             with _regions(rules) as seen:
-                out = kind.apply(self, variables, *args, rngs=rngs, **options)
+                out = _as(kind, self).apply(variables, *args, rngs=rngs, **options)
             seen |= _paths_of(variables.get("params", {}))
             rules.check(seen)
             return out
@@ -63,9 +68,9 @@ def _under_rules(kind: type, rules: Rules) -> type:
 
     def init(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
         with _regions(rules) as seen:
-            _, variables = kind.init_with_output(self, rngs, *args, **options)
+            _, variables = _as(kind, self).init_with_output(rngs, *args, **options)
         rules.check(seen)
-        return _cast_params(variables, rules)
+        return cast_params(variables, rules)
 
     def init_with_output(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
         variables = self.init(rngs, *args, **options)
@@ -103,7 +108,7 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
         yield seen
 
 
-def _cast_params(variables: Any, rules: Rules) -> Any:
+def cast_params(variables: Any, rules: Rules) -> Any:
     """Parameters in the parameter dtype of the module that holds them."""
 
     def cast(path: Any, x: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from jmp_train.flax import _region
+from jmp_train.flax import _intercept, _region
 from jmp_train.precision.autocast import autocast
 from jmp_train.precision.policy import cast_floating, widen_to_full
 from jmp_train.precision.rules import Rules
@@ -39,14 +39,9 @@ def apply_policy(module: M, rules: Rules) -> M:
 
 
 def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
-    """The methods that a caller may call, those of nnx.Module itself apart."""
-    inherited = {name for base in nnx.Module.__mro__ for name in vars(base)}
-    return {
-        name: method
-        for name in dir(kind)
-        if (name == "__call__" or not name.startswith("_")) and name not in inherited
-        if inspect.isfunction(method := inspect.getattr_static(kind, name))
-    }
+    """The methods of a class that a caller may call, inherited ones too."""
+    found = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
+    return {name: method for name, method in found if _intercept.is_public(name, method)}
 
 
 @functools.cache
@@ -108,24 +103,8 @@ def _is_object(x: Any) -> bool:
 
 
 def _mark(model: nnx.Module, rules: Rules) -> None:
-    """Makes every module of a model, which is this call's own, run in its region."""
-    for path, module in list(nnx.iter_modules(model)):
-        region = _region.region_of(rules, "/".join(map(str, path)))
-        module.__class__ = _in_region(type(module), region)
+    """Gives every module of a model, which is this call's own, its region."""
+    for path, module in nnx.iter_modules(model):
+        _intercept.mark(module, _region.region_of(rules, "/".join(map(str, path))))
         if _region.gives_way(vars(module).get("dtype")):
             setattr(module, "dtype", None)  # noqa: B010  (a Module need not have one)
-
-
-@functools.cache
-def _in_region(kind: type, region: _region.Region) -> type:
-    """A subclass whose public methods run in a region."""
-
-    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _region.run(region, functools.partial(method, self), args, kwargs)
-
-        return wrapped
-
-    methods = {name: wrap(method) for name, method in _public_methods(kind).items()}
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
