@@ -5,13 +5,9 @@ import os
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from simulated_devices import NEED_DEVICES
 
 # Run by test_several_devices.py, each in a process that has so many devices.
-NEED_DEVICES = {
-    "training/four_devices.py": 4,
-    "training/sharded_steps.py": 8,
-    "optim/sharded_state.py": 8,
-}
 collect_ignore = [
     file
     for file, count in NEED_DEVICES.items()

@@ -35,7 +35,6 @@ BATCH = {"x": jnp.eye(4), "y": jnp.ones(4)}
         ((optax.adam(0.1), loss_fn), {}, r"optimizer first .* expected make_step\(loss_fn, optim"),
         ((jnp.float32(3), optax.adam(0.1)), {}, r"expected a function loss_fn\(params, batch\)"),
     ],
-    ids=str,
 )
 def test_what_is_no_loss_optimizer_or_scale_is_refused(arguments, options, message):
     with pytest.raises(TypeError, match=message):
@@ -170,7 +169,6 @@ def test_the_caps_scale_is_the_one_that_is_reported():
         (True, 1),
         (jnp.int32(0), jnp.uint32(0)),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_model_state_of_another_kind_is_refused_by_its_path(given, returned, micro_batches):
