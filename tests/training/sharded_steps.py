@@ -114,13 +114,13 @@ def test_a_weighted_loss_over_devices_is_that_of_one_batch(mesh, weights):
     batch = {"t": totals, "w": weights}
     exact = totals.sum() / (weights.sum() or 1)
     on_two = Mesh(mesh.devices[:2], ("data",), axis_types=mesh.axis_types)
-    for micro_batches in (1, 2, 4):
+    for micro_batches in (1, 2):
         stepper = jt.make_step(weighted, optax.sgd(1.0), mesh=on_two, micro_batches=micro_batches)
         state, info = stepper.step(stepper.init(jnp.float32(0)), batch)
         assert float(state.params) == pytest.approx(-exact, rel=8 * 2.0**-24)
-        stepper = jt.make_step(weighted, optax.sgd(1.0), micro_batches=micro_batches)
-        state, info = stepper.step(stepper.init(jnp.float32(1)), put(batch, on_two, "data"))
-        assert float(info.loss) == pytest.approx(exact, rel=8 * 2.0**-24)
+    stepper = jt.make_step(weighted, optax.sgd(1.0), micro_batches=2)
+    state, info = stepper.step(stepper.init(jnp.float32(1)), put(batch, on_two, "data"))
+    assert float(info.loss) == pytest.approx(exact, rel=8 * 2.0**-24)
 
 
 TWO_AXES = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -148,8 +148,9 @@ def test_keys_and_model_state_beside_sharded_parameters_compile_once(mesh, raw):
 
 
 @MESHES
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bf16"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "policy,micro_batches", [("float32", 1), ("mixed_float16", 2), ("bf16", 1)]
+)
 def test_the_second_step_on_sharded_parameters_compiles_nothing(mesh, policy, micro_batches):
     params, batch = make(64)
     stepper = jt.make_step(
