@@ -156,9 +156,9 @@ def _line(name: str, row: dict[str, Any]) -> str:
     ]
     shares = {f"{run['share']:.0%} of {row['products']}" for run in runs if "share" in run}
     cells = ["; ".join([*sorted(shares), *failures])]
-    cells += [f"{run['cosine']:.5f}" if "cosine" in run else "" for run in runs]
-    cells += [f"{row['float32']['loss']:.4f}"]
-    cells += [f"{run['loss']:.4f}" if "loss" in run else "" for run in runs]
+    cells += [f"{float(run['cosine']):.5f}" if "cosine" in run else "" for run in runs]
+    cells += [f"{float(row['float32']['loss']):.4f}"]
+    cells += [f"{float(run['loss']):.4f}" if "loss" in run else "" for run in runs]
     cells += [str(runs[-1].get("skipped", ""))]
     return f"| {model} | {' | '.join(cells)} |\n"
 
