@@ -298,7 +298,7 @@ def _compare(words: list[str]) -> None:
     from jmp_train.compare import compare, variants_of
     from jmp_train.training.compilation_cache import keep_compiled
 
-    family, words = _positional(words, "compare FAMILY", "the name of a family", _experiments)
+    family, words = _positional(words, "compare FAMILY", "the name of a family", _families)
     prog = f"jmp-train compare {family}"
     if {"-h", "--help"} & set(words):
         first = next(iter(variants_of(family, CompareOptions.precisions).values()))
@@ -337,6 +337,12 @@ def _experiments() -> str:
     return f"experiments are {', '.join(experiment_files())}"
 
 
+def _families() -> str:
+    from jmp_train.compare import families
+
+    return f"families are {', '.join(families())}"
+
+
 def _newest_runs() -> str:
     """Where the newest runs are, for a command that needs one."""
     from jmp_train.run import read_config
@@ -354,7 +360,8 @@ def _newest_runs() -> str:
             break
     if not found:
         return "runs/ holds no run; make one: jmp-train train NAME"
-    return f"the newest runs are {', '.join(found)}"
+    newest = "run is" if len(found) == 1 else "runs are"
+    return f"the newest {newest} {', '.join(found)}"
 
 
 def _words(name: str) -> str:

@@ -27,6 +27,11 @@ from jmp_train.training.metrics import write_json
 _MATMUL = typing.get_args(typing.get_type_hints(Experiment)["matmul_precision"])
 
 
+def families() -> list[str]:
+    """The names of all families: what stands before the precision in an experiment's name."""
+    return sorted({name.rpartition("_")[0] for name in experiment_files()} - {""})
+
+
 def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]:
     """The experiments to compare, by label, the first being what the others are compared with.
 
@@ -41,8 +46,7 @@ def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]
     names = list(experiment_files())
     there = [name.removeprefix(family + "_") for name in names if name.startswith(family + "_")]
     if not there:
-        families = sorted({name.rpartition("_")[0] for name in names} - {""})
-        raise UsageError(f"unknown family {family!r}; {nearest(family, families)}")
+        raise UsageError(f"unknown family {family!r}; {nearest(family, families())}")
     variants = {}
     for label in filter(None, (word.strip() for word in precisions.split(","))):
         precision, _, matmul = label.partition("@")

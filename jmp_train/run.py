@@ -143,7 +143,8 @@ def train(
         # Refuses before anything is written.
         _check_directory(run_dir, name, experiment, asked_warmup, force)
         parts = _build(experiment)
-        _check_batch_size(experiment, parts.dataset)
+        if not (run_dir / "config.json").exists():  # an older run goes on as it began
+            _check_batch_size(experiment, parts.dataset)
         with _lock(run_dir, console):
             for line in filter(None, (devices_line(), scaled)):
                 _say(console, line)
@@ -614,11 +615,14 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 def _refused(changed: dict[str, str], before: dict[str, Any], asked_warmup: int) -> list[str]:
     """The changes that only --force allows. A warm-up may change if it follows the number of steps:
-    if the run has the one that the same warm-up gave it with its steps."""
+    if the run has the one that the same warm-up gave it with its steps. A number of classes may be
+    given where there was none; one that changes the model does not fit its checkpoint."""
     may_change: set[str] = {*_MAY_CHANGE}
     steps, warmup = before.get("steps"), before.get("optimizer.warmup_steps")
     if isinstance(steps, int) and fitting_warmup(asked_warmup, steps) == warmup:
         may_change.add("optimizer.warmup_steps")
+    if before.get("data.classes") is None:
+        may_change.add("data.classes")
     return [text for field, text in changed.items() if field not in may_change]
 
 
@@ -718,6 +722,7 @@ def _start(run: _Run) -> _Start:
         _say(console, f"saved by other versions: {', '.join(versions.values())}")
     data = extra["data"]
     order = [k for k in changed if k in _ORDER_OF_DATA or k.startswith("data.")]
+    order = [k for k in order if k != "data.classes"]
     if order:
         calls, rest = divmod(step, experiment.steps_per_call)
         if rest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -17,6 +18,9 @@ from jmp_train.precision.policy import cast_floating, widen_to_full
 from jmp_train.precision.rules import Rules
 
 M = TypeVar("M", bound=nn.Module)
+
+# The classes under rules, with those that the author wrote: of two policies the last holds.
+_UNDER: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
 def modules_of(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
@@ -36,7 +40,7 @@ def modules_of(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
 
 def apply_policy(module: M, rules: Rules) -> M:
     """See `jmp_train.flax.apply_policy`."""
-    return _as(_under_rules(type(module), rules), module)
+    return _as(_under_rules(_UNDER.get(type(module), type(module)), rules), module)
 
 
 def _as(kind: Callable[..., M], module: nn.Module) -> M:
@@ -78,6 +82,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
 
     under = type(kind.__name__, (kind,), {"__module__": kind.__module__})
     methods: list[Any] = [apply, init, init_with_output]
+    _UNDER[under] = kind
     for method in methods:  # set late: Linen binds what a class begins with
         name = method.__name__
         setattr(under, name, functools.update_wrapper(method, getattr(kind, name)))

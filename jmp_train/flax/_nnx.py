@@ -17,6 +17,9 @@ from jmp_train.precision.rules import Rules
 
 M = TypeVar("M", bound=nnx.Module)
 
+#: In a class under rules: the class that the author wrote.
+_WRITTEN = "_jmp_train_written"
+
 
 def modules_of(module: nnx.Module) -> dict[str, str]:
     """The type of every module by its path, the model itself first."""
@@ -29,6 +32,7 @@ def apply_policy(module: M, rules: Rules) -> M:
     rules.check(modules_of(module))
     module = nnx.clone(module)
     for path, inner in nnx.iter_modules(module):
+        _take_off(inner)
         dtype = rules.policy_of("/".join(map(str, path))).param_dtype
         for value in vars(inner).values():
             if isinstance(value, nnx.Param):
@@ -36,6 +40,12 @@ def apply_policy(module: M, rules: Rules) -> M:
                 value.set_value(cast_floating(value.get_value(), dtype))
     module.__class__ = _under_rules(type(module), rules)
     return module
+
+
+def _take_off(module: nnx.Module) -> None:
+    """Gives a module that is under rules of its own the class that its author wrote: of two policies
+    on one model the one applied last holds, and that of the whole model over that of a part."""
+    module.__class__ = vars(type(module)).get(_WRITTEN, type(module))
 
 
 def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
@@ -54,15 +64,15 @@ def _under_rules(kind: type, rules: Rules) -> type:
     def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _run(self, kind, rules, name, args, kwargs)
+            return _run(self, rules, name, args, kwargs)
 
         return wrapped
 
     methods = {name: wrap(name, method) for name, method in _public_methods(kind).items()}
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **methods})
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, _WRITTEN: kind, **methods})
 
 
-def _run(model: Any, kind: type, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
+def _run(model: Any, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
     """One call of the model: pure in its state, traced, recast, its new state written back."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     objects = [leaf for leaf in leaves if _is_object(leaf)]
@@ -71,7 +81,6 @@ def _run(model: Any, kind: type, rules: Rules, name: str, args: Any, kwargs: Any
 
     def pure(params: Any, state: Any, rest: Any) -> Any:
         inner, objects = nnx.merge(graph, params, state, copy=True)
-        inner.__class__ = kind
         _mark(inner, rules)
         given = iter(objects)
         full = [
@@ -105,6 +114,7 @@ def _is_object(x: Any) -> bool:
 def _mark(model: nnx.Module, rules: Rules) -> None:
     """Gives every module of a model, which is this call's own, its region."""
     for path, module in nnx.iter_modules(model):
+        _take_off(module)  # of a part that was put in after the rules
         _intercept.mark(module, _region.region_of(rules, "/".join(map(str, path))))
         if _region.gives_way(vars(module).get("dtype")):
             setattr(module, "dtype", None)  # noqa: B010  (a Module need not have one)

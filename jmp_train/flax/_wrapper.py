@@ -24,17 +24,20 @@ def apply_policy(wrapper: W, rules: Rules) -> W:
     """A shallow copy whose module follows the rules and whose `params`, if it has any, are cast."""
     under: Any = copy.copy(wrapper)
     module = under.module
-    names = [name for name, value in vars(under).items() if value is module]
+    names = [name for name, value in getattr(under, "__dict__", {}).items() if value is module]
+    params = getattr(under, "params", None)
+    try:
+        for name in names:
+            setattr(under, name, _linen.apply_policy(module, rules))
+        if params is not None:
+            under.params = _cast(params, rules)
+    except AttributeError:  # read-only, as in a frozen dataclass
+        names = []
     if not names:
         raise TypeError(
-            f"apply_policy found no attribute of {type(wrapper).__name__} that holds its module; "
-            "use apply_policy(model.module, rules) and call that"
+            f"apply_policy found no attribute of {type(wrapper).__name__} where its module and its "
+            "params can be replaced; use apply_policy(model.module, rules) and call that"
         )
-    for name in names:
-        setattr(under, name, _linen.apply_policy(module, rules))
-    params = getattr(under, "params", None)
-    if params is not None:
-        under.params = _cast(params, rules)
     return under
 
 

@@ -67,9 +67,24 @@ class BitUpdate:
                 "updates inside the one for narrow parameters, as in "
                 "master_weights(optax.chain(...))"
             )
-        return jax.lax.bitcast_convert_type(_bits(old) + self.difference, dtype)
+        return _add_bits(old, self.difference)
 
     __add__ = __radd__
+
+
+@jax.custom_jvp
+def _add_bits(old: Any, difference: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(_bits(old) + difference, jnp.result_type(old))
+
+
+@_add_bits.defjvp
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    # Of a bit pattern it would be zero, without a word.
+    raise TypeError(
+        "parameters under master_weights, bf16_remainder, kahan or stochastic_rounding cannot be "
+        "differentiated through an update, which works on their bits; expected float32 parameters, "
+        "as in the policy 'mixed_bfloat16'"
+    )
 
 
 def _unsigned(dtype: Any) -> np.dtype:
@@ -165,9 +180,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
     """
 
     def add(p: Any, u: Any) -> Any:
-        if isinstance(u, BitUpdate) or jnp.finfo(p.dtype).bits > 8:
-            return optax.apply_updates(p, u)
-        return jnp.asarray(p.astype(jnp.float32) + u).astype(p.dtype)
+        if jnp.finfo(p.dtype).bits == 8 and not isinstance(u, BitUpdate):
+            return jnp.asarray(p.astype(jnp.float32) + u).astype(p.dtype)
+        return optax.apply_updates(p, u)
 
     return jax.tree.map(add, params, updates)
 

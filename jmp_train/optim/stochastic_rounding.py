@@ -32,7 +32,7 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
     The update is added in float32; the sum goes to either neighbour in the parameter's dtype, the
     nearer the likelier, so that updates below half a spacing move the parameter in the mean where
     rounding to nearest never would. The price is noise of up to one spacing a step; nothing is
-    kept but a key. A parameter whose update is zero stays as it is, a subnormal one
+    kept but a key. A narrow parameter whose update is zero stays as it is (-0 becomes +0), a subnormal one
     too.
 
     0 bytes a parameter in the state. A parameter in float32 is left to the inner optimizer.

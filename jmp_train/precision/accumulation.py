@@ -40,7 +40,8 @@ class WeightedLoss:
 
     Attributes:
       total: the sum; a real scalar, at best in float32.
-      weight: a scalar, float or integer; a constant to differentiation.
+      weight: a scalar, an integer or in float32; a constant to differentiation. A sum of a mask that
+        was cast to 16 bits is refused, because its count would be rounded.
 
     >>> WeightedLoss(jnp.float32(6), jnp.int32(3)).total
     Array(6., dtype=float32)
@@ -67,12 +68,18 @@ class Part(NamedTuple):
     aux: Any
 
 
-def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Weights | None]:
+def mean_of(loss: Any, axis_name: str | None, *, whole: bool) -> tuple[Any, Weights | None]:
     """The mean that a `WeightedLoss` stands for, and its weights.
 
     Divided before the backward pass, not after: the gradients of a sum over 10^5 tokens would be
     10^5 times nearer to float16's limit. The divisor is the devices' mean weight, not each one's
     own, so that a loss function which itself reduces over the devices differentiates rightly.
+
+    Args:
+      loss: as the loss function returned it.
+      axis_name: the mesh axis of the devices; None for one device.
+      whole: whether this is the whole batch. A part is divided by 1 at least, which `combine` makes
+        good: weights that cancel in one part of a batch would make its gradients overflow float16.
     """
     if not isinstance(loss, WeightedLoss):
         return loss, None
@@ -80,6 +87,11 @@ def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Weights | None]:
     if own.shape != () or jnp.issubdtype(own.dtype, jnp.complexfloating):
         raise TypeError(
             f"the weight has shape {own.shape} and dtype {own.dtype}; expected a real scalar"
+        )
+    if jnp.issubdtype(own.dtype, jnp.floating) and jnp.finfo(own.dtype).bits < 32:
+        raise TypeError(
+            f"the weight has dtype {own.dtype}, in which a count is rounded or overflows; expected "
+            "float32 or an integer, such as jnp.sum(mask, dtype=jnp.float32), or a mask of bools"
         )
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise TypeError(
@@ -90,7 +102,10 @@ def mean_of(loss: Any, axis_name: str | None) -> tuple[Any, Weights | None]:
     weight, devices = own, 1
     if axis_name is not None:
         weight, devices = jax.lax.psum((own, 1), axis_name)
-    divisor = _or_one(weight / devices)
+    divisor = weight / devices
+    divisor = _or_one(divisor) if whole else jnp.maximum(jnp.abs(divisor), 1)
+    # Divided by an infinite weight, any total would be a finite 0.
+    divisor = jnp.where(jnp.isfinite(weight), divisor, jnp.nan)
     return total.astype(dtype) / divisor, Weights(own, weight, divisor)
 
 

@@ -21,6 +21,7 @@ from jmp_train.precision.loss_scale import (
     DynamicLossScale,
     LossScale,
     NoOpLossScale,
+    StaticLossScale,
     all_finite,
     check_loss_scale,
     largest_power_of_two,
@@ -76,8 +77,8 @@ def value_and_grad(
       has_aux: whether `loss_fn` returns `(loss, aux)`. `aux` is passed through as it is.
       cast_batch: whether the batch's floating leaves are cast too. Turn it off where the batch
         holds regression targets that the compute dtype would round.
-      micro_batches: the number of equal parts, in order, that the batch's leading axis is split
-        into. One compiled body runs them in turn, so that the memory for activations is that of
+      micro_batches: the number N of equal parts that the batch's leading axis is split into; part n
+        has the examples n, n + N, n + 2 N, .... One compiled body runs them in turn, so that the memory for activations is that of
         one part. Of `aux`, floating scalars are averaged, weighted like the loss, and any other
         leaf comes back with a leading axis of micro-batches. Of the keyword arguments, `key` is
         folded with the number of the part, and `model_state` is handed from part to part: `aux`
@@ -117,6 +118,7 @@ def value_and_grad(
 
     Source: Micikevicius et al. 2018, "Mixed Precision Training", arXiv:1710.03740.
     """
+    whole_batch = micro_batches == 1 and axis_name is None
     to_compute = _as_it_is if policy is None else get_policy(policy).cast_to_compute
     micro_batches = check_micro_batches(micro_batches)
     reduce_dtype = check_reduce_dtype(reduce_dtype, axis_name)
@@ -140,14 +142,14 @@ def value_and_grad(
             def compute(params: Any) -> tuple[jax.Array, Any]:
                 out = loss_fn(params, batch, *args, **kwargs)
                 loss, aux = out if has_aux else (out, None)
-                loss, weights = mean_of(loss, axis_name)
+                loss, weights = mean_of(loss, axis_name, whole=whole_batch)
                 return _real_scalar(loss, has_aux), (aux, weights)
 
             loss, backward, (aux, weights) = jax.vjp(compute, cast_params, has_aux=True)
             (grads,) = backward(_seed(_fit(scale, loss.dtype), loss.dtype))
             return Part(loss, weights, _widen(grads, params), aux)
 
-        if micro_batches == 1 and axis_name is None:
+        if whole_batch:
             whole = run(batch, kwargs)
             loss_dtype = whole.loss.dtype
         else:
@@ -208,18 +210,20 @@ def _real_scalar(loss: Any, has_aux: bool) -> jax.Array:
 
 
 def _fit(loss_scale: LossScale, dtype: Any) -> LossScale:
-    """Holds the scale at what the loss's own dtype can carry back; free for a float32 loss."""
+    """Caps a dynamic scale at what the loss's own dtype can carry back; free for a float32 loss."""
     limit = largest_power_of_two(dtype)
-    if isinstance(loss_scale, NoOpLossScale) or limit >= largest_power_of_two(jnp.float32):
+    dynamic = isinstance(loss_scale, DynamicLossScale)
+    if not dynamic or limit >= largest_power_of_two(jnp.float32):
         return loss_scale
-    if isinstance(loss_scale, DynamicLossScale):
-        return dataclasses.replace(loss_scale, loss_scale=jnp.minimum(loss_scale.loss_scale, limit))
-    return dataclasses.replace(loss_scale, loss_scale=min(loss_scale.loss_scale, limit))
+    return dataclasses.replace(loss_scale, loss_scale=jnp.minimum(loss_scale.loss_scale, limit))
 
 
 def _seed(loss_scale: LossScale, dtype: Any) -> jax.Array:
-    """What the backward pass starts from."""
-    return jnp.asarray(loss_scale.loss_scale, dtype)
+    """What the backward pass starts from; a static scale is capped here and stays what it is."""
+    scale = loss_scale.loss_scale
+    if isinstance(loss_scale, StaticLossScale):
+        scale = min(scale, largest_power_of_two(dtype))
+    return jnp.asarray(scale, dtype)
 
 
 def _unscale(grads: Any, loss_scale: LossScale, seed: jax.Array) -> Any:

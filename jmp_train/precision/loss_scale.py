@@ -351,8 +351,8 @@ def check_loss_scale(loss_scale: Any) -> None:
         _check_static_scale(loss_scale.loss_scale)
     if isinstance(loss_scale, LossScale):
         return
-    number = isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool)
-    nearest = f"StaticLossScale({loss_scale!r})" if number else "DynamicLossScale(2.0**16)"
+    number = isinstance(loss_scale, (int, float, np.number)) and not isinstance(loss_scale, bool)
+    nearest = f"StaticLossScale({loss_scale})" if number else "DynamicLossScale(2.0**16)"
     raise TypeError(f"loss_scale is {loss_scale!r}; expected a loss scale such as {nearest}")
 
 

@@ -43,9 +43,10 @@ def make_evaluate(
     @jax.jit
     def sums(params: Any, batch: Any, **extras: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         mask = batch.get("mask") if isinstance(batch, Mapping) else None
-        if mask is not None and mask.dtype != jnp.bool_:
+        if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
+            given = f"has dtype {mask.dtype}" if hasattr(mask, "dtype") else "is no array"
             raise TypeError(
-                f"the mask has dtype {mask.dtype}; expected bool, such as mask != 0: it says which "
+                f"the mask {given}; expected an array of bool, such as mask != 0: it says which "
                 "examples count, and is not a weight"
             )
         batch = to_compute(batch)

@@ -57,8 +57,8 @@ class Stepper(NamedTuple):
     step: jax.stages.Wrapped
     """`step(state, batch) -> (TrainState, StepInfo)`: one step, jitted; the state's buffers are donated."""
     pure_step: Callable[[TrainState, Any], tuple[TrainState, StepInfo]]
-    """The function that `step` jits, without jit and donation: to differentiate through steps, to
-    `vmap` over states, or to jit in another way."""
+    """The function that `step` jits, without jit and donation: to differentiate through steps (not
+    with the wrappers for 16-bit parameters), to `vmap` over states, or to jit in another way."""
     scan: jax.stages.Wrapped
     """`scan(state, batches)`: a step for each entry of the batches' leading axis in one dispatch,
     jitted and donated; the info's leaves get that leading axis."""
@@ -203,13 +203,13 @@ def make_step(
         return with_parameters(state) if mesh is None else replicate(state, mesh)
 
     def grads(state: TrainState, batch: Any) -> GradResult:
+        check_state(state)
         extras = {} if state.model_state is None else {"model_state": state.model_state}
         if state.key is not None:
             extras["key"] = jax.random.fold_in(state.key, state.step)
         return grad_fn(state.params, batch, loss_scale=state.loss_scale, **extras)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
-        check_state(state)
         result = grads(state, batch)
         aux, new_model_state = result.aux
         new_model_state = as_before(new_model_state, state.model_state)

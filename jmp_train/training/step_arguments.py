@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmp_train.optim.loss_scaling import scales_of
 from jmp_train.precision.loss_scale import NoOpLossScale, check_loss_scale
+from jmp_train.training.donation import DONATED, was_donated
 from jmp_train.training.state import TrainState
+
+_OPTIMIZERS = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "adan",
+    "amsgrad",
+    "lamb",
+    "lars",
+    "lbfgs",
+    "lion",
+    "nadam",
+    "nadamw",
+    "novograd",
+    "polyak_sgd",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+    "sign_sgd",
+    "sm3",
+    "yogi",
+]
 
 
 def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
@@ -30,7 +58,8 @@ def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
         )
     if not _is_optimizer(optimizer):
         name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "")
-        name = name if callable(getattr(optax, name or "adam", None)) and name else "adam"
+        close = difflib.get_close_matches(name.lower(), _OPTIMIZERS, n=1)
+        name = close[0] if close else "adam"
         raise TypeError(
             f"optimizer is {_short(optimizer)}; expected an Optax transformation such as "
             f"optax.{name}(1e-3)"
@@ -51,12 +80,14 @@ def check_key(key: Any) -> None:
 
 
 def check_state(state: Any) -> None:
-    """Raises TypeError for what is no `TrainState`."""
+    """Raises TypeError for what is no `TrainState`, and ValueError for one that was donated."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"the state is a {type(state).__name__}; expected the TrainState that stepper.init "
             "or the last step returned: stepper.step(state, batch)"
         )
+    if was_donated(state):
+        raise ValueError(DONATED)
 
 
 def check_scaled_once(opt_state: Any) -> None:

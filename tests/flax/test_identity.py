@@ -1,6 +1,7 @@
 """Model code that compares classes and methods sees those that its author wrote, in both libraries."""
 
 import threading
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -216,3 +217,77 @@ def test_jraphx_chooses_the_message_path_that_its_author_meant():
     under = apply_policy(gin, "mixed_bfloat16")
     np.testing.assert_allclose(under(X, edges), gin(X, edges), atol=16 * 2**-8)
     assert ran_in(jax.make_jaxpr(lambda x: under(x, edges))(X)) == {"bfloat16": 1}
+
+
+class Odd(nnx.Module):
+    """Methods that are not only called on an instance, by one name."""
+
+    def __init__(self, rngs):
+        self.child = nnx.Linear(4, 4, rngs=rngs)
+
+    def double(x):  # called on the class  # pyright: ignore[reportSelfClsParameterName]
+        return 2 * x
+
+    def forward(self, x):
+        assert type(self).__call__ is type(self).forward
+        return Odd.double(x=self.child(x))
+
+    __call__ = forward
+
+
+def test_nnx_functions_of_a_class_and_second_names_of_a_method_work():
+    net = Odd(nnx.Rngs(0))
+    want = net(X)
+    under = apply_policy(net, "mixed_bfloat16")
+    np.testing.assert_allclose(under(X), want, rtol=2**-6, atol=2**-6)
+    np.testing.assert_array_equal(net(X), want)  # and without a policy as before
+    assert type(net).__call__ is type(net).forward
+
+
+def test_nnx_containers_leave_the_standard_library_alone():
+    before = {name: vars(Sequence)[name] for name in ("index", "count", "__contains__")}
+    apply_policy(ByClass(nnx.Rngs(0)), "mixed_bfloat16")(X)
+    assert {name: vars(Sequence)[name] for name in before} == before
+
+
+def test_nnx_a_method_that_is_replaced_later_follows_the_policy(monkeypatch):
+    def products():
+        under = apply_policy(Plain(nnx.Rngs(0)), "mixed_bfloat16")
+        return ran_in(jax.make_jaxpr(lambda x: under(x))(X))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Plain, "__call__", lambda self, x: x @ self.kernel)
+        assert products() == {"bfloat16": 1}
+    assert products() == {"bfloat16": 1}
+
+
+class Halves(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(4, 4, rngs=rngs), Plain(rngs)
+
+    def __call__(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("library", ["nnx", "linen"])
+def test_the_policy_applied_last_holds(library):
+    if library == "nnx":
+        again = apply_policy(apply_policy(Halves(nnx.Rngs(0)), "mixed_bfloat16"), "float32")
+        assert type(again).__mro__[1] is Halves
+        jaxpr = jax.make_jaxpr(lambda x: again(x))(X)
+    else:
+        net = nn.Sequential([nn.Dense(4), nn.Dense(4)])
+        variables = net.init(KEY, X)
+        again = apply_policy(apply_policy(net, "mixed_bfloat16"), "float32")
+        jaxpr = jax.make_jaxpr(again.apply)(variables, X)
+    assert ran_in(jaxpr) == {"float32": 2}
+
+
+def test_a_policy_on_the_whole_model_holds_over_one_on_a_part():
+    net = Halves(nnx.Rngs(0))
+    net.b = apply_policy(net.b, "mixed_float16")
+    assert ran_in(jax.make_jaxpr(lambda x: net(x))(X)) == {"float32": 1, "float16": 1}
+    under = apply_policy(net, "mixed_bfloat16")
+    assert ran_in(jax.make_jaxpr(lambda x: under(x))(X)) == {"bfloat16": 2}
+    under.a = apply_policy(under.a, "mixed_float16")  # put in afterwards
+    assert ran_in(jax.make_jaxpr(lambda x: under(x))(X)) == {"bfloat16": 2}

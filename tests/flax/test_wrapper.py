@@ -1,6 +1,7 @@
 """Objects that carry a Linen module and its parameters, as Hugging Face's Flax models do."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,31 @@ def test_a_wrapper_without_parameters_and_with_a_public_module():
     variables = Net().init(jax.random.key(1), X)
     under = apply_policy(copy.copy(Bare()), "mixed_bfloat16")
     assert ran_in(jax.make_jaxpr(under.module.apply)(variables, X)) == {"bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    module: nn.Module
+
+
+class ReadOnly:
+    def __init__(self):
+        self.module, self._params = Net(), {}
+
+    params = property(lambda self: self._params)
+
+
+class Slots:
+    __slots__ = ("module",)
+
+    def __init__(self):
+        self.module = Net()
+
+
+@pytest.mark.parametrize("wrapper", [Frozen(Net()), ReadOnly(), Slots()], ids=type)
+def test_a_wrapper_that_cannot_be_changed_is_answered_with_the_recipe(wrapper):
+    with pytest.raises(TypeError, match=r"use apply_policy\(model.module, rules\) and call that"):
+        apply_policy(wrapper, "mixed_bfloat16")
 
 
 def test_explain_reads_the_module_of_a_wrapper():

@@ -53,3 +53,40 @@ def test_weights_that_cancel_divide_by_one_in_any_split(micro_batches):
     grad_fn = jt.value_and_grad(with_metric, has_aux=True, micro_batches=micro_batches)
     result = jax.jit(grad_fn)(jnp.float32(1), batch)
     assert result.loss == result.grads == 10 and result.aux["one"] == 1
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_count_in_half_precision_is_refused(policy):
+    def loss_fn(params, batch):
+        return jt.WeightedLoss((batch["x"] * params).astype(jnp.float32).sum(), batch["m"].sum())
+
+    batch = {"x": jnp.ones(1001), "m": jnp.ones(1001)}  # in bfloat16 they sum to 1,000
+    with pytest.raises(TypeError, match=r"the weight has dtype .*; expected float32 or an integer"):
+        jt.value_and_grad(loss_fn, policy)(jnp.float32(1), batch)
+    result = jt.value_and_grad(loss_fn, policy)(jnp.float32(1), {**batch, "m": batch["m"] > 0})
+    assert result.loss == 1
+
+
+@pytest.mark.parametrize("weight", [jnp.inf, -jnp.inf, jnp.nan])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_weight_that_is_not_finite_is_not_hidden(weight, micro_batches):
+    batch = {"t": jnp.ones(4), "w": jnp.array([1.0, 1, 1, weight])}
+    result = jt.value_and_grad(loss_fn, micro_batches=micro_batches)(jnp.float32(1), batch)
+    assert not jnp.isfinite(result.loss) and not result.finite
+
+
+@pytest.mark.parametrize("weights", [[0.3, 1, 0.6, 1, -0.9, 1], [1e-3, 1, 1e-3, 1, 0, 0]])
+def test_a_part_of_little_weight_does_not_overflow_float16(weights):
+    # The first of two parts weighs 6e-8, or 0.002, its gradient is 3: divided by that it would overflow.
+    def half(params, batch):
+        return jt.WeightedLoss((batch["t"] * params).astype(jnp.float32).sum(), batch["w"].sum())
+
+    batch = {"t": jnp.ones(6), "w": jnp.array(weights)}
+    exact = 6 / np.float64(weights).sum()
+    for micro_batches in (1, 2):
+        grad_fn = jt.value_and_grad(
+            half, "mixed_float16", micro_batches=micro_batches, cast_batch=False
+        )
+        result = grad_fn(jnp.float32(1), batch, loss_scale=jt.StaticLossScale(2.0**8))
+        assert result.finite
+        np.testing.assert_allclose(result.grads, exact, rtol=2.0**-10)  # one rounding to float16

@@ -153,16 +153,47 @@ def test_keys_and_model_state_beside_sharded_parameters_compile_once(mesh, raw):
 )
 def test_the_second_step_on_sharded_parameters_compiles_nothing(mesh, policy, micro_batches):
     params, batch = make(64)
+    traced = []
+
+    def counted(params, batch):
+        traced.append(params)
+        return loss_fn(params, batch)
+
     stepper = jt.make_step(
-        loss_fn, optax.adamw(1e-3), policy, micro_batches=micro_batches, ema_decay=0.9
+        counted, optax.adamw(1e-3), policy, micro_batches=micro_batches, ema_decay=0.9
     )
     state = stepper.init(put(params, mesh, "data"))
     batch = put(batch, mesh, "data")
     with compilations() as found:
         for _ in range(3):
             state, _ = stepper.step(state, batch)
-    assert len(found) == 1
+    assert len(found) == len(traced) == 1
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
+
+
+OPTIMIZERS = {
+    "sgd": (optax.sgd(0.1), ()),  # replicated parameters beside a batch sharded in two axes
+    "lbfgs": (optax.lbfgs(), ("data",)),
+    "adafactor": (optax.adafactor(1e-3, min_dim_size_to_factor=8), ("data",)),
+}
+
+
+@pytest.mark.parametrize("function", ["step", "scan"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_stays_where_it_lies_whatever_the_optimizer(name, function):
+    optimizer, spec = OPTIMIZERS[name]
+    params, batch = make(64)
+    stepper = jt.make_step(loss_fn, optimizer)
+    state = stepper.init(put(params, TWO_AXES, *spec))
+    batch = put(batch, TWO_AXES, "data", "model")
+    if function == "scan":
+        batch = jax.tree.map(lambda x: jnp.stack([x, x]), batch)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    with compilations() as found:
+        for _ in range(3):
+            state, _ = getattr(stepper, function)(state, batch)
+    assert len(found) == 1
+    assert before == jax.tree.map(lambda x: x.sharding, state)
 
 
 def test_parameters_sharded_in_several_ways_compile_once():

@@ -64,3 +64,18 @@ def test_states_are_trained_side_by_side_under_vmap():
         assert bool(infos.finite[n]) == bool(info.finite)
         chex.assert_trees_all_close(jax.tree.map(lambda x, n=n: x[n], states), one, rtol=1e-6)
     assert set(np.asarray(infos.finite).tolist()) == {True, False}
+
+
+@pytest.mark.parametrize(
+    "wrap", [jt.master_weights, jt.bf16_remainder, jt.kahan, jt.stochastic_rounding]
+)
+def test_a_derivative_through_bit_updates_is_refused(wrap):
+    # Of bit patterns it would be zero.
+    stepper = jt.make_step(loss_fn, wrap(optax.sgd(0.25)), "p=bf16,c=f32")
+    before, batch = stepper.init({"w": jnp.ones(3)}), {"a": jnp.ones(3)}
+
+    def after(params):
+        return loss_fn(stepper.pure_step(before._replace(params=params), batch)[0].params, batch)
+
+    with pytest.raises(TypeError, match="cannot be differentiated through an update"):
+        jax.grad(after)(before.params)

@@ -1,5 +1,7 @@
 """What `make_step` and its functions are given: checked, and said in one line."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +25,18 @@ BATCH = {"x": jnp.eye(4), "y": jnp.ones(4)}
         ((loss_fn, optax.adam(0.1)), {"loss_scale": 1024.0}, r"such as StaticLossScale\(1024.0\)"),
         (
             (loss_fn, optax.adam(0.1)),
+            {"loss_scale": np.float32(8)},
+            r"StaticLossScale\(8.0\)",
+        ),
+        (
+            (loss_fn, optax.adam(0.1)),
             {"loss_scale": "dynamic"},
             "loss_scale is 'dynamic'; .* Dynam",
         ),
         ((loss_fn, optax.adam(0.1)), {"loss_scale": jt.StaticLossScale}, "expected a loss scale"),
         ((loss_fn, "adam"), {}, r"optimizer is 'adam'; .* such as optax.adam\(1e-3\)"),
         ((loss_fn, "lion"), {}, r"optimizer is 'lion'; .* such as optax.lion\(1e-3\)"),
-        ((loss_fn, "adma"), {}, r"optimizer is 'adma'; .* such as optax.adam\(1e-3\)"),
+        ((loss_fn, "AdamW"), {}, r"optimizer is 'AdamW'; .* such as optax.adamw\(1e-3\)"),
         ((loss_fn, optax.sgd), {}, r"optimizer is .*; .* such as optax.sgd\(1e-3\)"),
         ((loss_fn, None), {}, "optimizer is None; expected an Optax transformation"),
         ((optax.adam(0.1), loss_fn), {}, r"optimizer first .* expected make_step\(loss_fn, optim"),
@@ -100,6 +107,38 @@ def test_a_donated_state_is_answered_with_what_to_do(function):
             run(state, batch)
 
 
+@pytest.mark.parametrize("function", ["pure_step", "grads"])
+def test_what_donates_nothing_names_a_donated_state_too(function):
+    stepper = jt.make_step(loss_fn, optax.adam(0.1))
+    state = stepper.init(PARAMS)
+    stepper.step(state, BATCH)
+    with pytest.raises(ValueError, match="this state was donated"):
+        getattr(stepper, function)(state, BATCH)
+
+
+def test_an_error_while_a_step_runs_is_not_taken_for_a_donated_state():
+    def host(x):
+        if not np.isfinite(x):
+            raise RuntimeError("bad sample in shard 17")
+        return np.float32(0)
+
+    def checked(params, batch):
+        loss = jnp.sum(params["w"] * batch)
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return loss + jax.pure_callback(host, shape, jax.lax.stop_gradient(loss))
+
+    stepper = jt.make_step(checked, optax.sgd(0.1))
+    state, _ = stepper.step(stepper.init(PARAMS), jnp.ones(4))
+    with pytest.raises(Exception, match="bad sample in shard 17"):
+        jax.block_until_ready(stepper.step(state, jnp.array([1.0, jnp.inf, 1.0, 1.0])))
+
+
+def test_a_stepper_can_be_copied():
+    stepper = copy.deepcopy(jt.make_step(loss_fn, optax.sgd(0.1)))
+    state, _ = stepper.step(stepper.init(PARAMS), BATCH)
+    np.testing.assert_allclose(state.params["w"], 0.05)  # the gradient is -2 / 4
+
+
 def test_an_error_of_the_loss_function_is_not_taken_for_a_donated_state():
     def failing(params, batch):
         raise RuntimeError("from the loss")
@@ -151,6 +190,12 @@ def test_the_caps_scale_is_the_one_that_is_reported():
     stepper = jt.make_step(narrow, optax.sgd(0.1), "mixed_float16")
     state, info = stepper.step(stepper.init(PARAMS), BATCH)
     assert info.finite and info.loss_scale == 2.0**15 == state.loss_scale.loss_scale
+    static = jt.StaticLossScale(2.0**20)  # scanned, the state keeps its structure
+    stepper = jt.make_step(narrow, optax.sgd(0.1), "mixed_float16", loss_scale=static)
+    state, infos = stepper.scan(
+        stepper.init(PARAMS), jax.tree.map(lambda x: jnp.stack([x, x]), BATCH)
+    )
+    assert infos.loss_scale.tolist() == [2.0**15, 2.0**15] and state.loss_scale == static
     result = jt.value_and_grad(narrow, "mixed_float16")(
         PARAMS,
         jax.tree.map(lambda x: x.astype(jnp.float16), BATCH),
@@ -185,7 +230,11 @@ def test_a_model_state_of_another_kind_is_refused_by_its_path(given, returned, m
 def test_a_mask_that_is_not_boolean_is_refused(dtype):
     evaluate = jt.make_evaluate(lambda params, batch: {"value": batch["x"]}, "mixed_bfloat16")
     batch = {"x": np.ones(1001, np.float32), "mask": np.ones(1001, dtype)}
-    with pytest.raises(TypeError, match="the mask has dtype .*; expected bool, such as mask != 0"):
+    with pytest.raises(
+        TypeError, match="the mask has dtype .*; expected an array of bool, such as mask != 0"
+    ):
         evaluate(jnp.float32(0), [batch])
+    with pytest.raises(TypeError, match="the mask is no array; expected an array of bool"):
+        evaluate(jnp.float32(0), [{**batch, "mask": [True] * 1001}])
     # Summed in bfloat16, the 1,001 would be 1,000.
     assert evaluate(jnp.float32(0), [{**batch, "mask": batch["mask"] != 0}]) == {"value": 1.0}
