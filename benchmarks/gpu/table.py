@@ -1,0 +1,183 @@
+"""What is measured: the workloads, and the rows in the order of their worth.
+
+A new family joins by an entry in `WORKLOADS` and its rows in `ROWS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Sizes of a network and of its batches."""
+
+    name: str
+    kind: str
+    """"gpt", "mlp" or "ceiling"."""
+    width: int
+    """Features of a token or of a hidden layer; of "ceiling", rows and columns of a matrix."""
+    depth: int = 0
+    """Blocks, or hidden layers."""
+    heads: int = 0
+    """Attention heads of a "gpt"."""
+    length: int = 0
+    """Tokens of a window, for a "gpt"."""
+    remat: str = "none"
+    """What the backward pass of a "gpt" computes again: "none", "dots" or "full"."""
+    features: int = 0
+    """Inputs of an "mlp"."""
+    classes: int = 256
+    """Outputs; of a "gpt", the vocabulary."""
+    batch: int = 0
+    """Windows or examples of a batch; 0 lets the driver measure what fits."""
+    learning_rate: float = 1e-3
+    pool: int = 100
+    """Different batches, used in turn."""
+
+    @property
+    def unit(self) -> str:
+        """What `per_second` counts."""
+        return "tokens" if self.kind == "gpt" else "examples"
+
+    def flops(self, parameters: int) -> int:
+        """Model FLOPs of a training step for one token or one example.
+
+        6 N, two products' worth forward and four backward for each parameter; and for attention
+        12 L T W (L blocks, T tokens of a window, W features), counted without the causal mask.
+        N counts the embedding once, as the output head that it is tied to.
+
+        Source: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B.
+        """
+        attention = 12 * self.depth * self.length * self.width if self.kind == "gpt" else 0
+        return 6 * parameters + attention
+
+
+_FULL = (
+    Workload("ceiling", "ceiling", 8192),
+    Workload("gpt_124m", "gpt", 896, 13, 14, 1024, "dots", learning_rate=6e-4),
+    Workload("gpt_1b3", "gpt", 2048, 26, 16, 2048, "dots", learning_rate=2e-4),
+    Workload("mlp_wide", "mlp", 4096, 4, features=4096, classes=16, batch=8192, pool=4),
+    Workload("mlp_digits", "mlp", 256, 2, features=64, classes=10, batch=128),
+)
+_TOY = (
+    Workload("ceiling", "ceiling", 256),
+    Workload("gpt_124m", "gpt", 32, 2, 2, 16, "dots", learning_rate=6e-4),
+    Workload("gpt_1b3", "gpt", 32, 3, 2, 32, "dots", learning_rate=2e-4),
+    Workload("mlp_wide", "mlp", 64, 4, features=64, classes=16, batch=64, pool=4),
+    Workload("mlp_digits", "mlp", 32, 2, features=64, classes=10, batch=32),
+)
+
+
+def workload(name: str, toy: bool) -> Workload:
+    """The workload of a name, at full or at toy size."""
+    return next(w for w in (_TOY if toy else _FULL) if w.name == name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One thing to measure, in a process of its own."""
+
+    workload: str
+    precision: str
+    """"fp32" (highest precision), "tf32", "fp16" (dynamic loss scale) or "bf16"."""
+    program: str
+    """"jmp_train", "autocast", "apply_policy", "hand-written JAX" or "PyTorch"."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Names and values that differ from the program's usual ones."""
+    question: str = ""
+    """The question that it belongs to, if not to the comparison of programs."""
+    part: int = 1
+    """Which stretch of about nine minutes measures it."""
+
+    @property
+    def id(self) -> str:
+        """Names it in the result file.
+
+        >>> Row("gpt_124m", "bf16", "jmp_train", (("remat", "full"),)).id
+        'gpt_124m/bf16/jmp_train/remat=full'
+        """
+        options = (f"{name}={value}" for name, value in self.options)
+        return "/".join((self.workload, self.precision, self.program, *options))
+
+    @property
+    def steps_seconds(self) -> float:
+        """Time for its steps, beyond which it stops at 20 timed ones."""
+        if self.program == "jmp_train" and self.precision == "fp32" and not self.question:
+            return 240.0  # the reference for the loss after 100 steps
+        return 60.0 if self.precision == "fp32" else 40.0
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which its process is killed: its steps, start and compilation."""
+        return self.steps_seconds + (180.0 if self.workload == "gpt_1b3" else 120.0)
+
+
+def _rows() -> Iterator[Row]:
+    """The table, worth first; the driver measures a part in this order."""
+    ours, hand, torch = "jmp_train", "hand-written JAX", "PyTorch"
+    small, large = "gpt_124m", "gpt_1b3"
+
+    # Part 1: the published claim, the rivals in half precision, and the ceiling under them.
+    yield from (Row("ceiling", p, ours) for p in ("bf16", "fp32", "tf32", "fp16", "copy"))
+    yield from (Row(small, "bf16", program) for program in (ours, hand, torch))
+    yield from (Row(small, p, ours) for p in ("fp32", "fp16", "tf32"))
+    yield Row(large, "bf16", ours)
+    yield from (Row(small, "fp16", program) for program in (hand, torch))
+    yield from (Row(small, "bf16", program) for program in ("autocast", "apply_policy"))
+
+    # Part 2: the large model, and the questions.
+    yield from (Row(large, "bf16", program, part=2) for program in (hand, torch))
+    yield from (Row(large, p, ours, part=2) for p in ("fp16", "tf32", "fp32"))
+    yield from _questions(2)
+
+    # Part 3: the rest.
+    yield from (Row(large, "bf16", program, part=3) for program in ("autocast", "apply_policy"))
+    for p in ("tf32", "fp32"):
+        yield from (Row(small, p, program, part=3) for program in (hand, torch))
+    yield Row(small, "fp16", "autocast", part=3)
+    for name in ("mlp_digits", "mlp_wide"):
+        for p in (
+            ("bf16", "fp16", "fp32") if name == "mlp_digits" else ("bf16", "fp16", *PRECISIONS[:2])
+        ):
+            yield from (Row(name, p, program, part=3) for program in (ours, hand, torch))
+        yield from (Row(name, "bf16", program, part=3) for program in ("autocast", "apply_policy"))
+    for p in ("bf16", "fp16", "fp32"):
+        steps = (("steps", "50"),)
+        yield from (Row("mlp_digits", p, program, steps, part=3) for program in (ours, hand))
+    for p in ("fp16", "tf32", "fp32"):
+        yield from (Row(large, p, program, part=3) for program in (hand, torch))
+
+
+def _questions(part: int) -> Iterator[Row]:
+    """Each question's rows differ in one option."""
+    for question, precision, option, values in (
+        ("loss_scale", "fp16", "skip", ("select", "cond", "none")),
+        ("attention", "bf16", "attention", ("cudnn", "xla")),
+        ("remat", "bf16", "remat", ("none", "dots", "full")),
+        ("naming", "fp16", "naming", ("on", "off")),
+        ("accumulation", "bf16", "accumulate", ("float32", "bfloat16")),
+        (
+            "xla_flags",
+            "bf16",
+            "flags",
+            ("none", "latency_hiding", "no_command_buffers", "no_triton_gemm"),
+        ),
+    ):
+        for value in values:
+            yield Row("gpt_124m", precision, "jmp_train", ((option, value),), question, part)
+
+
+ROWS = tuple(_rows())
+
+
+def row(row_id: str) -> Row:
+    """The row of an id.
+
+    Raises:
+      KeyError: for an id that no row has.
+    """
+    return {r.id: r for r in ROWS}[row_id]
