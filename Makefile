@@ -48,8 +48,11 @@ test: $(STAMP)  ## the tests, on the CPU, in under 6 minutes
 test-all: $(STAMP)  ## the slow ones too
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal -m 'slow or not slow' $(ARGS)
 
-test-gpu: $(STAMP)  ## the same tests on the GPU
-	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PY) -m pytest $(ARGS)
+test-gpu: export JAX_PLATFORMS := cuda,cpu
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+test-gpu: $(STAMP)  ## the tests on the GPU; first, in under 5 minutes, what only a GPU can show
+	$(PY) -m pytest -m gpu_first $(ARGS)
+	$(PY) -m pytest -m 'not slow and not gpu_first' $(ARGS)
 
 lint: $(STAMP)  ## ruff and pyright
 	.venv/bin/ruff check .
