@@ -72,34 +72,43 @@ def batches(workload: Workload, batch: int) -> Iterator[dict[str, np.ndarray]]:
         yield {"image": image, "label": (image @ teacher).argmax(-1).astype(np.int32)}
 
 
-def run(trainer: Trainer, workload: Workload, batch: int, seconds: float) -> dict[str, Any]:
+def run(
+    trainer: Trainer, workload: Workload, batch: int, seconds: float, *, group_s: float = 0.1
+) -> dict[str, Any]:
     """Warms a trainer up, times its steps and follows its loss.
 
-    Calls are timed in groups of at least a tenth of a second, each ended by a wait for the device,
-    so that the wait itself costs little.
+    Calls are timed in groups, each ended by a wait for the device, so that the wait itself costs
+    little.
 
     Args:
       trainer: fresh.
       workload: of the trainer.
       batch: windows or examples of a step.
       seconds: after 20 groups and this time no further step is taken, even before step 100.
+      group_s: seconds of a group, at least.
 
     Returns:
       The fields of the result file that a child knows: `step_ms`, `per_second`, `unit`,
-      `model_tflops`, `peak_memory_bytes`, `compile_s`, `loss_100`, `loss_first` (None where such a
-      step was not reached), `losses` by step, `skipped`, `parameters`, `batch`, `length`.
+      `model_tflops`, `peak_memory_bytes`, `compile_s`, `loss_100`, `loss_first` (None where the
+      loss of such a step was not seen), `losses` by step, `skipped` (of the first 100 steps, where
+      so many were taken), `parameters`, `batch`, `length`.
+
+    Raises:
+      FloatingPointError: where a loss is not finite.
     """
     per_call = trainer.steps_per_call
     pool = _pool(trainer, workload, batch)
     kept: dict[int, Any] = {}
-    calls = 0
+    calls, skipped = 0, None
 
     def call() -> Any:
-        nonlocal calls
+        nonlocal calls, skipped
         loss = trainer.step(pool[calls % len(pool)])
         calls += 1
         if calls * per_call in LOSSES_AT:
             kept[calls * per_call] = loss
+        if calls * per_call == LOSSES_AT[-1]:
+            skipped = trainer.skipped()  # waits for the device: one sample of twenty or more
         return loss
 
     def timed(count: int) -> float:
@@ -112,7 +121,7 @@ def run(trainer: Trainer, workload: Workload, batch: int, seconds: float) -> dic
     started = time.perf_counter()
     first = timed(1)
     once = min(timed(1) for _ in range(WARMUP - 1))
-    group = max(1, math.ceil(0.1 / once))
+    group = max(1, math.ceil(group_s / once))
     samples: list[float] = []
     while len(samples) < SAMPLES or (
         calls * per_call < LOSSES_AT[-1] and time.perf_counter() - started < seconds
@@ -122,6 +131,9 @@ def run(trainer: Trainer, workload: Workload, batch: int, seconds: float) -> dic
     q1, median, q3 = statistics.quantiles(samples, n=4)
     of_batch = batch * (workload.length if workload.kind == "gpt" else 1)
     losses = {str(step): trainer.wait(loss) for step, loss in kept.items()}
+    for step, loss in losses.items():
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {step} is {loss}; expected a finite number")
     return {
         "step_ms": {
             "median": 1e3 * median,
@@ -137,7 +149,7 @@ def run(trainer: Trainer, workload: Workload, batch: int, seconds: float) -> dic
         "loss_first": losses.get("1"),
         "loss_100": losses.get("100"),
         "losses": losses,
-        "skipped": trainer.skipped(),
+        "skipped": trainer.skipped() if skipped is None else skipped,
         "parameters": trainer.parameters,
         "batch": batch,
         "length": workload.length or None,

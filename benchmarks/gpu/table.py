@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+QUESTIONS = ("loss_scale", "attention", "remat", "naming", "accumulation", "xla_flags")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Workload:
     classes: int = 256
     """Outputs; of a "gpt", the vocabulary."""
     batch: int = 0
-    """Windows or examples of a batch; 0 lets the driver measure what fits."""
+    """Windows or examples of a batch; of a "gpt", for when what fits could not be found out."""
     learning_rate: float = 1e-3
     pool: int = 100
     """Different batches, used in turn."""
@@ -58,15 +59,15 @@ class Workload:
 
 _FULL = (
     Workload("ceiling", "ceiling", 8192),
-    Workload("gpt_124m", "gpt", 896, 13, 14, 1024, "dots", learning_rate=6e-4),
-    Workload("gpt_1b3", "gpt", 2048, 26, 16, 2048, "dots", learning_rate=2e-4),
+    Workload("gpt_124m", "gpt", 896, 13, 14, 1024, "dots", batch=32, learning_rate=6e-4),
+    Workload("gpt_1b3", "gpt", 2048, 26, 16, 2048, "dots", batch=4, learning_rate=2e-4),
     Workload("mlp_wide", "mlp", 4096, 4, features=4096, classes=16, batch=8192, pool=4),
     Workload("mlp_digits", "mlp", 256, 2, features=64, classes=10, batch=128),
 )
 _TOY = (
     Workload("ceiling", "ceiling", 256),
-    Workload("gpt_124m", "gpt", 32, 2, 2, 16, "dots", learning_rate=6e-4),
-    Workload("gpt_1b3", "gpt", 32, 3, 2, 32, "dots", learning_rate=2e-4),
+    Workload("gpt_124m", "gpt", 32, 2, 2, 16, "dots", batch=4, learning_rate=6e-4),
+    Workload("gpt_1b3", "gpt", 32, 3, 2, 32, "dots", batch=4, learning_rate=2e-4),
     Workload("mlp_wide", "mlp", 64, 4, features=64, classes=16, batch=64, pool=4),
     Workload("mlp_digits", "mlp", 32, 2, features=64, classes=10, batch=32),
 )
