@@ -45,8 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks.gpu", description=__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=9.0, help="time for all rows (default: %(default)s)")
-    add("--part", type=int, choices=(1, 2, 3), help="rows of one part alone")
-    add("--only", metavar="GLOB", help="rows whose name matches, such as 'gpt_124m/bf16/*'")
+    add("--part", type=int, choices=range(1, table.PARTS + 1), help="rows of one part alone")
+    add(
+        "--only",
+        metavar="GLOB",
+        nargs="+",
+        help="rows whose name matches, such as 'gpt_124m/bf16/*'",
+    )
     add("--toy", action="store_true", help="tiny sizes, for a CPU")
     add("--out", type=Path, metavar="FILE", help="result file (default: by the device's name)")
     add("--retry", action="store_true", help="measure rows again that failed or ran out of time")

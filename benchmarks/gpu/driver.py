@@ -68,7 +68,7 @@ def selected(options: argparse.Namespace) -> list[Row]:
         row
         for row in table.ROWS
         if options.part in (None, row.part)
-        and (options.only is None or fnmatch.fnmatchcase(row.id, options.only))
+        and any(fnmatch.fnmatchcase(row.id, glob) for glob in options.only or ["*"])
     ]
 
 

@@ -107,7 +107,9 @@ class Row:
     @property
     def steps_seconds(self) -> float:
         """Time for its steps, beyond which it stops at 20 timed ones."""
-        if self.program == "jmp_train" and self.precision == "fp32" and not self.question:
+        if self.question:
+            return 10.0
+        if self.program == "jmp_train" and self.precision == "fp32":
             return 240.0  # the reference for the loss after 100 steps
         return 60.0 if self.precision == "fp32" else 40.0
 
@@ -116,44 +118,67 @@ class Row:
         """Seconds after which its process is killed: its steps, start and compilation."""
         return self.steps_seconds + (180.0 if self.workload == "gpt_1b3" else 120.0)
 
+    @property
+    def planned_s(self) -> float:
+        """Seconds that it should take on an H100, by an estimate from FLOPs and compile times."""
+        torch = 25.0 if self.program == "PyTorch" else 0.0  # torch.compile
+        if self.workload == "ceiling":
+            return 10.0
+        if self.workload.startswith("mlp"):
+            return 17.0 + torch / 2
+        large = self.workload == "gpt_1b3"
+        steps = {"fp32": self.steps_seconds / 2, "tf32": 25.0}.get(self.precision, 12.0)
+        if large:
+            steps = {"fp32": self.steps_seconds, "tf32": 40.0}.get(self.precision, 25.0)
+        return min(steps, self.steps_seconds) + (40.0 if large else 25.0) + torch
+
+
+PART_S = 520.0  # of the nine minutes that a part has
+
 
 def _rows() -> Iterator[Row]:
-    """The table, worth first; the driver measures a part in this order."""
+    """The table, worth first; the driver measures in this order."""
     ours, hand, torch = "jmp_train", "hand-written JAX", "PyTorch"
     small, large = "gpt_124m", "gpt_1b3"
 
-    # Part 1: the published claim, the rivals in half precision, and the ceiling under them.
-    yield from (Row("ceiling", p, ours) for p in ("bf16", "fp32", "tf32", "fp16", "copy"))
+    # The published claim, the rivals in half precision, and the ceiling under them.
+    yield from (Row("ceiling", p, ours) for p in ("bf16", "fp32", "tf32", "fp16"))
     yield from (Row(small, "bf16", program) for program in (ours, hand, torch))
     yield from (Row(small, p, ours) for p in ("fp32", "fp16", "tf32"))
-    yield Row(large, "bf16", ours)
     yield from (Row(small, "fp16", program) for program in (hand, torch))
+
+    # The large model, and code that was written in float32.
+    yield from (Row(large, "bf16", program) for program in (ours, hand, torch))
     yield from (Row(small, "bf16", program) for program in ("autocast", "apply_policy"))
+    yield from (Row(large, p, ours) for p in ("fp16", "tf32"))
+    yield Row("ceiling", "copy", ours)
 
-    # Part 2: the large model, and the questions.
-    yield from (Row(large, "bf16", program, part=2) for program in (hand, torch))
-    yield from (Row(large, p, ours, part=2) for p in ("fp16", "tf32", "fp32"))
-    yield from _questions(2)
+    yield from _questions()
 
-    # Part 3: the rest.
-    yield from (Row(large, "bf16", program, part=3) for program in ("autocast", "apply_policy"))
-    for p in ("tf32", "fp32"):
-        yield from (Row(small, p, program, part=3) for program in (hand, torch))
-    yield Row(small, "fp16", "autocast", part=3)
-    for name in ("mlp_digits", "mlp_wide"):
-        for p in (
-            ("bf16", "fp16", "fp32") if name == "mlp_digits" else ("bf16", "fp16", *PRECISIONS[:2])
-        ):
-            yield from (Row(name, p, program, part=3) for program in (ours, hand, torch))
-        yield from (Row(name, "bf16", program, part=3) for program in ("autocast", "apply_policy"))
+    # Small steps, where the dispatch counts, and large products without attention.
+    for name, precisions in (
+        ("mlp_digits", ("bf16", "fp16", "fp32")),
+        ("mlp_wide", ("bf16", "fp16", "fp32", "tf32")),
+    ):
+        for p in precisions:
+            yield from (Row(name, p, program) for program in (ours, hand, torch))
+        yield from (Row(name, "bf16", program) for program in ("autocast", "apply_policy"))
     for p in ("bf16", "fp16", "fp32"):
         steps = (("steps", "50"),)
-        yield from (Row("mlp_digits", p, program, steps, part=3) for program in (ours, hand))
-    for p in ("fp16", "tf32", "fp32"):
-        yield from (Row(large, p, program, part=3) for program in (hand, torch))
+        yield from (Row("mlp_digits", p, program, steps) for program in (ours, hand))
+
+    # The rest.
+    for p in ("tf32", "fp32"):
+        yield from (Row(small, p, program) for program in (hand, torch))
+    yield Row(small, "fp16", "autocast")
+    yield from (Row(large, "bf16", program) for program in ("autocast", "apply_policy"))
+    yield from (Row(large, "fp16", program) for program in (hand, torch))
+    yield Row(large, "fp32", ours)
+    for p in ("tf32", "fp32"):
+        yield from (Row(large, p, program) for program in (hand, torch))
 
 
-def _questions(part: int) -> Iterator[Row]:
+def _questions() -> Iterator[Row]:
     """Each question's rows differ in one option."""
     for question, precision, option, values in (
         ("loss_scale", "fp16", "skip", ("select", "cond", "none")),
@@ -169,10 +194,25 @@ def _questions(part: int) -> Iterator[Row]:
         ),
     ):
         for value in values:
-            yield Row("gpt_124m", precision, "jmp_train", ((option, value),), question, part)
+            yield Row("gpt_124m", precision, "jmp_train", ((option, value),), question)
 
 
-ROWS = tuple(_rows())
+def _in_parts(rows: Iterator[Row]) -> Iterator[Row]:
+    """Each row with the number of its part: as many rows as are planned to fit into one."""
+    part, planned, workloads = 1, 0.0, set()
+    for row in rows:
+        seconds = row.planned_s
+        if row.workload.startswith("gpt") and row.workload not in workloads:
+            seconds += 50.0  # two steps compiled, to find the batch
+        workloads.add(row.workload)
+        if planned + seconds > PART_S:
+            part, planned = part + 1, 0.0
+        planned += seconds
+        yield dataclasses.replace(row, part=part)
+
+
+ROWS = tuple(_in_parts(_rows()))
+PARTS = ROWS[-1].part
 
 
 def row(row_id: str) -> Row:
