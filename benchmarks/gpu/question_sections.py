@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.gpu.goals import NOT_YET, loss_remark
+from benchmarks.gpu.questions import verdict
 from benchmarks.gpu.results import Result, Row
 from benchmarks.gpu.table import ROWS
 from benchmarks.gpu.tables import gib, number, origin, table, times
@@ -47,9 +48,8 @@ def _keys(question: str, result: Result | None = None) -> list[str]:
 
 
 def _answer(question: str, result: Result) -> str:
-    from benchmarks.gpu import questions
-
-    return f"On {result.device}: {questions.verdict(question, result.data['rows'])}"
+    says = verdict(question, result.data["rows"])
+    return f"On {result.device}: {says.removesuffix('.')}."
 
 
 def _header(unit: str) -> list[str]:
