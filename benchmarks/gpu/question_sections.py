@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.gpu.goals import NOT_YET, loss_remark
+from benchmarks.gpu.goals import NOT_YET
 from benchmarks.gpu.questions import verdict
 from benchmarks.gpu.results import Result, Row
+from benchmarks.gpu.speed_sections import loss_cell, step_cell
 from benchmarks.gpu.table import ROWS
 from benchmarks.gpu.tables import gib, number, origin, table, times
 
@@ -67,16 +68,13 @@ def _cells(key: str, result: Result, first: Row | None) -> list[str]:
     row = result.derive(key)
     if row is None or first is None:
         return [f"`{key}`", result.why_missing(key), *[""] * (len(_COLUMNS) - 2)]
-    step = row.data["step_ms"]
-    loss = row.data.get("loss_100")
     return [
         f"`{key}`",
-        f"{number(step['median'])} [{number(step['q1'])}, {number(step['q3'])}]",
+        step_cell(row),
         number(row.rate),
         times(row.rate / first.rate),
         gib(row.data.get("peak_memory_bytes")),
         number(row.data.get("compile_s")),
-        ("" if loss is None else f"{loss:.3f}")
-        + ("" if row.counts else f" **does not count**: {loss_remark(row)}"),
+        loss_cell(row),
         number(row.data.get("skipped")),
     ]

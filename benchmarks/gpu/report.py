@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.gpu.cpu_sections import QUESTIONS, section
-from benchmarks.gpu.goals import GPTS
 from benchmarks.gpu.plots import draw, files
 from benchmarks.gpu.question_sections import questions_section
 from benchmarks.gpu.results import LOSS_BOUND, RESULTS, Result, read
@@ -22,6 +21,7 @@ from benchmarks.gpu.speed_sections import (
     short_table,
     workload_section,
 )
+from benchmarks.gpu.table import ROWS, workload
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -69,7 +69,7 @@ def page(
         _HEAD,
         "## How fast is a training step on a GPU in each precision?",
         _LEGEND,
-        *(workload_section(results, workload, "tokens") for workload in GPTS),
+        *_speeds(results, lambda kind: kind == "gpt"),
         *(f"![{_caption(file, result)}]({relative(file)})" for result, file in plots),
         ceiling_section(results),
         "## Are the goals reached?",
@@ -77,10 +77,7 @@ def page(
         questions_section(results),
         "## How fast are multilayer perceptrons on a GPU?",
         _MLP,
-        *(
-            workload_section(results, workload, "examples")
-            for workload in ("mlp_wide", "mlp_digits")
-        ),
+        *_speeds(results, lambda kind: kind not in ("gpt", "ceiling")),
     ]
     if others:
         ordered = sorted(others, key=_place)
@@ -140,6 +137,12 @@ def main(words: Sequence[str] | None = None) -> None:
     for result in results:
         for file in draw(result, directory / "figures"):
             print(file)
+
+
+def _speeds(results: Sequence[Result], wanted: Callable[[str], bool]) -> list[str]:
+    """Return the sections of the workloads of some kinds."""
+    found = [workload(name, False) for name in dict.fromkeys(row.workload for row in ROWS)]
+    return [workload_section(results, w.name, w.unit) for w in found if wanted(w.kind)]
 
 
 def _caption(file: Path, result: Result) -> str:

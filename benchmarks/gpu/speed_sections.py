@@ -139,18 +139,17 @@ def _cells(result: Result, key: str) -> list[str]:
     row = result.derive(key)
     if row is None:
         return [*named, result.why_missing(key), *[""] * (len(_COLUMNS) - 3)]
-    step = row.data["step_ms"]
     return [
         *named,
         number(row.rate),
-        f"{number(step['median'])} [{number(step['q1'])}, {number(step['q3'])}]",
+        step_cell(row),
         _speed_up(row),
         times(row.data.get("mfu_datasheet")),
         times(row.mfu_ceiling),
         gib(row.data.get("peak_memory_bytes")),
         times(row.memory_ratio),
         number(row.data.get("compile_s")),
-        _loss(row),
+        loss_cell(row),
         number(row.data.get("skipped")),
     ]
 
@@ -162,11 +161,19 @@ def _speed_up(row: Row) -> str:
     )
 
 
-def _loss(row: Row) -> str:
-    if row.loss_step is None:
-        return "none to compare"
+def loss_cell(row: Row) -> str:
+    """Return the loss after 100 steps, or after the step that it was compared at, and a mark."""
     losses = row.data.get("losses") or {"100": row.data.get("loss_100")}
-    loss = losses.get(str(row.loss_step))
-    at = "" if row.loss_step == 100 else f" after {row.loss_step}"
+    step = row.loss_step or max(map(int, losses))
+    loss = losses.get(str(step))
     shown = "not finite" if loss is None else f"{loss:.3f}"
-    return f"{shown}{at}" if row.counts else f"{shown}{at}, **does not count**"
+    shown += "" if step == 100 else f" after {step}"
+    if row.loss_step is None:
+        return f"{shown}, fp32's is not measured yet"
+    return shown if row.counts else f"{shown}, **does not count**"
+
+
+def step_cell(row: Row) -> str:
+    """Return a step's milliseconds: median and quartiles."""
+    step = row.data["step_ms"]
+    return f"{number(step['median'])} [{number(step['q1'])}, {number(step['q3'])}]"

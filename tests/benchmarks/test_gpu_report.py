@@ -117,6 +117,15 @@ def test_a_loss_outside_the_bound_does_not_count(loss):
     assert "not counted" in verdict(Result("x", data), "2.5 times strict fp32")[1]
 
 
+def test_nothing_counts_before_the_reference_is_measured():
+    data = made_up()
+    del data["rows"]["gpt_1b3/fp32/jmp_train"]
+    says = verdict(Result("x", data), "MFU at least 0.55")
+    assert says == ("", "not measured yet")
+    page = report.page([Result("x", data)], [], figures=report.ROOT, directory=report.ROOT)
+    assert "| 2.500, fp32's is not measured yet |" in page
+
+
 def test_a_short_reference_is_compared_at_the_last_common_step(result):
     bf16 = result.row("gpt_1b3", "bf16")
     assert (bf16.loss_step, bf16.loss_difference, bf16.counts) == (50, 0.0, True)
