@@ -10,7 +10,7 @@ from benchmarks.gpu.goals import GPTS
 from benchmarks.gpu.results import LOSS_BOUND, PRECISIONS, PROGRAMS, Result, Row
 
 _UNCOUNTED: dict[str, Any] = {"hatch": "///", "alpha": 0.4}
-_WRONG = f"loss not within {LOSS_BOUND} nats of fp32's"
+_WRONG = f"loss not shown to be within {LOSS_BOUND} nats of fp32's"
 
 
 def draw(result: Result, directory: Path) -> list[Path]:

@@ -16,6 +16,11 @@ _COLUMNS = (
     *("loss after 100 steps", "skipped"),
 )
 
+_PROFILE = (
+    "`python -m benchmarks.gpu --profile ROW` shows where the time of a row's step goes, by kind of "
+    "operation."
+)
+
 
 def workload_section(results: Sequence[Result], workload: str, unit: str) -> str:
     """Return a workload's heading and, for each device, a sentence, a table and its origin."""
@@ -97,7 +102,9 @@ def goals_section(results: Sequence[Result]) -> str:
         ]
         header = ("goal", "figure furthest from it", "verdict")
         blocks += [sentence, table(header, rows, text=(0, 1, 2))]
-        blocks += ["`make bench-gpu`, on a GPU." if result is None else origin(result.data)]
+        if missed:
+            blocks.append(_PROFILE)
+        blocks.append("`make bench-gpu`, on a GPU." if result is None else origin(result.data))
     return "\n\n".join(blocks)
 
 
