@@ -108,14 +108,15 @@ def final_loss(policy):
     for batch in text_batches(50):
         state, info = stepper.step(state, batch)
         losses.append(info.loss)
-    assert int(state.skipped) <= 5
+    assert int(state.skipped) <= 1
     return float(np.mean(losses[-10:]))
 
 
 @pytest.mark.parametrize("policy", HALF)
 def test_half_precision_reaches_the_loss_of_float32(policy):
-    # Within 0.05 nats, the bound of the GPU benchmark, the mean loss of steps 41 to 50.
-    assert final_loss(policy) == pytest.approx(final_loss("float32"), abs=0.05)
+    # The mean loss of steps 41 to 50, near 3.35 nats. On a CPU the two differ by 1e-4; a step that
+    # float16 skips at the start costs 0.015.
+    assert final_loss(policy) == pytest.approx(final_loss("float32"), abs=0.02)
 
 
 @pytest.mark.skipif(
