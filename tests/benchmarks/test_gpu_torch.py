@@ -96,7 +96,7 @@ def check_loss_and_gradients(workload, loss_fn, params, net):
     loss = torch_loss(net, arrays)
     loss.backward()
     # float32 sums in another order; measured differences are below a third of this.
-    assert float(loss) == pytest.approx(float(want), rel=2e-6)
+    assert loss.item() == pytest.approx(float(want), rel=2e-6)
     named = parameters_by_torch_name(workload, grads)
     for name, parameter in net.named_parameters():
         scale = np.abs(named[name]).max()
@@ -124,7 +124,7 @@ def test_five_updates_follow_optax_adamw(workload):
         loss.backward()
         theirs.step()
         # A first update is the gradient's sign, so gradients near zero turn on rounding.
-        assert float(loss) == pytest.approx(float(want), rel=1e-4)
+        assert loss.item() == pytest.approx(float(want), rel=1e-4)
 
 
 def test_initial_parameters_have_our_deviations():
@@ -164,7 +164,7 @@ def test_making_a_trainer_takes_no_step():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        assert trainer.wait(trainer.step(trainer.put(arrays))) == float(loss)
+        assert trainer.wait(trainer.step(trainer.put(arrays))) == loss.item()
     assert trainer.parameters == sum(p.numel() for p in fresh.parameters())
 
 
