@@ -273,8 +273,10 @@ def _answer(out: Any, err: Any, status: int) -> dict[str, Any]:
         found = json.loads(lines[-1])
         if isinstance(found, dict) and "status" in found:
             return found
-    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-    return {"status": "failed", "reason": f"{how}: {_complaint(_lines(err))[:500]}"}
+    reason = _complaint(_lines(err))[:500]
+    if status < 0:
+        reason = f"killed by {signal.Signals(-status).name}: {reason}"
+    return {"status": "failed", "reason": reason}
 
 
 def _complaint(lines: list[str]) -> str:
