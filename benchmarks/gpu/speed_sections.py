@@ -16,11 +16,6 @@ _COLUMNS = (
     *("loss after 100 steps", "skipped"),
 )
 
-_PROFILE = (
-    "`python -m benchmarks.gpu --profile ROW` shows where the time of a row's step goes, by kind of "
-    "operation."
-)
-
 
 def workload_section(results: Sequence[Result], workload: str, unit: str) -> str:
     """Return a workload's heading and, for each device, a sentence, a table and its origin."""
@@ -102,10 +97,35 @@ def goals_section(results: Sequence[Result]) -> str:
         ]
         header = ("goal", "figure furthest from it", "verdict")
         blocks += [sentence, table(header, rows, text=(0, 1, 2))]
-        if missed:
-            blocks.append(_PROFILE)
         blocks.append("`make bench-gpu`, on a GPU." if result is None else origin(result.data))
+        if result is not None and (missed or _profiles(result)):
+            blocks.append(_profile_section(result))
     return "\n\n".join(blocks)
+
+
+def _profiles(result: Result) -> dict[str, list[dict[str, Any]]]:
+    return {key: row["profile"] for key, row in result.data["rows"].items() if row.get("profile")}
+
+
+def _profile_section(result: Result) -> str:
+    """Return where the time of the profiled rows' steps goes, by kind of operation."""
+    profiles = _profiles(result)
+    command = "`python -m benchmarks.gpu --profile ROW`"
+    if not profiles:
+        return f"Where a step's time goes is not measured yet: {command}."
+    spent = {key: {k["kind"]: k for k in kinds} for key, kinds in profiles.items()}
+    most = lambda kind: max(row[kind]["ms"] for row in spent.values() if kind in row)
+    kinds = sorted({kind for row in spent.values() for kind in row}, key=most, reverse=True)
+    rows = [
+        [kind]
+        + [
+            f"{number(row[kind]['ms'])} ({100 * row[kind]['share']:.0f} %)" if kind in row else ""
+            for row in spent.values()
+        ]
+        for kind in kinds
+    ]
+    header = ["ms a step (share)", *(f"`{key}`" for key in spent)]
+    return "\n\n".join([f"Where a step's time goes, by {command}:", table(header, rows)])
 
 
 def short_table(results: Sequence[Result], workload: str = GPTS[0]) -> str:

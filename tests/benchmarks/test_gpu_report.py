@@ -117,6 +117,21 @@ def test_a_loss_outside_the_bound_does_not_count(loss):
     assert "not counted" in verdict(Result("x", data), "2.5 times strict fp32")[1]
 
 
+def test_a_missed_goal_shows_the_profile():
+    data = made_up()
+    shown = lambda: report.page([Result("x", data)], [], figures=report.ROOT, directory=report.ROOT)
+    assert "not measured yet: `python -m benchmarks.gpu --profile ROW`" in shown()
+    for precision, ms in {"bf16": 3.0, "fp16": 6.0}.items():
+        data["rows"][f"gpt_124m/{precision}/jmp_train"]["profile"] = [
+            {"kind": "matrix product", "ms": ms, "share": 0.75},
+            {"kind": f"copy in {precision}", "ms": ms / 3, "share": 0.25},
+        ]
+    page = shown()
+    assert cells(page, "ms a step (share)")[0] == "`gpt_124m/fp16/jmp_train`"
+    assert cells(page, "matrix product") == ["6 (75 %)", "3 (75 %)"]
+    assert cells(page, "copy in bf16") == ["", "1 (25 %)"]
+
+
 def test_nothing_counts_before_the_reference_is_measured():
     data = made_up()
     del data["rows"]["gpt_1b3/fp32/jmp_train"]
