@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,22 @@ def own_precision():
     jax.config.update("jax_default_matmul_precision", before)
 
 
-def counting(seconds=0.0, losses=lambda n: float(n), steps_per_call=1):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but where a step of `counting` moves it."""
+    now = [0.0]
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return now
+
+
+def counting(clock, seconds=1e-3, losses=lambda n: float(n), steps_per_call=1):
     """A trainer whose loss is the number of its step, of which every tenth is skipped."""
     steps = itertools.count(steps_per_call, steps_per_call)
     taken = [0]
 
     def step(batch):
-        time.sleep(seconds)
         taken[0] = next(steps)
+        clock[0] += seconds(taken[0]) if callable(seconds) else seconds
         return losses(taken[0])
 
     return Trainer(
@@ -38,32 +46,43 @@ def counting(seconds=0.0, losses=lambda n: float(n), steps_per_call=1):
     )
 
 
-def test_the_median_step_is_what_a_step_takes():
-    found = measure.run(counting(0.004), MLP, 64, 60.0, group_s=0.001)
-    assert found["step_ms"]["median"] == pytest.approx(4, abs=1.5)  # sleep is late, never early
-    assert found["step_ms"]["steps"] == 100 - measure.WARMUP
-    assert found["per_second"] == pytest.approx(64e3 / found["step_ms"]["median"])
+def test_step_times_are_quartiles_after_warm_up(clock):
+    # Step n takes n ms, from 4 to 100; the first three, which compile, a second.
+    seconds = lambda n: 1.0 if n <= measure.WARMUP else 1e-3 * n
+    found = measure.run(counting(clock, seconds), MLP, 64, 60.0)
+    step = found["step_ms"]
+    assert [step[k] for k in ("q1", "median", "q3")] == pytest.approx([27.5, 52, 76.5])
+    assert step["steps"] == 100 - measure.WARMUP
+    assert found["per_second"] == pytest.approx(64e3 / step["median"])
+    assert found["compile_s"] == pytest.approx(1.0)
 
 
-def test_losses_are_those_of_their_steps():
-    found = measure.run(counting(), MLP, 64, 60.0, group_s=1e-4)
+def test_short_steps_are_timed_in_groups(clock):
+    found = measure.run(counting(clock, 1e-3), MLP, 64, 60.0, group_s=0.05)
+    assert found["step_ms"]["steps"] == pytest.approx(20 * 50, abs=20)
+    assert found["step_ms"]["median"] == pytest.approx(1.0)
+
+
+def test_losses_are_those_of_their_steps(clock):
+    found = measure.run(counting(clock), MLP, 64, 60.0)
     assert (found["loss_first"], found["loss_100"], found["losses"]["20"]) == (1, 100, 20)
     assert found["skipped"] == 10  # of the first hundred, however many more were timed
 
 
-def test_calls_of_fifty_steps_know_their_hundredth():
-    found = measure.run(counting(steps_per_call=50), MLP, 8, 60.0, group_s=1e-4)
+def test_calls_of_fifty_steps_know_their_hundredth(clock):
+    found = measure.run(counting(clock, steps_per_call=50), MLP, 8, 60.0)
     assert (found["loss_first"], found["loss_100"], found["skipped"]) == (None, 100, 10)
 
 
-def test_a_slow_row_stops_at_twenty_timed_steps():
-    found = measure.run(counting(0.005), MLP, 8, 0.01, group_s=1e-4)
+def test_a_slow_row_stops_at_twenty_timed_steps(clock):
+    found = measure.run(counting(clock, 5.0), MLP, 8, 60.0)
     assert (found["step_ms"]["steps"], found["loss_100"]) == (20, None)
 
 
-def test_a_loss_that_is_not_finite_is_no_result():
+def test_a_loss_that_is_not_finite_is_no_result(clock):
+    losses = lambda n: math.nan if n == 50 else 1.0
     with pytest.raises(FloatingPointError, match="step 50 is nan"):
-        measure.run(counting(losses=lambda n: math.nan if n == 50 else 1.0), MLP, 8, 60.0)
+        measure.run(counting(clock, losses=losses), MLP, 8, 60.0)
 
 
 def test_batches_are_the_same_for_every_program():
@@ -120,6 +139,7 @@ def test_hand_written_step_trains_the_same_network(name, precision, tolerance):
     assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.slow
 def test_fitting_batch_is_the_largest_that_needs_sixty_percent():
     row = Row("gpt_124m", "fp32", "jmp_train")
     task = jax_rows.task_of(row, GPT)
