@@ -88,9 +88,8 @@ def trace(row: Row, batch: int, toy: bool, steps: int = STEPS) -> list[dict[str,
         trainer.wait(trainer.step(example))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in range(steps):
-                loss = trainer.step(example)
-            trainer.wait(loss)
+            losses = [trainer.step(example) for _ in range(steps)]
+            trainer.wait(losses[-1])
         (path,) = Path(folder).rglob("*.trace.json.gz")
         return json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
 

