@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-RENDERED = {"published-models.md"}  # by a benchmark; without examples
+RENDERED = {"benchmarks.md", "published-models.md"}  # from results; without examples
 NAMES = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - RENDERED)
 PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
 

@@ -39,6 +39,12 @@ def test_a_target_passes_its_words_on(target, words, expected):
     assert recipe(target, *words) == expected
 
 
+def test_gpu_tests_begin_with_what_only_a_gpu_can_show():
+    lines = make("-n", "-o", "installed", "STAMP=installed", "test-gpu").splitlines()
+    chosen = [re.search(r"pytest -m ('[^']*'|\S+)", line) for line in lines]
+    assert [match[1] for match in chosen if match] == ["gpu_first", "'not slow and not gpu_first'"]
+
+
 def test_help_lists_every_command_of_the_program():
     listed = set(re.findall(r"^  (\S+) ", make("help"), re.MULTILINE))
     assert {"train", "eval", "predict", "compare", "test"} <= listed

@@ -1,0 +1,167 @@
+"""What each benchmark in `benchmarks/` asks, and the sentence that its committed result answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.tables import number, origin, read_json, rows_tables, settings_line
+
+
+class Question(NamedTuple):
+    """A benchmark's question."""
+
+    text: str
+    answer: Callable[[Any], str]
+    """Rows to a sentence with figures of theirs."""
+    plots: tuple[str, ...] = ()
+    """PNG files beside the JSON, by the part of their names before the device."""
+
+
+def section(path: Path, *, results: str) -> str:
+    """Return the section of one result file.
+
+    Args:
+      path: the JSON.
+      results: where the page finds files that lie beside it, a relative path.
+    """
+    data = read_json(path)
+    name, device = data["benchmark"], path.stem.removeprefix(data["benchmark"] + "-")
+    question = QUESTIONS.get(name, Question(name.replace("_", " "), lambda rows: ""))
+    if name == "published_models":
+        tables = ["[The table of models](published-models.md)."]
+    else:
+        tables = rows_tables(data["rows"])
+    plots = (
+        f"![{question.text}]({results}/{plot}-{device}.png)"
+        for plot in question.plots
+        if (path.parent / f"{plot}-{device}.png").exists()
+    )
+    parts = [
+        f"### {question.text}",
+        question.answer(data["rows"]),
+        *tables,
+        *plots,
+        settings_line(data),
+        origin(data),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _step(rows: Any) -> str:
+    rivals = [row for row in rows if row["loop"] != "jmp_train"]
+    worst = max(rivals, key=lambda row: row["ours_over_this"])
+    return (
+        f"A step of jmp_train takes at most {number(worst['ours_over_this'])} times that of the "
+        f"loop that it is compared with ({worst['policy']}, {worst['loop']})."
+    )
+
+
+def _skipping(rows: Any) -> str:
+    ways = {(row["size"], row["way"]): row for row in rows}
+    costs = [
+        f"{number(row['over_never'])} ({size})"
+        for (size, way), row in ways.items()
+        if way == "jmp_train" and "over_never" in row
+    ]
+    if costs:
+        return f"The step that may skip takes {', '.join(costs)} times one that never does."
+    traffic = [
+        f"{number(row['megabytes_accessed'] / ways[size, 'never']['megabytes_accessed'])} ({size})"
+        for (size, way), row in ways.items()
+        if way == "jmp_train"
+    ]
+    return f"Of the bytes of a step that never skips, one that may accesses {', '.join(traffic)}."
+
+
+def _memory(rows: Any) -> str:
+    shares = ", ".join(f"{name} {number(row['of_float32'])}" for name, row in rows.items())
+    return f"Temporary memory as a share of float32's: {shares}."
+
+
+def _parameters(rows: Any) -> str:
+    half = [row for row in rows if row["parameters"] not in ("float32", "direct")]
+    worst = max(half, key=lambda row: row["time_over_float32"])
+    least = min(half, key=lambda row: row["bytes_per_parameter"])
+    return (
+        f"The smallest takes {number(least['bytes_per_parameter'])} bytes a parameter with the "
+        f"optimizer's state ({least['optimizer']}, {least['parameters']}), and none more than "
+        f"{number(worst['time_over_float32'])} times float32's step "
+        f"({worst['optimizer']}, {worst['parameters']})."
+    )
+
+
+def _autocast(rows: Any) -> str:
+    libraries = dict.fromkeys(library for row in rows.values() for library in row)
+    counts = (
+        f"{library} {sum(row.get(library, {}).get('handled', False) for row in rows.values())}"
+        for library in libraries
+    )
+    return f"Of {len(rows)} kinds of program, handled by {', '.join(counts)}."
+
+
+def _kahan(rows: Any) -> str:
+    finest: dict[str, str] = {}
+    for row in rows:
+        if row["lowest_share"] >= 0.75 and row["highest_share"] <= 1.25:
+            finest[row["format"]] = row["addition"]
+    limits = ", ".join(f"{limit} in {name}" for name, limit in finest.items())
+    return f"Sums are within a quarter of the exact one down to additions of {limits}."
+
+
+def _loss_scale(rows: Any) -> str:
+    skipped = [len(rows["skipped_steps"]), len(rows["scales"])]
+    flushed = (row["share_flushed_by_rounding"] for row in rows["gradients"])
+    scaled = (row["share_flushed_by_rounding_scaled"] for row in rows["gradients"])
+    return (
+        f"{skipped[0]} of {skipped[1]} steps are skipped. At most {number(100 * max(flushed))} % of "
+        f"the gradients are flushed to zero without the scale, {number(100 * max(scaled))} % with it."
+    )
+
+
+def _start(rows: Any) -> str:
+    seconds = {row["what"]: row["median"] for row in rows}
+    return "Medians: " + ", ".join(f"{what} {number(s)} s" for what, s in seconds.items()) + "."
+
+
+def _comparison(rows: Any) -> str:
+    says = []
+    for name, row in rows.items():
+        if "equivalence" in row:
+            shown = (
+                "equivalent" if row["equivalence"]["equivalent"] else "not shown to be equivalent"
+            )
+            difference = number(row["equivalence"]["difference"])
+            says.append(f"{name} is {shown} to {row['against']} (mean difference {difference})")
+    return "By paired tests over seeds, " + "; ".join(says) + "." if says else ""
+
+
+def _models(rows: Any) -> str:
+    ran = sum("failure" not in row for row in rows.values())
+    return f"{ran} of {len(rows)} published models run unedited."
+
+
+QUESTIONS = {
+    "step": Question("How does a step compare with loops written by hand?", _step),
+    "skipping": Question("What does it cost that a step may be skipped?", _skipping),
+    "skipping-for-tpu": Question("What does that cost on a TPU?", _skipping),
+    "memory": Question("How much memory do autocast and a policy save?", _memory),
+    "memory-for-tpu": Question("How much memory do autocast and a policy save on a TPU?", _memory),
+    "parameters": Question("What do the kinds of 16-bit parameters cost?", _parameters),
+    "autocast": Question("Which programs does autocast handle?", _autocast),
+    "kahan": Question("How small may an update be for `kahan` to count it?", _kahan),
+    "loss_scale": Question(
+        "What does the loss scale do to the gradients of a run?",
+        _loss_scale,
+        ("loss_scale", "flushed_gradients"),
+    ),
+    "start": Question("How long does it take to start?", _start),
+    "compare_mlp": Question(
+        "Do fp16 and bf16 reach fp32's accuracy on digits?", _comparison, ("compare_mlp",)
+    ),
+    "compare_gpt": Question(
+        "Do fp16 and bf16 reach fp32's loss on text?", _comparison, ("compare_gpt",)
+    ),
+    "published_models": Question("Do published models run?", _models),
+}
