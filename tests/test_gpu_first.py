@@ -112,6 +112,7 @@ def final_loss(policy):
     return float(np.mean(losses[-10:]))
 
 
+@pytest.mark.slow  # on a CPU
 @pytest.mark.parametrize("policy", HALF)
 def test_half_precision_reaches_the_loss_of_float32(policy):
     # The mean loss of steps 41 to 50, near 3.35 nats. On a CPU the two differ by 1e-4; a step that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,8 +139,12 @@ def _comparison(rows: Any) -> str:
 
 
 def _models(rows: Any) -> str:
-    ran = sum("failure" not in row for row in rows.values())
-    return f"{ran} of {len(rows)} published models run unedited."
+    def runs(row: Any) -> bool:
+        parts = (row, row.get("bfloat16", {}), row.get("float16", {}))
+        losses = (float(part.get("loss", 0)) for part in parts)
+        return not any("failure" in part for part in parts) and all(map(math.isfinite, losses))
+
+    return f"{sum(map(runs, rows.values()))} of {len(rows)} published models train unedited in both formats."
 
 
 QUESTIONS = {

@@ -180,9 +180,10 @@ def apply_updates(params: Any, updates: Any) -> Any:
     """
 
     def add(p: Any, u: Any) -> Any:
-        if jnp.finfo(p.dtype).bits == 8 and not isinstance(u, BitUpdate):
-            return jnp.asarray(p.astype(jnp.float32) + u).astype(p.dtype)
-        return optax.apply_updates(p, u)
+        if jnp.finfo(p.dtype).bits > 8 or isinstance(u, BitUpdate):
+            p = jnp.asarray(p)
+            return (p + u).astype(p.dtype)
+        return (p.astype(jnp.float32) + u).astype(p.dtype)
 
     return jax.tree.map(add, params, updates)
 

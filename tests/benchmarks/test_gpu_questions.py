@@ -134,6 +134,7 @@ def test_skipping_row_traces_only_its_way(way):
     assert (select.called, cond.called) == (way == "select", way == "cond")
 
 
+@pytest.mark.slow
 def test_ways_of_skipping_give_the_same_losses():
     select, cond = (losses(f"{FP16}/skip={way}") for way in ("select", "cond"))
     assert select == cond
@@ -141,10 +142,12 @@ def test_ways_of_skipping_give_the_same_losses():
     assert losses(f"{FP16}/skip=none", 1) == pytest.approx(select[:1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_naming_off_keeps_losses():
     assert losses(f"{FP16}/naming=on") == losses(f"{FP16}/naming=off")
 
 
+@pytest.mark.slow
 def test_remat_rows_agree_to_bfloat16():
     want = losses(f"{BF16}/remat=none")
     for value in ("dots", "full"):
@@ -168,6 +171,7 @@ def test_accumulation_in_bfloat16_sums_in_bfloat16():
     assert float(result.loss) == (1 + 3 * 2.0**-9) / 4
 
 
+@pytest.mark.slow
 def test_accumulation_rows_follow_the_whole_batch():
     trainer = jax_rows.make(table.row(BF16), TOY, 4, True)
     source = measure.batches(TOY, 4)
@@ -200,6 +204,7 @@ def test_flags_are_refused_once_jax_is_imported():
         losses(f"{BF16}/flags=no_triton_gemm", 1)
 
 
+@pytest.mark.slow
 def test_flags_are_set_before_jax_starts():
     code = """
 import json, os
