@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu.measure import Trainer
@@ -54,14 +54,14 @@ class RmsNorm(nn.Module):
 class Block(nn.Module):
     """Causal attention with rotary positions, then SwiGLU, each behind a norm and added."""
 
-    def __init__(self, width: int, inner: int, depth: int, heads: int):
+    def __init__(self, width: int, inner: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = RmsNorm(width), RmsNorm(width)
-        self.qkv = _linear(width, 3 * width, 1.0)
-        self.out = _linear(width, width, 0.5 / depth)
-        self.up = _linear(width, 2 * inner, 1.0)
-        self.down = _linear(inner, width, 0.5 / depth)
+        self.qkv = _linear(width, 3 * width)
+        self.out = _linear(width, width)
+        self.up = _linear(width, 2 * inner)
+        self.down = _linear(inner, width)
 
     def forward(
         self, x_BxTxD: torch.Tensor, cos_TxF: torch.Tensor, sin_TxF: torch.Tensor
@@ -85,9 +85,8 @@ class Gpt(nn.Module):
         inner = max(round(width * 8 / 3 / 64), 1) * 64
         self.again: Any = False
         """Whether the backward pass computes each block again, to save memory."""
-        self.embed = nn.Embedding(workload.classes, width)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(width, inner, depth, heads) for _ in range(depth))
+        self.embed = skip_init(nn.Embedding, workload.classes, width)
+        self.blocks = nn.ModuleList(Block(width, inner, heads) for _ in range(depth))
         self.norm = RmsNorm(width)
         half = width // heads // 2
         angles_TxF = torch.arange(workload.length)[:, None] * torch.tensor(
@@ -114,7 +113,7 @@ class Mlp(nn.Module):
         hidden = [workload.width] * workload.depth
         widths = [workload.features, *hidden, workload.classes]
         pairs = itertools.pairwise(widths)
-        self.layers = nn.ModuleList(_linear(a, b, 1.0, bias=True) for a, b in pairs)
+        self.layers = nn.ModuleList(_linear(a, b, bias=True) for a, b in pairs)
 
     def forward(self, batch: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         x_BxI = batch["image"].to(dtype)
@@ -124,8 +123,52 @@ class Mlp(nn.Module):
 
 
 def network(workload: Workload) -> Gpt | Mlp:
-    """The float32 network of a workload, initialised as ours, on the CPU."""
+    """The float32 network of a workload, on the CPU; `copy_parameters` fills it."""
     return Gpt(workload) if workload.kind == "gpt" else Mlp(workload)
+
+
+def our_parameters(workload: Workload) -> Any:
+    """The first parameters of jmp_train's rows, so that losses can be compared; made on the CPU."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # the GPU's memory is PyTorch's
+    from benchmarks.gpu import jax_rows
+    from benchmarks.gpu.table import Row
+
+    task = jax_rows.task_of(Row(workload.name, "fp32", "jmp_train"), workload)
+    with jax.default_device(jax.devices("cpu")[0]):
+        return jax.jit(task.init)(jax.random.key(0))
+
+
+def copy_parameters(net: nn.Module, workload: Workload, params: Any) -> None:
+    """Fills a network with our parameters."""
+    named = by_torch_name(workload, params)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            # Copied: an array of JAX cannot be written to.
+            parameter.copy_(torch.from_numpy(named.pop(name).copy()))
+    if named:
+        raise ValueError(f"the network has no {', '.join(named)}; expected the one of jmp_train")
+
+
+def by_torch_name(workload: Workload, params: Any) -> dict[str, np.ndarray]:
+    """Our parameters, or gradients of them, under the names and in the layout of the network."""
+    named = {}
+    if workload.kind == "mlp":
+        for number, layer in params["layers"].items():
+            named[f"layers.{number}.weight"] = np.asarray(layer["kernel"]).T
+            named[f"layers.{number}.bias"] = np.asarray(layer["bias"])
+        return named
+    named["embed.weight"] = np.asarray(params["embed"]["embedding"])
+    named["norm.scale"] = np.asarray(params["norm"]["scale"])
+    blocks = params["blocks"]
+    places = (("attention", "qkv"), ("attention", "out"), ("mlp", "up"), ("mlp", "down"))
+    for n in range(workload.depth):
+        for name in ("norm1", "norm2"):
+            named[f"blocks.{n}.{name}.scale"] = np.asarray(blocks[name]["scale"][n])
+        for outer, name in places:
+            named[f"blocks.{n}.{name}.weight"] = np.asarray(blocks[outer][name]["kernel"][n]).T
+    return named
 
 
 def adamw(net: nn.Module, workload: Workload) -> torch.optim.AdamW:
@@ -156,9 +199,10 @@ def make(row: Row, workload: Workload, batch: int, toy: bool) -> Trainer:
         raise NotImplementedError(
             "several steps in one dispatch need CUDA graphs in PyTorch; they are out of scope"
         )
-    torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest" if row.precision == "fp32" else "high")
-    return _trainer(network(workload), row.precision, workload, batch)
+    net = network(workload)
+    copy_parameters(net, workload, our_parameters(workload))
+    return _trainer(net, row.precision, workload, batch)
 
 
 def _trainer(net: Gpt | Mlp, precision: str, workload: Workload, batch: int) -> Trainer:
@@ -264,11 +308,6 @@ def _rotary(x_BxHxTxK: torch.Tensor, cos_TxF: torch.Tensor, sin_TxF: torch.Tenso
     return turned.to(x_BxHxTxK.dtype)
 
 
-def _linear(inputs: int, outputs: int, scale: float, *, bias: bool = False) -> nn.Linear:
-    """Its weight is drawn from the truncated normal of Flax's `variance_scaling(scale, "fan_in")`."""
-    linear = nn.Linear(inputs, outputs, bias=bias)
-    deviation = math.sqrt(scale / inputs) / 0.87962566103423978  # what is left within two of them
-    nn.init.trunc_normal_(linear.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-    if bias:
-        nn.init.zeros_(linear.bias)
-    return linear
+def _linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
+    """Its numbers are copied in later."""
+    return skip_init(nn.Linear, inputs, outputs, bias=bias)

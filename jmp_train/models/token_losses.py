@@ -35,7 +35,8 @@ def token_losses(
     >>> token_losses(x, table, jnp.array([0, 1, 2]), 2).round(4).tolist()  # log 4
     [1.386299967765808, 1.386299967765808, 1.386299967765808]
     """
-    return _token_losses(x_NxD, embedding_VxD, targets_N, chunk)
+    # A chunk longer than the tokens would be filled up and computed.
+    return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
 
 
 def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int) -> Any:
