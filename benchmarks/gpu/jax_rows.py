@@ -76,6 +76,7 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> Task:
         "depth": workload.depth,
         "heads": workload.heads,
         "remat": workload.remat,
+        "loss_chunk": workload.loss_chunk,
         **changes,
     }
     return GptConfig(**sizes).task(DataSpec(workload.length, workload.classes), policy, rules)

@@ -29,6 +29,8 @@ class Workload:
     """Tokens of a window, for a "gpt"."""
     remat: str = "none"
     """What the backward pass of a "gpt" computes again: "none", "dots" or "full"."""
+    loss_chunk: int = 1024
+    """Tokens whose logits are in memory at once; a vocabulary of 256 needs few chunks."""
     features: int = 0
     """Inputs of an "mlp"."""
     classes: int = 256
@@ -59,8 +61,8 @@ class Workload:
 
 _FULL = (
     Workload("ceiling", "ceiling", 8192),
-    Workload("gpt_124m", "gpt", 896, 13, 14, 1024, "dots", batch=32, learning_rate=6e-4),
-    Workload("gpt_1b3", "gpt", 2048, 26, 16, 2048, "dots", batch=4, learning_rate=2e-4),
+    Workload("gpt_124m", "gpt", 896, 13, 14, 1024, "dots", 32768, batch=32, learning_rate=6e-4),
+    Workload("gpt_1b3", "gpt", 2048, 26, 16, 2048, "dots", 32768, batch=4, learning_rate=2e-4),
     Workload("mlp_wide", "mlp", 4096, 4, features=4096, classes=16, batch=8192, pool=4),
     Workload("mlp_digits", "mlp", 256, 2, features=64, classes=10, batch=128),
 )
