@@ -117,10 +117,8 @@ def test_model_flops_are_those_of_the_products(work):
     params = task.init(jax.random.key(0))
     batch = next(measure.batches(work, 4))
     jaxpr = jax.make_jaxpr(lambda p: task.loss_fn(p, batch)[0])(params)
-    # The loss pads the tokens to its chunk; take what the head does beyond the batch's tokens off.
     tokens = 4 * work.length if work.kind == "gpt" else 4
-    spare = 2 * (1024 - tokens) * work.width * work.classes if work.kind == "gpt" else 0
-    flops = 3 * (product_flops(jaxpr.jaxpr) - spare)  # the backward pass is two forward ones
+    flops = 3 * product_flops(jaxpr.jaxpr)  # the backward pass is two forward ones
     matrices = sum(x.size for x in jax.tree.leaves(params) if x.size > 4 * work.width)
     assert work.flops(matrices) * tokens == flops
 

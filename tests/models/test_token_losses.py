@@ -55,3 +55,9 @@ def test_no_array_holds_the_logits_of_all_tokens():
     memory = jax.jit(total).lower(x, table).compile().memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < tokens * vocabulary * 4 / 2
+
+
+def test_a_chunk_longer_than_the_tokens_computes_no_more_than_they_need():
+    x, table, targets = jnp.ones((5, 3)), jnp.ones((4, 3)), jnp.arange(5) % 4
+    jaxpr = str(jax.make_jaxpr(lambda x: token_losses(x, table, targets, 1024))(x))
+    assert "f32[5,4]" in jaxpr and "1024" not in jaxpr
