@@ -1,5 +1,6 @@
 """The commands of the Makefile: what make would run, without running it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,11 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is no
 
 
 def make(*words):
-    done = subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    given = ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS", "EXP", "RUN")  # of a make around this
+    env = {name: value for name, value in os.environ.items() if name not in given}
+    done = subprocess.run(
+        ["make", *words], cwd=ROOT, capture_output=True, text=True, check=True, env=env
+    )
     return done.stdout
 
 
