@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         driver.die_with_parent()
         return _child(options)
     if options.profile is not None:
-        _module("profile").profile(table.row(options.profile), options.toy, options.batch)
+        _module("profile").profile(
+            table.row(options.profile), options.toy, options.batch, options.out
+        )
         return 0
     return driver.main(options)
 
@@ -84,12 +86,26 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         jax_rows = _module("jax_rows")
         return {"batch": jax_rows.fitting_batch(workload, options.memory, largest)}
     row = table.row(options.child)
+    if not options.toy:
+        _require_gpu(row)
     if workload.kind == "ceiling":
         return _module("jax_rows").ceiling(row, workload)
     batch = options.batch or workload.batch
     trainer = make(row, workload, batch, options.toy)
     seconds, group_s = (2.0, 0.003) if options.toy else (row.steps_seconds, 0.1)
     return _module("measure").run(trainer, workload, batch, seconds, group_s=group_s)
+
+
+def _require_gpu(row: Row) -> None:
+    """Raises RuntimeError where a row would run on the CPU and be kept as the GPU's."""
+    if row.question == "xla_flags":
+        return  # these are read when JAX starts; it is given no other platform than the GPU
+    if row.program == "PyTorch":
+        there = importlib.import_module("torch").cuda.is_available()
+    else:
+        there = importlib.import_module("jax").default_backend() == "gpu"
+    if not there:
+        raise RuntimeError(f"{row.id} sees no GPU; expected one")
 
 
 def make(row: Row, workload: Workload, batch: int, toy: bool) -> Any:

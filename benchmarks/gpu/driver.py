@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import fcntl
 import fnmatch
 import json
 import os
@@ -45,6 +46,13 @@ def main(options: argparse.Namespace) -> int:
         print("no NVIDIA GPU is visible; expected one, or --toy for a CPU", file=sys.stderr)
         return 2
     run = Run(options, about)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run.path.parent, os.O_RDONLY)  # whose lock goes with it
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another run writes to {run.path.parent}; expected one at a time", file=sys.stderr)
+        return 2
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupted)
     rows = [row for row in selected(options) if run.is_missing(row)]
@@ -57,6 +65,7 @@ def main(options: argparse.Namespace) -> int:
     finally:
         run.stop()
         pool.shutdown(cancel_futures=True)
+        os.close(folder)
     left = sum(map(run.is_missing, rows))
     print(f"{len(rows) - left} rows measured, {left} left", flush=True)
     return 0
@@ -104,8 +113,10 @@ class Run:
         self._lock = threading.RLock()  # of the file and the processes
         self._batch_lock = threading.Lock()
         self.data: dict[str, Any] = {"batches": {}, "rows": {}}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+        kept = result_path(about["kind"], options.toy)
+        source = self.path if self.path.exists() or options.toy else kept
+        if source.exists():
+            self.data = _read(source, about["kind"], options.toy) or self.data
         self.data |= {
             "benchmark": "gpu",
             "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
@@ -129,6 +140,8 @@ class Run:
 
     def measure(self, row: Row) -> None:
         """Measures one row and writes the file, where time is left."""
+        if not self.toy and row.planned_s > self.left:
+            return  # a shorter one may fit
         batch = self._batch(row.workload)
         if self._out_of_time():
             return
@@ -231,6 +244,29 @@ class Run:
         os.replace(temporary, self.path)
 
 
+def _read(path: Path, kind: str, toy: bool) -> dict[str, Any] | None:
+    """The results in a file; None where it cannot be read, and is set aside.
+
+    Raises:
+      SystemExit: with status 2 and a line, for results of another device, or of the other size.
+    """
+    try:
+        data = json.loads(path.read_text())
+        there = data["device"]["kind"], bool(data["toy"])
+        data = {"batches": {}, **data, "rows": dict(data["rows"])}
+    except (ValueError, KeyError, TypeError):
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        print(f"{path} cannot be read; it is now {aside.name}", file=sys.stderr)
+        return None
+    if there != (kind, toy):
+        sizes = "toy" if there[1] else "full"
+        line = f"{path} holds results of {there[0]} at {sizes} size; expected those of {kind}"
+        print(f"{line}: give another --out", file=sys.stderr)
+        raise SystemExit(2)
+    return data
+
+
 def result_path(kind: str, toy: bool) -> Path:
     """Where results of a device go."""
     folder = ROOT / ("runs/bench-gpu-toy" if toy else "benchmarks/results")
@@ -259,11 +295,10 @@ def _environment(toy: bool) -> dict[str, str]:
         flags = f"{TOY_FLAGS} {given.get('XLA_FLAGS', '')}".strip()
         changes |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": flags}
     else:
-        # JAX's default of 75 % would be the limit, not the device.
-        changes["XLA_PYTHON_CLIENT_MEM_FRACTION"] = given.get(
-            "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92"
-        )
-        changes["JAX_PLATFORMS"] = given.get("JAX_PLATFORMS", "cuda,cpu")
+        # JAX's default of 75 % would be the limit, not the device. It takes one of two names.
+        if "XLA_CLIENT_MEM_FRACTION" not in given:
+            changes["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
+        changes["JAX_PLATFORMS"] = "cuda,cpu"
     return {**given, **changes}
 
 

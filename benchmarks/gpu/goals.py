@@ -23,7 +23,7 @@ class Finding(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A bound for one or several figures; all of them have to meet it."""
+    """A bound for one or several figures; it is reached when all of them are known and meet it."""
 
     text: str
     bound: float
@@ -41,7 +41,8 @@ class Goal(NamedTuple):
         worst = (min if self.at_least else max)(values, key=lambda f: f.value or 0.0)
         value = worst.value or 0.0
         short = self.bound - value if self.at_least else value - self.bound
-        says = "reached" if short <= 0 else f"**missed** by {100 * short / self.bound:.1f} %"
+        met = "so far met" if uncounted or missing else "reached"
+        says = met if short <= 0 else f"**missed** by {100 * short / self.bound:.1f} %"
         says = "; ".join(
             [says, *uncounted, *([f"{NOT_YET}: {', '.join(missing)}"] if missing else [])]
         )

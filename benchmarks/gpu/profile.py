@@ -42,13 +42,14 @@ class Event(NamedTuple):
     end: float
 
 
-def profile(row: Row, toy: bool, batch: int = 0) -> list[dict[str, Any]]:
+def profile(row: Row, toy: bool, batch: int = 0, out: Path | None = None) -> list[dict[str, Any]]:
     """Traces a few steps of a row, prints the table of kinds and keeps it in the result file.
 
     Args:
       row: of a program in JAX.
       toy: whether to use the toy sizes.
       batch: windows or examples of a step; 0 for that of the result file, or the workload's.
+      out: the result file; by default the device's.
 
     Returns:
       What `by_kind` does.
@@ -62,7 +63,7 @@ def profile(row: Row, toy: bool, batch: int = 0) -> list[dict[str, Any]]:
     about = device.cpu() if toy else device.describe()
     if about["kind"] == "cpu" and not toy:
         raise SystemExit("no NVIDIA GPU is visible; expected one, or --toy for a CPU")
-    path = driver.result_path(about["kind"], toy)
+    path = out or driver.result_path(about["kind"], toy)
     known = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     batch = batch or known.get("batches", {}).get(row.workload) or workload.batch
     os.environ.update(driver._environment(toy))  # before JAX is imported

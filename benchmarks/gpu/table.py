@@ -112,7 +112,9 @@ class Row:
         if self.question:
             return 10.0
         if self.program == "jmp_train" and self.precision == "fp32":
-            return 240.0  # the reference for the loss after 100 steps
+            return (
+                60.0  # the losses are compared at the last step that it takes, of 10, 20, 50, 100
+            )
         return 60.0 if self.precision == "fp32" else 40.0
 
     @property
@@ -145,12 +147,12 @@ def _rows() -> Iterator[Row]:
 
     # The published claim, the rivals in half precision, and the ceiling under them.
     yield from (Row("ceiling", p, ours) for p in ("bf16", "fp32", "tf32", "fp16"))
-    yield from (Row(small, "bf16", program) for program in (ours, hand, torch))
-    yield from (Row(small, p, ours) for p in ("fp32", "fp16", "tf32"))
-    yield from (Row(small, "fp16", program) for program in (hand, torch))
+    yield from (Row(small, p, ours) for p in ("bf16", "fp32", "fp16", "tf32"))
+    yield from (Row(small, p, program) for p in ("bf16", "fp16") for program in (hand, torch))
 
-    # The large model, and code that was written in float32.
-    yield from (Row(large, "bf16", program) for program in (ours, hand, torch))
+    # The large model, its reference in float32 first, and code that was written in float32.
+    yield from (Row(large, p, ours) for p in ("bf16", "fp32"))
+    yield from (Row(large, "bf16", program) for program in (hand, torch))
     yield from (Row(small, "bf16", program) for program in ("autocast", "apply_policy"))
     yield from (Row(large, p, ours) for p in ("fp16", "tf32"))
     yield Row("ceiling", "copy", ours)
@@ -175,7 +177,6 @@ def _rows() -> Iterator[Row]:
     yield Row(small, "fp16", "autocast")
     yield from (Row(large, "bf16", program) for program in ("autocast", "apply_policy"))
     yield from (Row(large, "fp16", program) for program in (hand, torch))
-    yield Row(large, "fp32", ours)
     for p in ("tf32", "fp32"):
         yield from (Row(large, p, program) for program in (hand, torch))
 

@@ -1,5 +1,6 @@
 """The GPU benchmark's driver: what it keeps, what it measures again, and what it stops."""
 
+import fcntl
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import device, driver, table
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.__main__ import _require_gpu, main
 
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = ("tyro", "grain", "tensorboardX", "sklearn", "matplotlib", "orbax", "torch")
@@ -255,3 +256,47 @@ def test_full_sizes_need_a_gpu(capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert main([]) == 2
     assert "expected one, or --toy" in capsys.readouterr().err
+
+
+def test_an_unreadable_file_is_set_aside(drive, tmp_path, capsys):
+    drive(f"print('{ANSWER}')", CEILINGS[0])
+    whole = (tmp_path / "gpu.json").read_text()
+    (tmp_path / "gpu.json").write_text(whole[:-40])
+    assert set(drive(f"print('{ANSWER}')", CEILINGS[1])) == {CEILINGS[1]}
+    assert (tmp_path / "gpu.json.damaged").read_text() == whole[:-40]
+    assert "cannot be read; it is now gpu.json.damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [{"device": {"kind": "NVIDIA H100"}}, {"toy": False}])
+def test_results_of_another_device_or_size_are_not_mixed(drive, tmp_path, capsys, other):
+    drive(f"print('{ANSWER}')", CEILINGS[0])
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | other))
+    before = file.read_text()
+    with pytest.raises(SystemExit) as stop:
+        drive(f"print('{ANSWER}')", CEILINGS[1])
+    assert stop.value.code == 2 and file.read_text() == before
+    assert "expected those of cpu: give another --out" in capsys.readouterr().err
+
+
+def test_two_drivers_do_not_write_one_file(tmp_path, capsys):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        assert main(["--toy", "--out", str(tmp_path / "gpu.json"), "--only", "ceiling/*"]) == 2
+    finally:
+        os.close(folder)
+    assert "another run writes to" in capsys.readouterr().err
+
+
+def test_a_row_that_sees_no_gpu_is_no_result_of_one(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(RuntimeError, match="ceiling/bf16/jmp_train sees no GPU; expected one"):
+        _require_gpu(table.row("ceiling/bf16/jmp_train"))
+
+
+def test_the_references_come_first():
+    """Every figure needs the strict float32 row of its model."""
+    first = [row.id for row in table.ROWS if row.part == 1]
+    assert "gpt_124m/fp32/jmp_train" in first[:8]
+    assert table.row("gpt_1b3/fp32/jmp_train").part <= 2

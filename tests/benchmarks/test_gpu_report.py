@@ -102,7 +102,7 @@ def test_a_wrong_loss_does_not_count(result):
     assert (
         figure == "1.250 (gpt_124m fp16)"
     )  # 150,000 / 120,000; the wrong 300,000 / 200,000 is out
-    assert says.startswith("reached; gpt_124m bf16: not counted")
+    assert says.startswith("so far met; gpt_124m bf16: not counted")
     page = report.page([result], [], figures=report.ROOT, directory=report.ROOT)
     shown = cells(page, "bf16", "PyTorch")
     assert shown[2] == "~~2.00~~" and shown[8] == "2.600, **does not count**"
@@ -155,7 +155,7 @@ def test_a_short_reference_is_compared_at_the_last_common_step(result):
             "1.500 (gpt_124m)",
             "**missed** by 25.0 %; not measured yet: gpt_1b3",
         ),
-        ("1.6 times TF32", "1.875 (gpt_124m)", "reached; not measured yet: gpt_1b3"),
+        ("1.6 times TF32", "1.875 (gpt_124m)", "so far met; not measured yet: gpt_1b3"),
         ("MFU at least 0.55", "0.500 (gpt_1b3 bf16)", "**missed** by 9.1 %"),  # 300 of 600 TFLOP/s
         # 30 of 40 GiB is 0.19 above 0.56; fp16's 22 of 40 is 0.55
         ("memory at most 0.56", "0.750 (gpt_124m bf16)", "**missed** by 33.9 %"),
