@@ -32,7 +32,7 @@ BEGIN, END = "<!-- gpu table -->", "<!-- end of gpu table -->"
 _HEAD = """# Benchmarks
 
 Rendered by `make bench-report` from the JSON files in `benchmarks/results/`; edits here are lost.
-`make bench-gpu` measures the GPU rows, best worth first, and resumes where it was stopped."""
+`make bench-gpu` measures the GPU rows, the most useful first, and resumes where it was stopped."""
 
 _LEGEND = f"""Precisions: fp32 is float32 with products at highest precision ("strict"), tf32 float32 with the GPU's
 default products, fp16 float16 compute with a dynamic loss scale, bf16 bfloat16 compute; parameters
