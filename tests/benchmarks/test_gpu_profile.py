@@ -143,6 +143,7 @@ def test_profile_is_kept_in_a_measured_row(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["gpu-cpu.json"]
 
 
+@pytest.mark.slow
 def test_real_trace_has_products_and_reductions():
     row = table.row("mlp_digits/fp32/jmp_train/steps=50")
     found = {k["kind"]: k for k in profile.by_kind(profile.trace(row, 8, True, 2), steps=2)}

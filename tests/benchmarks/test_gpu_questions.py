@@ -125,6 +125,7 @@ def test_verdict_sets_only_flags_that_help():
     assert said.endswith("; set --xla_gpu_enable_latency_hiding_scheduler=true.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["select", "cond"])
 def test_skipping_row_traces_only_its_way(way):
     with (
@@ -190,6 +191,7 @@ def test_cudnn_row_without_gpu_says_what_it_needs():
         losses(f"{BF16}/attention=cudnn")
 
 
+@pytest.mark.slow
 def test_attention_row_asks_for_xla():
     asked = []
     real = jax.nn.dot_product_attention

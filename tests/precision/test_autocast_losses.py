@@ -171,6 +171,7 @@ def test_loss_is_as_precise_as_float32_on_half_logits(name, dtype):
     assert_precise(name, LOSSES[name][0], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", LOSSES)
 def test_with_precision_keeps_any_loss_in_float32(name, dtype):
