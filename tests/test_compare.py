@@ -46,6 +46,7 @@ def test_the_comparison_holds_what_the_runs_say(tmp_path):
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_runs_that_diverge_are_counted_and_the_others_compared(tmp_path):
     variants = shortened(variants_of("mlp", "fp32,pure_fp16"))
     console = Console(file=io.StringIO(), width=120)

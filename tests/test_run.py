@@ -101,7 +101,7 @@ def test_a_finished_run_directory_is_complete(tmp_path, plots):
         pytest.param("mlp_fp32", {}, marks=pytest.mark.slow),
         ("mlp_fp16", {"micro_batches": 4, "ema_decay": 0.9}),
         pytest.param("mlp_bf16", {}, marks=pytest.mark.slow),
-        ("mlp_fp16", {"steps_per_call": 5}),
+        pytest.param("mlp_fp16", {"steps_per_call": 5}, marks=pytest.mark.slow),
         pytest.param("gpt_fp16", {}, marks=pytest.mark.slow),
     ],
 )

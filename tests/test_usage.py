@@ -192,6 +192,7 @@ def devices_said(count, tmp_path):
     return [line for line in done.stdout.splitlines() if "devices" in line]
 
 
+@pytest.mark.slow
 def test_train_says_that_it_uses_one_of_several_devices(tmp_path):
     (line,) = devices_said(4, tmp_path)
     assert line.startswith("training on 1 of 4 devices")

@@ -102,6 +102,7 @@ def test_a_stopped_short_run_resumes_bitwise(tmp_path, monkeypatch):
     assert config_of(tmp_path / "cut")["optimizer"]["warmup_steps"] == 4
 
 
+@pytest.mark.slow
 def test_more_steps_take_up_the_longer_runs_schedule(tmp_path):
     run_dir, out = tmp_path / "run", io.StringIO()
     train("mlp_fp32", small(40), run_dir, Console(quiet=True))

@@ -5,10 +5,14 @@ Asks nvidia-smi and the package metadata, so that neither JAX nor torch takes th
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import statistics
 import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 PACKAGES = ("jmp-train", "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax",
@@ -29,6 +33,15 @@ _FIELDS = {
     "sm_max": "clocks.max.sm",
     "memory_clock": "clocks.mem",
     "memory_clock_max": "clocks.max.mem",
+}
+
+_BUSY = 50.0  # percent of the time with a kernel running, from which a sample counts as busy
+_SAMPLED = {
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_w": "power.draw",
+    "temperature_c": "temperature.gpu",
+    "utilization": "utilization.gpu",
 }
 
 
@@ -86,12 +99,63 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _nvidia_smi() -> dict[str, str] | None:
-    query = ",".join(_FIELDS.values())
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+@contextlib.contextmanager
+def sampled(every_ms: int = 250) -> Iterator[dict[str, Any]]:
+    """Fills the dictionary that it yields with the GPU's state while the block ran.
+
+    Medians over the samples in which a kernel ran at least half of the time: "sm_mhz",
+    "memory_mhz", "power_w", "temperature_c"; "sm_mhz_min", the slowest clock among them; and
+    "samples", their number. The dictionary stays empty where there is no nvidia-smi, or no sample
+    was busy.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as out:
+        command = [*_query(_SAMPLED.values()), f"--loop-ms={every_ms}"]
+        try:
+            smi = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.DEVNULL
+            )
+        except OSError:
+            yield found
+            return
+        try:
+            yield found
+        finally:
+            smi.kill()
+            smi.wait()
+            out.seek(0)
+            found |= _busy(out.read().decode(errors="replace").splitlines())
+
+
+def _busy(lines: list[str]) -> dict[str, Any]:
+    """Medians over the busy samples among lines of nvidia-smi.
+
+    >>> _busy(["345, 2619, 70.5, 30, 0", "1980, 2619, 650.0, 55, 99", "1755, 2619, 698.0, 61, 100"])
+    {'sm_mhz': 1867.5, 'memory_mhz': 2619.0, 'power_w': 674.0, 'temperature_c': 58.0, 'sm_mhz_min': 1755.0, 'samples': 2}
+    """
+    split = ([_number(value.strip()) for value in line.split(",")] for line in lines)
+    whole = [dict(zip(_SAMPLED, s, strict=True)) for s in split if len(s) == len(_SAMPLED)]
+    busy = [sample for sample in whole if (sample.pop("utilization") or 0.0) >= _BUSY]
+    values = {
+        name: [value for sample in busy if (value := sample[name]) is not None]
+        for name in _SAMPLED
+        if name != "utilization"
+    }
+    found: dict[str, Any] = {n: statistics.median(v) for n, v in values.items() if v}
+    if values["sm_mhz"]:
+        found["sm_mhz_min"] = min(values["sm_mhz"])
+    return found | {"samples": len(busy)} if busy else {}
+
+
+def _query(fields: Iterable[str]) -> list[str]:
+    """The command that asks nvidia-smi for fields of the first visible GPU."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible:
-        command.append(f"--id={visible.split(',')[0]}")
+    return [*command, f"--id={visible.split(',')[0]}"] if visible else command
+
+
+def _nvidia_smi() -> dict[str, str] | None:
+    command = _query(_FIELDS.values())
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

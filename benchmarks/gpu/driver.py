@@ -112,7 +112,7 @@ class Run:
         self._stopped = False
         self._lock = threading.RLock()  # of the file and the processes
         self._batch_lock = threading.Lock()
-        self.data: dict[str, Any] = {"batches": {}, "rows": {}}
+        self.data: dict[str, Any] = {"batches": {}, "default_batches": [], "rows": {}}
         kept = result_path(about["kind"], options.toy)
         source = self.path if self.path.exists() or options.toy else kept
         if source.exists():
@@ -148,7 +148,8 @@ class Run:
         limit = limit_of(row, self.toy)
         began = time.monotonic()
         numbers = {"batch": batch} if batch else {}
-        result = self._child(command_of(row.id, self.toy, **numbers), limit)
+        with contextlib.nullcontext({}) if self.toy else device.sampled() as state:
+            result = self._child(command_of(row.id, self.toy, **numbers), limit)
         if result is None:
             return
         workload = table.workload(row.workload, self.toy)
@@ -164,6 +165,7 @@ class Run:
             "measured": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "batch": batch or workload.batch or None,
             "length": workload.length or None,
+            **({"device": state} if state else {}),
             **result,
         }
         promised = device.datasheet(self.data["device"]["kind"], row.precision)
@@ -191,7 +193,7 @@ class Run:
         if workload.kind != "gpt":
             return 0
         with self._batch_lock:
-            if name not in self.data["batches"] and not self._out_of_time():
+            if self._wants_batch(name) and not self._out_of_time():
                 memory = int(self.data["device"]["memory_bytes"] or 0)
                 command = command_of(f"{name}/batch", self.toy, memory=memory)
                 result = self._child(command, TOY_LIMIT if self.toy else BATCH_LIMIT)
@@ -199,11 +201,25 @@ class Run:
                     return workload.batch
                 batch = result.get("batch", workload.batch)
                 with self._lock:
+                    self._tried.add(name)
                     self.data["batches"][name] = batch
+                    default = [name] if "batch" not in result else []
+                    others = set(self.data["default_batches"]) - {name}
+                    self.data["default_batches"] = sorted(others) + default
                     self._write()
                     why = f"; the default, for {result['reason']}" if "reason" in result else ""
                     print(f"{name}: batch {batch}{why}", flush=True)
             return self.data["batches"].get(name, workload.batch)
+
+    def _wants_batch(self, name: str) -> bool:
+        """Whether a workload's batch is to be found out: not yet, or in vain and never used."""
+        if name not in self.data["batches"]:
+            return True
+        used = any(
+            row["workload"] == name and row["status"] == "ok" for row in self.data["rows"].values()
+        )
+        failed = name in self.data["default_batches"]
+        return failed and not used and name not in self._tried
 
     def _child(self, command: Sequence[str], limit: float) -> dict[str, Any] | None:
         """What a process says on its last line, or why it said nothing; None where it was cut off."""
@@ -253,7 +269,7 @@ def _read(path: Path, kind: str, toy: bool) -> dict[str, Any] | None:
     try:
         data = json.loads(path.read_text())
         there = data["device"]["kind"], bool(data["toy"])
-        data = {"batches": {}, **data, "rows": dict(data["rows"])}
+        data = {"batches": {}, "default_batches": [], **data, "rows": dict(data["rows"])}
     except (ValueError, KeyError, TypeError):
         aside = path.with_name(f"{path.name}.damaged")
         os.replace(path, aside)

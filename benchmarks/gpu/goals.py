@@ -63,19 +63,17 @@ def _over(precision: str, other: str) -> Callable[[Result], list[Finding]]:
 def _over_program(program: str, kinds: Sequence[str]) -> Callable[[Result], list[Finding]]:
     """Return the rates of jmp_train over those of another program, in each row planned for it."""
     planned = [
-        (row.workload, row.precision)
+        row
         for row in ROWS
-        if row.program == program
-        and not row.options
-        and workload(row.workload, False).kind in kinds
+        if row.program == program and workload(row.workload, False).kind in kinds
     ]
     return lambda result: [
         _ratio(
-            f"{name} {precision}",
-            result.row(name, precision),
-            result.row(name, precision, program),
+            " ".join([row.workload, row.precision, *map("=".join, row.options)]),
+            result.row(row.workload, row.precision, **dict(row.options)),
+            result.row(row.workload, row.precision, program, **dict(row.options)),
         )
-        for name, precision in planned
+        for row in planned
     ]
 
 

@@ -46,7 +46,8 @@ a token (N parameters, the embedding counted once, as the head that it is tied t
 of length, W width) and 6 N an example of an MLP; MFU is their rate over the datasheet's, and over
 the measured rate of matrix products. A row whose loss after 100 steps is not within {LOSS_BOUND} nats
 of that of jmp_train's strict fp32 step does not count: its speed-up is struck through. Where one of the
-two took fewer steps in its time, the loss is compared after the last step that both kept."""
+two took fewer steps in its time, the loss is compared after the last step that both kept. SM clock
+and power are medians over the samples, four a second, in which the GPU was busy."""
 
 _MLP = """mlp_wide has four layers of 4,096. mlp_digits is so small that launching its steps costs more than
 the arithmetic, so it is measured with 50 steps a dispatch too."""

@@ -13,7 +13,7 @@ from benchmarks.gpu.tables import gib, number, origin, table, times
 _COLUMNS = (
     *("precision", "program", "{unit} a second", "step ms, median [q1, q3]", "speed-up"),
     *("MFU, datasheet", "MFU, measured ceiling", "peak memory", "of fp32's", "compile s"),
-    *("loss after 100 steps", "skipped"),
+    *("loss after 100 steps", "skipped", "SM clock MHz", "power W"),
 )
 
 
@@ -178,6 +178,7 @@ def _cells(result: Result, key: str) -> list[str]:
         number(row.data.get("compile_s")),
         loss_cell(row),
         number(row.data.get("skipped")),
+        *(number(row.data.get("device", {}).get(name)) for name in ("sm_mhz", "power_w")),
     ]
 
 

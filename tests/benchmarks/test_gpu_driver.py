@@ -29,13 +29,14 @@ def drive(tmp_path, monkeypatch):
     """Runs the driver in this process over children that run the given code."""
     out = tmp_path / "gpu.json"
 
-    def run(code, *rows, limit=60.0, words=()):
+    def run(code, *rows, limit=60.0, words=(), toy=True):
         command = [sys.executable, "-c", code]
         monkeypatch.setattr(driver, "command_of", lambda *_, **__: command)
         monkeypatch.setattr(driver, "limit_of", lambda *_: limit)
         before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
-            assert main(["--toy", "--out", str(out), *words, "--only", *rows]) == 0
+            size = ["--toy"] if toy else []
+            assert main([*size, "--out", str(out), *words, "--only", *rows]) == 0
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -250,6 +251,56 @@ def test_nvidia_smi_gives_the_device(tmp_path, monkeypatch):
         "memory_clock_max": None,
     }
     assert device.datasheet(found["kind"], "tf32") == 494.5
+
+
+def test_clocks_are_sampled_while_a_row_runs(tmp_path, monkeypatch, drive):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *loop*) echo "345, 2619, 70, 30, 0"; while true; do '
+        'echo "1980, 2619, 650, 50, 99"; echo "1410, 2619, [N/A], 60, 100"; sleep 0.05; done;; esac\n'
+        "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 700.00, 345, 1980, 2619, 2619'\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    code = f"import time; time.sleep(0.5); print('{ANSWER}')"
+    state = drive(code, CEILINGS[0], toy=False)[CEILINGS[0]]["device"]
+    assert state["sm_mhz_min"] == 1410 and 1410 <= state["sm_mhz"] <= 1980
+    assert (state["memory_mhz"], state["power_w"]) == (2619, 650)
+    assert state["samples"] >= 4
+    assert "utilization" not in state
+
+
+def test_a_missing_nvidia_smi_leaves_the_state_out(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with device.sampled() as state:
+        pass
+    assert state == {}
+
+
+def test_a_batch_not_found_is_searched_again_until_used(tmp_path, monkeypatch):
+    out, row = tmp_path / "gpu.json", "gpt_124m/bf16/jmp_train"
+    codes = {}
+
+    def command(name, *_, **__):
+        return [sys.executable, "-c", codes["batch" if name.endswith("/batch") else "row"]]
+
+    monkeypatch.setattr(driver, "command_of", command)
+
+    def run(batch, answer):
+        codes.update(batch=batch, row=answer)
+        assert main(["--toy", "--out", str(out), "--retry", "--only", row]) == 0
+        return json.loads(out.read_text())
+
+    found = 'print(\'{"status": "ok", "batch": 7}\')'
+    first = run("raise SystemExit(3)", "raise SystemExit(3)")
+    assert (first["batches"], first["default_batches"]) == ({"gpt_124m": 4}, ["gpt_124m"])
+    second = run(found, "raise SystemExit(3)")
+    assert (second["batches"], second["default_batches"]) == ({"gpt_124m": 7}, [])
+    # One that rows were measured with stays, so that all rows of a workload have the same.
+    out.unlink()
+    run("raise SystemExit(3)", f"print('{ANSWER}')")
+    assert run(found, f"print('{ANSWER}')")["batches"] == {"gpt_124m": 4}
 
 
 def test_full_sizes_need_a_gpu(capsys, monkeypatch):

@@ -18,7 +18,7 @@ def row(workload, precision, program, rate, *, loss, memory=None, tflops=None, *
     return {
         "status": "ok", "workload": workload, "precision": precision, "program": program,
         "question": "", "options": {}, "per_second": rate, "unit": "tokens", "loss_100": loss,
-        "losses": losses, "peak_memory_bytes": memory, "model_tflops": tflops, "mfu_datasheet": 0.25,
+        "device": {"sm_mhz": 1755.0, "power_w": 612.5}, "losses": losses, "peak_memory_bytes": memory, "model_tflops": tflops, "mfu_datasheet": 0.25,
         "step_ms": {"median": 20.5, "q1": 20.0, "q3": 21.0, "steps": 20}, "compile_s": 12.0,
         "skipped": 0, "seconds": 30.0, "measured": "2030-01-02",
     } | fields  # fmt: skip
@@ -175,6 +175,7 @@ def test_a_page_shows_figures_and_what_is_missing(result):
     page = report.page([result], [], figures=report.ROOT, directory=report.ROOT)
     assert cells(page, "bf16", "jmp_train") == [
         "300,000", "20.5 [20, 21]", "3.00", "0.25", "0.25", "30.00 GiB", "0.75", "12", "2.420", "0",
+        "1,755", "612",
     ]  # fmt: skip
     assert cells(page, "fp32", "PyTorch")[0] == "failed: torch is not installed"
     assert cells(page, "tf32", "PyTorch")[0] == "not measured: ran into its time limit"

@@ -175,6 +175,7 @@ def test_layers_under_scan_and_remat(policy):
     assert counts == {"float32": 1, HALVES[policy].__name__: 1}
 
 
+@pytest.mark.slow
 def test_recurrent_cells_run_in_half():
     class Recurrent(nn.Module):
         @nn.compact

@@ -229,6 +229,7 @@ class Stacked(nnx.Module):
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
+@pytest.mark.slow
 def test_layers_under_scan_and_remat(policy):
     net = Stacked(nnx.Rngs(0))
     under = apply_policy(net, [("head", "float32"), ("**", policy)])

@@ -49,7 +49,7 @@ def plateau():
     ],
     ids=["reduce_on_plateau", "polyak_sgd", "momo", "momo_adam", "lbfgs", "backtracking", "adam"],
 )
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_step_gives_optimizers_what_a_hand_written_loop_does(make, micro_batches):
     steps = 6
     stepper = jt.make_step(loss_fn, make(), micro_batches=micro_batches)
