@@ -14,7 +14,7 @@ import dataclasses
 import jax
 from record import keep_comparison
 
-from jmp_train.compare import variants_of
+from jmp_train.runs.compare import variants_of
 
 MARGIN = 0.0074  # of accuracy
 

@@ -20,12 +20,12 @@ import optax
 from record import RESULTS, device_name, keep
 
 import jmp_train as jt
+from jmp_train.config.find import find_experiment
 from jmp_train.data.batches import iterate, train_batches
-from jmp_train.experiment import find_experiment
+from jmp_train.numerics.histograms import EXPONENTS
 from jmp_train.optim import make_optimizer
-from jmp_train.precision.numerics import EXPONENTS
-from jmp_train.precision.rules import NO_RULES
-from jmp_train.report.plots import plot_exponents
+from jmp_train.policy.rules import NO_RULES
+from jmp_train.runs.plots import plot_exponents
 
 
 def main() -> None:

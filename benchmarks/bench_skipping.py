@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
+from jmp_train.data.spec import DataSpec
 from record import device_for, keep
 
 import jmp_train as jt
 from jmp_train.models import MlpConfig
-from jmp_train.task import DataSpec
 
 WAYS = ("never", "select", "cond", "unnamed", "jmp_train")
 SIZES = {"small": ((256, 256), 128), "10 M": ((2240, 2240, 2240), 16)}
@@ -139,7 +139,7 @@ def way_to_step(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Any
         if way == "jmp_train":
             return state, batch, stepper.step
         no_flags = lambda grads: jnp.zeros(len(jax.tree.leaves(grads)), jnp.bool_)
-        with mock.patch("jmp_train.training.step.nonfinite_leaves", no_flags):
+        with mock.patch("jmp_train.step.step.nonfinite_leaves", no_flags):
             stepper.step.trace(state, batch)  # now, while the flags are off; kept by the jit
         return state, batch, stepper.step
     state = (params, optimizer.init(params), *(jnp.zeros((), jnp.int32) for _ in range(3)))

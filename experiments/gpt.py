@@ -1,7 +1,7 @@
 """A byte-level language model on the documentation topics of Python; the precisions share it."""
 
+from jmp_train.config.experiment import Experiment
 from jmp_train.data import TextConfig
-from jmp_train.experiment import Experiment
 from jmp_train.models import GptConfig
 from jmp_train.optim import OptimizerConfig
 

@@ -1,7 +1,7 @@
 """A linear classifier of handwritten digits; the precisions share it."""
 
+from jmp_train.config.experiment import Experiment
 from jmp_train.data import DigitsConfig
-from jmp_train.experiment import Experiment
 from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig
 

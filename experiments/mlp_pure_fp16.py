@@ -7,7 +7,7 @@ what happens.
 import dataclasses
 
 from experiments.mlp import experiment
-from jmp_train.experiment import LossScaleConfig
+from jmp_train.loss_scales.config import LossScaleConfig
 
 _MIXED = experiment("float16")
 

@@ -1,54 +1,48 @@
 """jmp_train: mixed-precision training for JAX and Flax, in pure functions."""
 
-from jmp_train.optim.bf16_remainder import bf16_remainder
-from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.optim.kahan import kahan
-from jmp_train.optim.loss_scaling import loss_scaling, scale_loss
-from jmp_train.optim.master_weights import master_weights
-from jmp_train.optim.stochastic_rounding import stochastic_rounding
-from jmp_train.precision.accumulation import WeightedLoss
-from jmp_train.precision.autocast import (
+from jmp_train._autocast.op_rules import OpRules, default_op_rules
+from jmp_train._autocast.transform import (
     AutocastReport,
     OpRow,
     autocast,
     explain_autocast,
     with_precision,
 )
-from jmp_train.precision.dtypes import dtype_to_names, fastest_dtype, half_dtype
-from jmp_train.precision.gradients import GradResult, value_and_grad
-from jmp_train.precision.loss_scale import (
-    DynamicLossScale,
-    LossScale,
-    NoOpLossScale,
-    StaticLossScale,
-    all_finite,
-    default_loss_scale,
-    select_tree,
-)
-from jmp_train.precision.loss_scale_dict import (
+from jmp_train.debug.nonfinite import NonFiniteOp, NonFiniteReport, first_nonfinite
+from jmp_train.loss_scales.interchange import (
     loss_scale_from_dict,
     loss_scale_from_gradscaler,
     loss_scale_to_dict,
 )
-from jmp_train.precision.nonfinite import NonFiniteOp, NonFiniteReport, first_nonfinite
-from jmp_train.precision.numerics import (
+from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
+from jmp_train.numerics.dtypes import dtype_to_names, fastest_dtype, half_dtype
+from jmp_train.numerics.histograms import (
     ExponentHistogram,
     FormatShares,
     exponent_histogram,
     shares_in,
 )
-from jmp_train.precision.op_rules import OpRules, default_op_rules
-from jmp_train.precision.policy import Policy, cast_to_full, cast_to_half, get_policy
-from jmp_train.precision.rounding import (
+from jmp_train.numerics.rounding import (
     join_bf16_remainder,
     kahan_add,
     round_to_nearest,
     split_bf16_remainder,
     stochastic_round,
 )
-from jmp_train.training.evaluation import make_evaluate
-from jmp_train.training.state import LastSkip, StepInfo, TrainState
-from jmp_train.training.step import Stepper, make_step
+from jmp_train.optim.bf16_remainder import bf16_remainder
+from jmp_train.optim.fp32_state import fp32_state
+from jmp_train.optim.kahan import kahan
+from jmp_train.optim.loss_scaling import loss_scaling, scale_loss
+from jmp_train.optim.master_weights import master_weights
+from jmp_train.optim.stochastic_rounding import stochastic_rounding
+from jmp_train.policy.policy import Policy, get_policy
+from jmp_train.policy.precision import default_loss_scale
+from jmp_train.step.accumulation import WeightedLoss
+from jmp_train.step.evaluation import make_evaluate
+from jmp_train.step.gradients import GradResult, value_and_grad
+from jmp_train.step.state import LastSkip, StepInfo, TrainState
+from jmp_train.step.step import Stepper, make_step
+from jmp_train.tree import all_finite, cast_to_full, cast_to_half, select_tree
 
 __all__ = [
     "AutocastReport",

@@ -1,6 +1,6 @@
 """`python -m jmp_train`: the command line."""
 
-from jmp_train.cli import run
+from jmp_train.cli.main import run
 
 if __name__ == "__main__":
     run()

@@ -10,7 +10,7 @@ import types
 import typing
 from typing import Any
 
-from jmp_train.precision.dtypes import nearest
+from jmp_train.errors import nearest
 
 
 def check_fields(config: Any) -> None:

@@ -49,7 +49,7 @@ def compiled_once(cache_folder):
 def quick_runs(request, compiled_once, monkeypatch):
     """Runs that share what is compiled and draw no plots, but where a test asks for `plots`."""
     if "plots" not in request.fixturenames:
-        monkeypatch.setattr("jmp_train.run.plot_run", lambda *_, **__: None)
+        monkeypatch.setattr("jmp_train.runs.train.plot_run", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from absl import flags
 
 import jmp_train
 from jmp_train import precision
-from jmp_train.precision import loss_scale, policy
+from jmp_train.loss_scales import states as loss_scale
+from jmp_train.policy import policy
 
 SUBSTITUTES = {
     "jmp": jmp_train,

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jmp_train.cli import main
+from jmp_train.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
 OWN = """\
 from jmp_train.data import NpzConfig
-from jmp_train.experiment import Experiment
+from jmp_train.config.experiment import Experiment
 from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig
 EXPERIMENT = Experiment(MlpConfig(hidden=()), NpzConfig("good.npz"), steps=8, batch_size=8)

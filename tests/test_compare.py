@@ -8,8 +8,8 @@ import statistics
 import pytest
 from rich.console import Console
 
-from jmp_train.compare import compare, markdown_table, variants_of
-from jmp_train.training.loop import Diverged
+from jmp_train.runs.compare import compare, markdown_table, variants_of
+from jmp_train.runs.loop import Diverged
 
 
 def shortened(variants):

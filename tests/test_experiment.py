@@ -4,18 +4,15 @@ import dataclasses
 
 import pytest
 
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.find import experiment_files, find_experiment
+from jmp_train.config.settings import flatten
 from jmp_train.data import DigitsConfig
-from jmp_train.experiment import (
-    Experiment,
-    LossScaleConfig,
-    UsageError,
-    experiment_files,
-    find_experiment,
-    flatten,
-)
+from jmp_train.errors import UsageError
+from jmp_train.loss_scales.config import LossScaleConfig
+from jmp_train.loss_scales.states import DynamicLossScale, NoOpLossScale, StaticLossScale
 from jmp_train.models import MlpConfig
-from jmp_train.precision.loss_scale import DynamicLossScale, NoOpLossScale, StaticLossScale
-from jmp_train.precision.policy import get_policy
+from jmp_train.policy.policy import get_policy
 
 
 def make(**fields):

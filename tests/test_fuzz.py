@@ -17,13 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jmp_train.cli import main
+from jmp_train.cli.main import main
+from jmp_train.config.find import find_experiment
+from jmp_train.config.settings import flatten, with_settings
 from jmp_train.data import NpzConfig
-from jmp_train.experiment import UsageError, find_experiment, flatten, with_settings
-from jmp_train.precision.policy import Policy, get_policy
-from jmp_train.precision.rules import Rules
-from jmp_train.run import read_config
-from jmp_train.training.metrics import MetricsWriter, read_metrics, strict_json
+from jmp_train.errors import UsageError
+from jmp_train.policy.policy import Policy, get_policy
+from jmp_train.policy.rules import Rules
+from jmp_train.runs.metrics import MetricsWriter, read_metrics, strict_json
+from jmp_train.runs.train import read_config
 
 
 def of_tokens(*tokens, most=12):
@@ -296,9 +298,9 @@ def test_nothing_but_what_is_documented_is_raised(tmp_path, monkeypatch, name, c
     def reached(*_, **__):
         raise UsageError("nothing is trained here")
 
-    monkeypatch.setattr("jmp_train.run.train", reached)
-    monkeypatch.setattr("jmp_train.run.evaluate_run", reached)
-    monkeypatch.setattr("jmp_train.compare.compare", reached)
+    monkeypatch.setattr("jmp_train.runs.train.train", reached)
+    monkeypatch.setattr("jmp_train.runs.train.evaluate_run", reached)
+    monkeypatch.setattr("jmp_train.runs.compare.compare", reached)
     monkeypatch.chdir(tmp_path)
     strategy, check = CHECKS[name]
     options = settings(

@@ -14,11 +14,11 @@ import optax
 import pytest
 from hlo import all_reduced, custom_calls, products
 from jax.sharding import Mesh
+from jmp_train.data.spec import DataSpec
 
 import jmp_train as jt
 from jmp_train.models.gpt import GptConfig
-from jmp_train.precision.rules import NO_RULES, Rules
-from jmp_train.task import DataSpec
+from jmp_train.policy.rules import NO_RULES, Rules
 
 pytestmark = pytest.mark.gpu_first
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -126,7 +126,9 @@ def test_half_precision_reaches_the_loss_of_float32(policy):
 @pytest.mark.parametrize("reduce,expected", [("bfloat16", "bf16"), (None, "f32")])
 def test_gradients_are_reduced_in_the_dtype_asked_for(reduce, expected):
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    stepper, task = stepper_of("policy", "mixed_bfloat16", mesh=mesh, reduce_dtype=reduce)
+    stepper, task = stepper_of(
+        "policy", "mixed_bfloat16", parallel=jt.DataParallel(mesh, reduce_dtype=reduce)
+    )
     state = stepper.init(task.init(jax.random.key(0)))
     tokens = jax.ShapeDtypeStruct((8 * mesh.size, LENGTH + 1), jnp.int32)
     counts = all_reduced(stepper.step.lower(state, {"tokens": tokens}).compile().as_text())

@@ -19,13 +19,14 @@ import pytest
 from rich.console import Console
 from saved_arrays import assert_same_arrays, final_arrays
 
-from jmp_train.cli import main
+from jmp_train.cli.main import main
+from jmp_train.config.find import find_experiment
 from jmp_train.data.batches import train_batches
-from jmp_train.experiment import UsageError, find_experiment
-from jmp_train.run import _stop_signals, train
-from jmp_train.training.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
-from jmp_train.training.metrics import read_metrics
-from jmp_train.training.progress import RunProgress
+from jmp_train.errors import UsageError
+from jmp_train.runs.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
+from jmp_train.runs.metrics import read_metrics
+from jmp_train.runs.progress import RunProgress
+from jmp_train.runs.train import _stop_signals, train
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(quiet=True)
@@ -47,7 +48,7 @@ def finished(compiled_once, tmp_path_factory):
     """A finished run, to copy."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jmp_train.run.plot_run", lambda *_, **__: None)
+        patch.setattr("jmp_train.runs.train.plot_run", lambda *_, **__: None)
         train(NAME, small(), folder, QUIET)
     return folder
 
@@ -119,7 +120,7 @@ def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_p
 
     for function in ("_write_config", "_checkpoints", "_compile"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"jmp_train.run.{function}", killed)
+            patch.setattr(f"jmp_train.runs.train.{function}", killed)
             with pytest.raises(SystemExit):
                 train(NAME, small(), tmp_path, QUIET)
         (tmp_path / "config.json.partial").write_text('{"exp')
@@ -160,11 +161,11 @@ def test_a_second_signal_of_any_kind_has_its_usual_effect(monkeypatch):
 
 
 def test_other_versions_are_told(run, monkeypatch):
-    from jmp_train.run import _versions
+    from jmp_train.runs.train import _versions
 
     now = {**_versions(), "jax": "99.0"}
     there = _versions()["jax"]
-    monkeypatch.setattr("jmp_train.run._versions", lambda: now)
+    monkeypatch.setattr("jmp_train.runs.train._versions", lambda: now)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     train(NAME, small(), run, console)
     assert f"saved by other versions: jax {there} -> 99.0\n" in console.export_text()
@@ -185,7 +186,7 @@ def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_
     experiment = small(batch_size=64, steps=16)
     with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
         train(NAME, experiment, run, QUIET)
-    from jmp_train.run import iterate
+    from jmp_train.runs.train import iterate
 
     seen = []
 
@@ -202,7 +203,7 @@ def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_
 
         return Spied()
 
-    monkeypatch.setattr("jmp_train.run.iterate", spy)
+    monkeypatch.setattr("jmp_train.runs.train.iterate", spy)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     train(NAME, experiment, run, console, force=True)
     said = console.export_text()
@@ -347,7 +348,7 @@ def test_a_summary_that_cannot_be_written_is_written_by_the_next_call(run, monke
 @pytest.mark.slow
 def test_the_command_on_a_full_disk_says_a_line_for_each_failure_and_exits_with_4(tmp_path):
     code = (
-        "import resource, sys; from jmp_train.cli import main;"
+        "import resource, sys; from jmp_train.cli.main import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY));"
         "sys.exit(main(sys.argv[1:]))"
     )

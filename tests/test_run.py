@@ -19,14 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jmp_train.data.spec import DataSpec
 from rich.console import Console
 from saved_arrays import assert_same_arrays, final_arrays
 
 import jmp_train as jt
+from jmp_train.config.find import find_experiment
 from jmp_train.data import DigitsConfig
 from jmp_train.data.batches import _AUGMENT, _generator, state_at
-from jmp_train.experiment import UsageError, find_experiment
-from jmp_train.run import (
+from jmp_train.errors import UsageError
+from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.runs.loop import Diverged, LastCall
+from jmp_train.runs.metrics import read_metrics
+from jmp_train.runs.train import (
     Stopped,
     _build,
     _first_state,
@@ -37,10 +42,6 @@ from jmp_train.run import (
     read_config,
     train,
 )
-from jmp_train.task import DataSpec
-from jmp_train.training.checkpoints import Checkpoints
-from jmp_train.training.loop import Diverged, LastCall
-from jmp_train.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(quiet=True)
@@ -112,7 +113,7 @@ def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     train(name, experiment, tmp_path / "whole", QUIET)
 
     # A signal at a log point, where the step is not a multiple of checkpoint_every.
-    from jmp_train.training.progress import RunProgress
+    from jmp_train.runs.progress import RunProgress
 
     shown = RunProgress.train
 
@@ -151,7 +152,7 @@ def test_the_number_of_micro_batches_reaches_the_step(tmp_path, monkeypatch):
     def spy(*args, micro_batches, **options):
         raise Seen(micro_batches)
 
-    monkeypatch.setattr("jmp_train.run.make_step", spy)
+    monkeypatch.setattr("jmp_train.runs.train.make_step", spy)
     with pytest.raises(Seen, match="^4$"):
         train("mlp_fp16", small(micro_batches=4), tmp_path, QUIET)
 
@@ -201,7 +202,7 @@ def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):
     # Accuracies that fall, so that the first evaluation is the best.
     values = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr(
-        "jmp_train.run.make_evaluate",
+        "jmp_train.runs.train.make_evaluate",
         lambda *_: lambda params, batches: {"accuracy": next(values), "loss": 1.0},
     )
     train("mlp_bf16", small("mlp_bf16", eval_every=10), tmp_path, QUIET)
@@ -393,7 +394,7 @@ def test_a_rollback_passes_over_a_checkpoint_that_was_damaged_meanwhile(tmp_path
 
 
 def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr("jmp_train.run._MAX_ROLLBACKS", 2)
+    monkeypatch.setattr("jmp_train.runs.train._MAX_ROLLBACKS", 2)
     experiment = poisoned(*range(3, 200), nonfinite="rollback")
     out = io.StringIO()
     with pytest.raises(Diverged, match="the loss is nan"):
@@ -458,8 +459,8 @@ def test_a_skipped_step_is_replayed_with_its_own_key_and_scale(tmp_path, monkeyp
         state, info = stepper.step(state, jnp.ones(2))
         assert not info.finite
     replayed = []
-    monkeypatch.setattr("jmp_train.run._replay", lambda *args: replayed.append(args))
-    monkeypatch.setattr("jmp_train.run._float32_gradients", lambda *args: None)
+    monkeypatch.setattr("jmp_train.runs.train._replay", lambda *args: replayed.append(args))
+    monkeypatch.setattr("jmp_train.runs.train._float32_gradients", lambda *args: None)
     (tmp_path / "metrics.jsonl").touch()
     parts = types.SimpleNamespace(
         stepper=stepper, dataset=types.SimpleNamespace(spec=DataSpec(64, 10))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jmp_train.experiment import UsageError, experiment_files, find_experiment
+from jmp_train.config.find import experiment_files, find_experiment
+from jmp_train.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "jmp_train").rglob("*.py"), *(ROOT / "experiments").glob("*.py")])

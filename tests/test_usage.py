@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jmp_train.cli import main
+from jmp_train.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("--steps", "2", "--model.hidden", "4", "--compilation-cache", "False")

@@ -10,12 +10,14 @@ import pytest
 from rich.console import Console
 from saved_arrays import assert_same_arrays, final_arrays
 
-from jmp_train.cli import main
-from jmp_train.experiment import UsageError, find_experiment, fit_warmup
+from jmp_train.cli.main import main
+from jmp_train.config.find import find_experiment
+from jmp_train.config.warmup import fit_warmup
+from jmp_train.errors import UsageError
 from jmp_train.optim import OptimizerConfig, make_schedule
-from jmp_train.run import Stopped, evaluate_run, train
-from jmp_train.training.checkpoints import Checkpoints
-from jmp_train.training.progress import RunProgress
+from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.runs.progress import RunProgress
+from jmp_train.runs.train import Stopped, evaluate_run, train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 SMALL = ("--model.hidden", "4", "--log-every", "10", "--compilation-cache", "False")

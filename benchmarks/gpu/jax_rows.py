@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jmp_train.data.spec import DataSpec
 
 import jmp_train as jt
 from benchmarks.gpu import hand_written, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, Workload
 from jmp_train.models import GptConfig, MlpConfig
-from jmp_train.precision.rules import NO_RULES, Rules
-from jmp_train.task import DataSpec, Task
+from jmp_train.policy.rules import NO_RULES, Rules
+from jmp_train.tasks.task import Task
 
 POLICIES = {
     "fp32": "float32",

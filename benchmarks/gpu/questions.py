@@ -94,29 +94,29 @@ def _patches(option: str, value: str) -> dict[str, Any]:
 
     return {
         ("skip", "select"): {
-            "jmp_train.training.step._move_or_skip": lambda finite, move, skip, kept: (
-                jt.select_tree(finite, move(kept), skip(kept))
+            "jmp_train.step.step._move_or_skip": lambda finite, move, skip, kept: jt.select_tree(
+                finite, move(kept), skip(kept)
             )
         },
-        ("skip", "cond"): {"jmp_train.training.step._move_or_skip": jax.lax.cond},
+        ("skip", "cond"): {"jmp_train.step.step._move_or_skip": jax.lax.cond},
         ("naming", "off"): {
-            "jmp_train.training.step.nonfinite_leaves": lambda grads: jnp.zeros(
+            "jmp_train.step.step.nonfinite_leaves": lambda grads: jnp.zeros(
                 len(jax.tree.leaves(grads)), jnp.bool_
             )
         },
         ("attention", value): {"jmp_train.models.attention._implementation": lambda *_: value},
-        ("accumulate", "bfloat16"): {"jmp_train.precision.gradients.combine": _combine_in_bfloat16},
+        ("accumulate", "bfloat16"): {"jmp_train.step.gradients.combine": _combine_in_bfloat16},
     }.get((option, value), {})
 
 
 def _combine_in_bfloat16(
     run: Callable[..., Any], params: Any, batch: Any, kwargs: Any, *, micro_batches: int, **_: Any
 ) -> Any:
-    """`jmp_train.precision.accumulation.combine` of one device, the gradients' sum in bfloat16."""
+    """`jmp_train.step.accumulation.combine` of one device, the gradients' sum in bfloat16."""
     import jax
     import jax.numpy as jnp
 
-    from jmp_train.precision.accumulation import interleave, micro_batch
+    from jmp_train.step.accumulation import interleave, micro_batch
 
     rows = interleave(batch, micro_batches)
 

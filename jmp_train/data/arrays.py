@@ -1,4 +1,4 @@
-"""Arrays of one's own: examples and their labels in a NumPy .npz file."""
+"""Examples and their labels from a NumPy .npz file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from jmp_train.data.dataset import Arrays, Dataset
 from jmp_train.data.files import check_file
+from jmp_train.errors import nearest
 from jmp_train.fields import check_fields
-from jmp_train.precision.dtypes import nearest
-from jmp_train.task import Dataset, DataSpec
+from jmp_train.spec import DataSpec
 
 _SPLIT_SEED = 0  # the held-out examples are the same in every run, whatever the run's seed
 
@@ -54,7 +55,7 @@ class NpzConfig:
             raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
 
     def load(self) -> Dataset:
-        """Examples, float32 (n, features), each flattened, and labels, int32 (n,).
+        """Load examples, float32 (n, ...) in the file's shape, and labels, int32 (n,).
 
         Nothing in a file is run: arrays of Python objects, which would need pickle, are refused. What
         an array says of its size is compared with the file and with this machine's memory before
@@ -83,16 +84,16 @@ class NpzConfig:
         else:
             train = {"image": examples, "label": labels}
             held = dict(zip(("image", "label"), self._read(Path(self.eval_path)), strict=True))
-            there, here = held["image"].shape[1], examples.shape[1]
+            there, here = held["image"].shape[1:], examples.shape[1:]
             if there != here:
                 raise ValueError(
-                    f"{self.eval_path}: an example has {there} numbers; expected {here}, as in "
+                    f"{self.eval_path}: an example has the shape {there}; expected {here}, as in "
                     f"{self.path}"
                 )
             _check_labels(held["label"], classes, self.eval_path, self.y)
         int32 = lambda arrays: {**arrays, "label": arrays["label"].astype(np.int32)}
-        spec = DataSpec(features=examples.shape[1], classes=classes)
-        return Dataset(train=int32(train), eval=int32(held), spec=spec)
+        train, held = int32(train), int32(held)
+        return Dataset(train=Arrays(train), eval=held, spec=DataSpec.of(train, classes))
 
     def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Examples and labels of one file, all checked but the labels' range."""
@@ -105,13 +106,12 @@ class NpzConfig:
             headers = _headers(path, file, (self.x, self.y))
             _check_headers(path, headers, self.x, self.y)
             examples, labels = (_array(path, file, name, h) for name, h in headers.items())
-        shape = examples.shape
         if examples.dtype == np.uint8:
-            examples = examples.reshape(len(labels), -1).astype(np.float32) / np.float32(255)
+            examples = examples.astype(np.float32) / np.float32(255)
         else:
             with np.errstate(over="ignore"):  # a float64 that float32 cannot hold is found below
-                examples = examples.reshape(len(labels), -1).astype(np.float32)
-        _check_finite(examples, shape, path, self.x)
+                examples = examples.astype(np.float32)
+        _check_finite(examples, path, self.x)
         return examples, labels
 
 
@@ -233,11 +233,11 @@ def _array(path: Path, file: zipfile.ZipFile, name: str, header: _Header) -> np.
     return array
 
 
-def _check_finite(examples: np.ndarray, shape: tuple[int, ...], path: Path, name: str) -> None:
+def _check_finite(examples: np.ndarray, path: Path, name: str) -> None:
     bad = ~np.isfinite(examples)
     count = int(bad.sum())
     if count:
-        first = np.unravel_index(int(bad.argmax()), shape)
+        first = np.unravel_index(int(bad.argmax()), bad.shape)
         where = ", ".join(str(int(i)) for i in first)
         raise ValueError(
             f"{path}: {count} of the {examples.size} numbers of {name!r} are not finite in float32, "

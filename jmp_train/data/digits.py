@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from jmp_train.data.dataset import Arrays, Dataset
 from jmp_train.fields import check_fields
-from jmp_train.task import Dataset, DataSpec
+from jmp_train.spec import DataSpec
 
 _SPLIT_SEED = 0  # the held-out images are the same in every run, whatever the run's seed
 
@@ -33,21 +34,21 @@ class DigitsConfig:
             raise ValueError(f"noise is {self.noise}; expected a number of 0 or more")
 
     def load(self) -> Dataset:
-        """Images, float32 (n, 64) from 0 to 1, and labels, int32 (n,)."""
+        """Load images, float32 (n, 8, 8) from 0 to 1, and labels, int32 (n,)."""
         from sklearn.datasets import load_digits  # 1.5 s to import, so only where used
 
         images, labels = load_digits(return_X_y=True)
         order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(len(images))
         arrays = {
-            "image": (images[order] / 16).astype(np.float32),
+            "image": (images[order] / 16).astype(np.float32).reshape(-1, 8, 8),
             "label": labels[order].astype(np.int32),
         }
         held_out = min(max(round(self.eval_share * len(images)), 1), len(images) - 1)
+        train = {name: array[held_out:] for name, array in arrays.items()}
         return Dataset(
-            train={k: v[held_out:] for k, v in arrays.items()},
-            eval={k: v[:held_out] for k, v in arrays.items()},
-            spec=DataSpec(features=images.shape[1], classes=10),
-            augment=self._add_noise if self.noise else None,
+            train=Arrays(train, self._add_noise if self.noise else None),
+            eval={name: array[:held_out] for name, array in arrays.items()},
+            spec=DataSpec.of(arrays, classes=10),
         )
 
     def _add_noise(

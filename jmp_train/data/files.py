@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jmp_train.precision.dtypes import nearest
+from jmp_train.errors import nearest
 
 
 def check_file(path: Path, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""Text as bytes: real English that ships with Python, or a file of one's own."""
+"""Text as bytes: real English that ships with Python, or a file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jmp_train.data.dataset import Batch, Dataset
 from jmp_train.data.files import check_file
 from jmp_train.fields import check_fields
-from jmp_train.task import Dataset, DataSpec
+from jmp_train.spec import DataSpec
 
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
@@ -107,21 +108,32 @@ class TextConfig:
                 f"length is {self.length}; expected less than the {split} bytes of training text, "
                 f"and at least one of the {len(data) - split} held-out ones"
             )
-        windows = np.lib.stride_tricks.sliding_window_view(data[:split], self.length + 1)
-        count = max(len(windows) // self.length, 1)
-
-        def draw(batch: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-            part = batch["part"]
-            start = ((part + rng.random(part.shape)) * (len(windows) / count)).astype(np.int64)
-            return {"tokens": windows[np.minimum(start, len(windows) - 1)]}
-
+        held_out = _held_out_windows(data, split, self.length)
         return Dataset(
-            train={"part": np.arange(count)},
-            eval=_held_out_windows(data, split, self.length),
-            spec=DataSpec(features=self.length, classes=256),
-            augment=draw,
+            train=Windows(data[:split], self.length),
+            eval=held_out,
+            spec=DataSpec.of({"tokens": held_out["tokens"]}, classes=256),
             facts=lambda: _facts(text, split),
         )
+
+
+class Windows:
+    """Windows of a text: one from each of equal parts, its start drawn anew each time.
+
+    There are as many parts as windows would fit side by side.
+    """
+
+    def __init__(self, text: np.ndarray, length: int):
+        self._windows = np.lib.stride_tricks.sliding_window_view(text, length + 1)
+        self._parts = max(len(self._windows) // length, 1)
+
+    def __len__(self) -> int:
+        return self._parts
+
+    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
+        size = len(self._windows) / self._parts
+        start = ((rows + rng.random(rows.shape)) * size).astype(np.int64)
+        return {"tokens": self._windows[np.minimum(start, len(self._windows) - 1)]}
 
 
 def _held_out_windows(data: np.ndarray, split: int, length: int) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from flax import linen, nnx
 
 from jmp_train.flax import _linen, _nnx, _wrapper
-from jmp_train.precision.rules import Rules, RulesReport
+from jmp_train.policy.rules import Rules, RulesReport
 
 M = TypeVar("M")
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
+from jmp_train._autocast.transform import autocast
 from jmp_train.flax import _intercept, _region
-from jmp_train.precision.autocast import autocast
-from jmp_train.precision.policy import cast_floating, widen_to_full
-from jmp_train.precision.rules import Rules
+from jmp_train.policy.rules import Rules
+from jmp_train.tree import cast_floating, widen_to_full
 
 M = TypeVar("M", bound=nnx.Module)
 

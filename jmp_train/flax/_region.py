@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jmp_train.precision.autocast import compute_in, hold
-from jmp_train.precision.rules import Rules
+from jmp_train._autocast.transform import compute_in, hold
+from jmp_train.policy.rules import Rules
 
 _FLOAT32 = np.dtype(np.float32)
 HALF = (np.dtype(np.float16), np.dtype(jax.numpy.bfloat16))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from flax import linen, nnx
 
 from jmp_train.flax import _linen
-from jmp_train.precision.rules import Rules
+from jmp_train.policy.rules import Rules
 
 W = TypeVar("W")
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
 from jmp_train.fields import check_fields
-from jmp_train.flax import apply_policy
 from jmp_train.models.attention import causal_attention, masked_attention, rotary
-from jmp_train.models.token_losses import token_losses
-from jmp_train.precision.policy import Policy, get_policy
-from jmp_train.precision.rules import NO_RULES, Rules
-from jmp_train.task import DataSpec, Task
+from jmp_train.spec import DataSpec
+
+TokenLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Dtypes(NamedTuple):
+    """Dtypes of a layer, by Flax's names for them."""
+
+    dtype: np.dtype
+    param_dtype: np.dtype
 
 
 class Cache(NamedTuple):
@@ -31,10 +35,10 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions, without biases."""
 
-    def __init__(self, config: GptConfig, policy: Policy, *, rngs: nnx.Rngs):
+    def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = _linear(config.width, 3 * config.width, policy, rngs=rngs)
-        self.out = _linear(config.width, config.width, policy, 0.5 / config.depth, rngs=rngs)
+        self.qkv = _linear(config.width, 3 * config.width, dtypes, rngs=rngs)
+        self.out = _linear(config.width, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
 
     def __call__(
         self, x_BxTxD: jax.Array, position: Any, cache: Cache | None
@@ -61,9 +65,9 @@ class Attention(nnx.Module):
 class SwiGlu(nnx.Module):
     """Two linear layers, the first gated by SiLU of another (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: GptConfig, policy: Policy, *, rngs: nnx.Rngs):
-        self.up = _linear(config.width, 2 * config.inner, policy, rngs=rngs)
-        self.down = _linear(config.inner, config.width, policy, 0.5 / config.depth, rngs=rngs)
+    def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
+        self.up = _linear(config.width, 2 * config.inner, dtypes, rngs=rngs)
+        self.down = _linear(config.inner, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         gate_BxTxF, value_BxTxF = jnp.split(self.up(x_BxTxD), 2, axis=-1)
@@ -73,11 +77,11 @@ class SwiGlu(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm block: attention, then the gated layers, each added to what came in."""
 
-    def __init__(self, config: GptConfig, policy: Policy, *, rngs: nnx.Rngs):
-        self.norm1 = _norm(config.width, policy, rngs=rngs)
-        self.attention = Attention(config, policy, rngs=rngs)
-        self.norm2 = _norm(config.width, policy, rngs=rngs)
-        self.mlp = SwiGlu(config, policy, rngs=rngs)
+    def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
+        self.norm1 = _norm(config.width, dtypes, rngs=rngs)
+        self.attention = Attention(config, dtypes, rngs=rngs)
+        self.norm2 = _norm(config.width, dtypes, rngs=rngs)
+        self.mlp = SwiGlu(config, dtypes, rngs=rngs)
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
@@ -98,60 +102,70 @@ class Gpt(nnx.Module):
 
     Args:
       config: the sizes.
-      vocabulary: words; tokens are 0 to `vocabulary - 1`.
-      policy: dtypes of the parameters and of the compute. Norms and softmax are float32 inside, and
-        so are logits and losses.
-      rngs: where the initial parameters come from.
+      vocabulary: number of tokens, which are 0 to `vocabulary - 1`.
+      dtype: dtype of the compute. Norms and softmax are float32 inside, and so are logits.
+      param_dtype: dtype of the parameters.
+      rngs: random streams of the initial parameters.
     """
 
-    def __init__(self, config: GptConfig, vocabulary: int, policy: Policy, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: GptConfig,
+        vocabulary: int,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = Dtypes(np.dtype(dtype), np.dtype(param_dtype))
+
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap
         def blocks(rngs: nnx.Rngs) -> Block:
-            return Block(config, policy, rngs=rngs)
+            return Block(config, dtypes, rngs=rngs)
 
         self.config = config
-        self.compute_dtype = policy.compute_dtype
+        self.dtype = dtypes.dtype
         self.embed = nnx.Embed(
             vocabulary,
             config.width,
-            dtype=policy.compute_dtype,
-            param_dtype=policy.param_dtype,
+            **dtypes._asdict(),
             embedding_init=nnx.initializers.normal(0.02),
             rngs=rngs,
         )
         self.blocks = blocks(rngs)
-        self.norm = _norm(config.width, policy, rngs=rngs)
+        self.norm = _norm(config.width, dtypes, rngs=rngs)
 
-    def losses(self, tokens_BxT1: jax.Array, key: Any = None) -> jax.Array:
-        """The cross-entropy of each token but the first, given those before it.
+    def score(self, tokens_BxT1: jax.Array, loss: TokenLoss, key: Any = None) -> jax.Array:
+        """Return a loss of each token but the first, given those before it.
 
         Args:
           tokens_BxT1: integers, (batch, length + 1).
-          key: of dropout; None drops nothing.
+          loss: `loss(features_NxD, table_VxD, targets_N)`, whose logits would be the products of
+            the first two. It runs inside the network, so under the network's policy, and need not
+            have the logits of all tokens in memory.
+          key: key of dropout; None drops nothing.
 
         Returns:
-          float32 (batch, length), in nats.
+          What `loss` returns for each token, (batch, length).
         """
         x_BxTxD = self._features(tokens_BxT1[:, :-1], key)
         x_NxD, targets_BxT = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), tokens_BxT1[:, 1:]
-        losses_N = token_losses(
-            x_NxD, self._table(x_NxD), targets_BxT.reshape(-1), self.config.loss_chunk
-        )
+        losses_N = loss(x_NxD, self._table(x_NxD), targets_BxT.reshape(-1))
         return losses_N.reshape(targets_BxT.shape)
 
     def logits(self, tokens_BxT: jax.Array) -> jax.Array:
-        """What each token says of the next: float32 (batch, length, vocabulary)."""
+        """Return the logits of each next token, float32 (batch, length, vocabulary)."""
         return self._logits(self._features(tokens_BxT, None))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache for `decode`, of all blocks, that remembers `slots` positions."""
+        """Return a cache for `decode`, of all blocks, that remembers `slots` positions."""
         c = self.config
         shape = (c.depth, batch, slots, c.heads, c.width // c.heads)
-        return Cache(*(jnp.zeros(shape, self.compute_dtype) for _ in range(2)))
+        return Cache(*(jnp.zeros(shape, self.dtype) for _ in range(2)))
 
     def decode(self, token_B: jax.Array, position: Any, cache: Cache) -> tuple[jax.Array, Cache]:
-        """One position: the logits of the next token, float32 (batch, vocabulary), and the cache.
+        """Return the logits of the next token, float32 (batch, vocabulary), and the new cache.
 
         Args:
           token_B: integers, (batch,).
@@ -191,8 +205,7 @@ class Gpt(nnx.Module):
 class GptConfig:
     """Byte-level language model."""
 
-    metric: ClassVar[str] = "bits_per_byte"
-    highest: ClassVar[bool] = False
+    task: ClassVar[str] = "language_modelling"
 
     width: int = 128
     """Features of each token."""
@@ -228,100 +241,25 @@ class GptConfig:
         """The width between the gated layers."""
         return self.hidden or max(round(self.width * 8 / 3 / 64), 1) * 64
 
-    def task(self, data: DataSpec, policy: Policy, rules: Rules = NO_RULES) -> Task:
-        """Predicting each byte of a text from those before it.
-
-        Args:
-          data: gives the vocabulary, and the length beyond which generated text forgets.
-          policy: of the whole network.
-          rules: where there are any, they give each module its policy instead. The blocks are one
-            module, `blocks`, because they are compiled as one.
-        """
-        if rules.entries:
-            policy = rules.policy_of("")
-
-        def make(key: jax.Array) -> Gpt:
-            own = get_policy("float32") if rules.entries else policy
-            net = Gpt(self, data.classes, own, rngs=nnx.Rngs(params=key))
-            return apply_policy(net, rules) if rules.entries else net
-
-        graph, *_ = nnx.split(nnx.eval_shape(make, jax.random.key(0)), nnx.Param, ...)
-
-        def init(key: jax.Array) -> Any:
-            return nnx.to_pure_dict(nnx.state(make(key), nnx.Param))
-
-        def losses(params: Any, batch: Any, key: Any) -> jax.Array:
-            key = None if self.dropout == 0 else key
-            return nnx.merge(graph, params).losses(batch["tokens"].astype(jnp.int32), key)
-
-        def loss_fn(params: Any, batch: Any, *, key: Any = None) -> Any:
-            loss = losses(params, batch, key).mean()
-            return loss, {"bits_per_byte": loss / math.log(2)}
-
-        def metrics_fn(params: Any, batch: Any) -> dict[str, jax.Array]:
-            loss = losses(params, batch, None)
-            return {"bits_per_byte": loss / math.log(2), "loss": loss}
-
-        def generate(
-            params: Any, prompt_P: jax.Array, key: jax.Array, *, length: int, temperature: Any
-        ) -> jax.Array:
-            prompt_P = jnp.asarray(prompt_P)
-            _check_generate(prompt_P, length, temperature)
-
-            def step(carry: Any, position: jax.Array) -> Any:
-                token, cache = carry
-                net = nnx.merge(graph, params)
-                logits_BxV, cache = net.decode(token[None], position, cache)
-                drawn = _draw(logits_BxV[0], jax.random.fold_in(key, position), temperature)
-                following = jnp.minimum(position + 1, len(prompt_P) - 1)
-                token = jnp.where(position + 1 < len(prompt_P), prompt_P[following], drawn)
-                return (token, cache), token
-
-            cache = nnx.merge(graph, params).empty_cache(1, data.features)
-            prompt_P = prompt_P.astype(jnp.int32)
-            positions = jnp.arange(len(prompt_P) - 1 + length)
-            _, tokens = jax.lax.scan(step, (prompt_P[0], cache), positions)
-            return tokens[len(prompt_P) - 1 :]
-
-        return Task(init, loss_fn, metrics_fn, generate, reads=("tokens",))
-
-
-def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:
-    """Raises ValueError for what no text can be continued with; of traced values only shapes count."""
-    if prompt_P.ndim != 1 or not len(prompt_P) or not jnp.issubdtype(prompt_P.dtype, jnp.integer):
-        raise ValueError(
-            f"the prompt has shape {prompt_P.shape} and dtype {prompt_P.dtype}; expected integers of "
-            "shape (words,), at least one"
-        )
-    if not isinstance(length, (int, np.integer)) or length < 1:
-        raise ValueError(f"length is {length}; expected a whole number of at least 1")
-    if isinstance(temperature, Tracer):
-        return
-    if np.ndim(temperature) or not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; expected a number of 0 or more")
-
-
-def _draw(logits_V: jax.Array, key: jax.Array, temperature: Any) -> jax.Array:
-    """A word by its probability at a temperature; at 0 the likeliest."""
-    warm = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, warm, logits_V.argmax()).astype(jnp.int32)
+    def network(self, spec: DataSpec, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> Gpt:
+        """Construct the network for the vocabulary of a data set."""
+        return Gpt(self, spec.classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def _linear(
-    inputs: int, outputs: int, policy: Policy, scale: float = 1.0, *, rngs: nnx.Rngs
+    inputs: int, outputs: int, dtypes: Dtypes, scale: float = 1.0, *, rngs: nnx.Rngs
 ) -> nnx.Linear:
     """Without a bias; `scale` is the variance of an output for inputs of variance 1."""
     return nnx.Linear(
         inputs,
         outputs,
         use_bias=False,
-        dtype=policy.compute_dtype,
-        param_dtype=policy.param_dtype,
+        **dtypes._asdict(),
         kernel_init=nnx.initializers.variance_scaling(scale, "fan_in", "truncated_normal"),
         rngs=rngs,
     )
 
 
-def _norm(width: int, policy: Policy, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Its statistics are float32 whatever the policy."""
-    return nnx.RMSNorm(width, dtype=policy.compute_dtype, param_dtype=policy.param_dtype, rngs=rngs)
+def _norm(width: int, dtypes: Dtypes, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm, whose statistics are float32 whatever the dtypes."""
+    return nnx.RMSNorm(width, **dtypes._asdict(), rngs=rngs)

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from jmp_train.optim.narrow_parameters import NarrowParameters
-from jmp_train.precision.policy import widen_to_full
+from jmp_train.tree import widen_to_full
 
 
 def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

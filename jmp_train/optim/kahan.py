@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from jmp_train.numerics.rounding import kahan_add, to_float32
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import (
     NarrowParameters,
@@ -15,7 +16,6 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import kahan_add, to_float32
 
 
 class KahanState(NamedTuple):

@@ -8,15 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmp_train.loss_scales.states import DynamicLossScale, LossScale, check_loss_scale
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import NarrowParameters
-from jmp_train.precision.loss_scale import (
-    DynamicLossScale,
-    LossScale,
-    all_finite,
-    check_loss_scale,
-    select_tree,
-)
+from jmp_train.tree import all_finite, select_tree
 
 
 class LossScalingState(NamedTuple):

@@ -8,6 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmp_train.numerics.rounding import (
+    add_float32,
+    round_to_nearest,
+    split_bf16_remainder,
+    to_float32,
+)
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import (
     NarrowParameters,
@@ -15,12 +21,6 @@ from jmp_train.optim.narrow_parameters import (
     check_narrow,
     in_full,
     map_narrow,
-)
-from jmp_train.precision.rounding import (
-    add_float32,
-    round_to_nearest,
-    split_bf16_remainder,
-    to_float32,
 )
 
 

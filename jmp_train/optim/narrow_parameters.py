@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jmp_train.precision.dtypes import is_floating
-from jmp_train.precision.rounding import NARROW_FORMATS, to_float32
+from jmp_train.numerics.dtypes import is_floating
+from jmp_train.numerics.rounding import NARROW_FORMATS, to_float32
 
 
 class NarrowParameters(optax.GradientTransformationExtraArgs):

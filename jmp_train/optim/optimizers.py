@@ -16,7 +16,7 @@ from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.kahan import kahan
 from jmp_train.optim.master_weights import master_weights
 from jmp_train.optim.stochastic_rounding import stochastic_rounding
-from jmp_train.precision.policy import cast_floating
+from jmp_train.tree import cast_floating
 
 
 @dataclasses.dataclass(frozen=True)

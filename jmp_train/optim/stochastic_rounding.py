@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmp_train.numerics.rounding import add_float32, stochastic_round, to_float32
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import (
     NarrowParameters,
@@ -16,7 +17,6 @@ from jmp_train.optim.narrow_parameters import (
     in_full,
     map_narrow,
 )
-from jmp_train.precision.rounding import add_float32, stochastic_round, to_float32
 
 
 class StochasticRoundingState(NamedTuple):

@@ -168,7 +168,7 @@ def test_accumulation_in_bfloat16_sums_in_bfloat16():
         jnp.float32(1), {"x": parts}
     )
     assert float(grads().grads) == (1 + 3 * 2.0**-9) / 4
-    target = "jmp_train.precision.gradients.combine"
+    target = "jmp_train.step.gradients.combine"
     with mock.patch(target, questions._combine_in_bfloat16):
         result = grads()
     assert float(result.grads) == 0.25

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jmp_train.data.spec import DataSpec
 
 import jmp_train as jt
-from jmp_train.experiment import find_experiment
+from jmp_train.config.find import find_experiment
 from jmp_train.models import Gpt, GptConfig
 from jmp_train.optim.optimizers import make_optimizer
-from jmp_train.precision.rules import Rules
-from jmp_train.task import DataSpec
+from jmp_train.policy.rules import Rules
 from tests.flax.jaxprs import equations
 from tests.models.test_attention import attention_in_float64, rotary_by_complex_numbers
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmp_train.models.token_losses import token_losses
+from jmp_train.tasks.token_losses import token_losses
 from tests.flax.jaxprs import equations
 
 

@@ -16,12 +16,12 @@ import pytest
 from flax import nnx
 
 import jmp_train as jt
+from jmp_train.config.experiment import Experiment
 from jmp_train.data import DigitsConfig
-from jmp_train.experiment import Experiment
 from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.optim.optimizers import check_parameters
-from jmp_train.training.checkpoints import Checkpoints
+from jmp_train.runs.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("master", "remainder", "stochastic", "kahan")

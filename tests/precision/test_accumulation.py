@@ -11,7 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import jmp_train as jt
-from jmp_train.precision._jax_compat import scan_counts
+from jmp_train._jaxpr.compat import scan_counts
 
 B, D = 16, 6
 

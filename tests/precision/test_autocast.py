@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import jmp_train as jt
-from jmp_train.precision import _jax_compat
+from jmp_train._jaxpr import compat as _jax_compat
 
 BF16_EPS = 2.0**-8  # half an ulp of bfloat16 is 2**-9 relative; operand and result are rounded
 F32_EPS = 2.0**-23

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import jmp_train as jt
-from jmp_train.precision.dtypes import (
+from jmp_train.errors import nearest
+from jmp_train.numerics.dtypes import (
     DTYPE_NAMES,
     at_least_float32,
     dtype_name,
     is_floating,
-    nearest,
     parse_dtype,
 )
 

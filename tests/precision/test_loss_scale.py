@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from make_gradscaler_trajectories import PATH, gradscaler_trajectory
 
 import jmp_train as jt
-from jmp_train.precision.loss_scale import largest_power_of_two
-from jmp_train.training.checkpoints import Checkpoints
+from jmp_train.loss_scales.states import largest_power_of_two
+from jmp_train.runs.checkpoints import Checkpoints
 
 LENGTH = 64  # every hypothesis sequence is padded to this, so that each machine compiles once
 with_and_without_jit: Any = partial(chex.variants, with_jit=True, without_jit=True)

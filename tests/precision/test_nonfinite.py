@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jmp_train as jt
-from jmp_train.precision.nonfinite import NonFiniteReport, OperandRange
+from jmp_train.debug.nonfinite import NonFiniteReport, OperandRange
 
 HALF = jnp.float16
 
@@ -150,8 +150,8 @@ def test_the_iteration_of_a_scan_is_named():
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_loops_replay_gives_the_loops_own_numbers(reverse):
     # Carry and stacked results with one NaN at iteration 2, against lax.scan itself.
-    from jmp_train.precision import _jax_compat as compat
-    from jmp_train.precision.nonfinite import _Place, _Replay
+    from jmp_train._jaxpr import compat
+    from jmp_train.debug.nonfinite import _Place, _Replay
 
     def fn(xs):
         def body(c, x):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import jmp_train as jt
-from jmp_train.precision.numerics import EXPONENTS, nonfinite_leaves, path_names
+from jmp_train.numerics.histograms import EXPONENTS
+from jmp_train.tree import nonfinite_leaves, path_names
 
 PATTERNS = np.arange(2**16, dtype=np.uint32).astype(np.uint16)
 EVERY = {"float16": PATTERNS.view(np.float16), "bfloat16": PATTERNS.view(ml_dtypes.bfloat16)}

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jmp_train as jt
-from jmp_train.precision.policy import POLICY_NAMES, cast_floating
+from jmp_train.policy.policy import POLICY_NAMES
+from jmp_train.tree import cast_floating
 
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")

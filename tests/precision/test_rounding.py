@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jmp_train as jt
-from jmp_train.precision.rounding import add_float32, to_float32
+from jmp_train.numerics.rounding import add_float32, to_float32
 
 FORMATS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jmp_train as jt
-from jmp_train.precision.rules import Rules
+from jmp_train.policy.rules import Rules
 
 
 @pytest.mark.parametrize(

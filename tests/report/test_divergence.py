@@ -5,10 +5,10 @@ import types
 
 import pytest
 
-from jmp_train.experiment import find_experiment
-from jmp_train.precision.nonfinite import NonFiniteOp, NonFiniteReport
-from jmp_train.precision.rules import Rules
-from jmp_train.report.divergence import Float32Gradients, advise
+from jmp_train.config.find import find_experiment
+from jmp_train.debug.nonfinite import NonFiniteOp, NonFiniteReport
+from jmp_train.policy.rules import Rules
+from jmp_train.runs.divergence import Float32Gradients, advise
 
 FINE = Float32Gradients(2.3, True, 0.05, 10, "float16", {}, {}, {})
 

@@ -77,7 +77,7 @@ def assert_close(a, b, tolerance=2.0**-18):
 def test_four_devices_are_one_large_batch(loss_fn):
     params, batch = make()
     grads, loss = oracle(params, batch, batch["mask"] if loss_fn is weighted_loss else None)
-    got, state, info = step_once(loss_fn, mesh=MESH, micro_batches=2)
+    got, state, info = step_once(loss_fn, parallel=jt.DataParallel(MESH), micro_batches=2)
     assert_close(got, grads)
     assert_close(info.loss, loss)
     assert state.params["w1"].sharding.is_fully_replicated
@@ -89,7 +89,9 @@ def test_each_part_on_each_device_has_its_own_key():
         loss = jnp.mean(squares(params, batch) * kept)
         return loss, {"key": jax.random.key_data(key), "loss": loss, "count": kept.sum()}
 
-    got, _, info = step_once(noisy, micro_batches=2, mesh=MESH, key=jax.random.key(1))
+    got, _, info = step_once(
+        noisy, micro_batches=2, parallel=jt.DataParallel(MESH), key=jax.random.key(1)
+    )
     keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), n) for n in range(8)]
     np.testing.assert_array_equal(info.aux["key"], [jax.random.key_data(key) for key in keys])
     kept = np.zeros(B, bool)
@@ -110,7 +112,7 @@ def test_metrics_are_averaged_by_each_devices_own_weight():
     _, batch = make()
     parts = batch["mask"].reshape(4, 4, 2).sum(1).ravel()
     assert len({*parts.tolist()}) > 1  # else any weights would do
-    _, _, info = step_once(loss_fn, mesh=MESH, micro_batches=2)
+    _, _, info = step_once(loss_fn, parallel=jt.DataParallel(MESH), micro_batches=2)
     assert_close(info.aux["loss"], info.loss)
 
 
@@ -139,7 +141,9 @@ def compiled_all_reduces(text):
     ],
 )
 def test_gradients_cross_the_devices_in_the_reduce_dtype(policy, reduce_dtype, asked, size, on_cpu):
-    stepper = jt.make_step(mean_loss, optax.sgd(1.0), policy, mesh=MESH, reduce_dtype=reduce_dtype)
+    stepper = jt.make_step(
+        mean_loss, optax.sgd(1.0), policy, parallel=jt.DataParallel(MESH, reduce_dtype=reduce_dtype)
+    )
     params, batch = make()
     lowered = stepper.step.lower(stepper.init(params), batch)
     sent = all_reduces(lowered.as_text())
@@ -161,7 +165,7 @@ def test_without_it_jit_reduces_in_the_compute_dtype():
 
 
 def test_a_narrow_reduction_is_wrong_by_its_roundings_and_no_more():
-    got, _, _ = step_once(mean_loss, mesh=MESH, reduce_dtype="bfloat16")
+    got, _, _ = step_once(mean_loss, parallel=jt.DataParallel(MESH, reduce_dtype="bfloat16"))
     params, batch = make()
     exact, _ = oracle(params, batch)
     shares = [oracle(params, batch, np.arange(B) // 8 == d)[0] for d in range(4)]
@@ -176,7 +180,7 @@ def test_a_narrow_reduction_is_wrong_by_its_roundings_and_no_more():
 # One stepper for two tests: to compile it takes longer than to run them.
 FP16 = jt.make_step(
     mean_loss, optax.adam(0.1), "mixed_float16", loss_scale=jt.DynamicLossScale(2.0**8),
-    mesh=MESH, micro_batches=2,
+    parallel=jt.DataParallel(MESH), micro_batches=2,
 )  # fmt: skip
 
 
@@ -205,7 +209,9 @@ def test_what_is_beyond_float16_is_found_after_a_float16_reduction():
 
     grads, _ = oracle(*make())
     assert 1e6 * np.abs(grads["w2"]).max() < 1e7  # far within float32 and bfloat16
-    _, _, info = step_once(large, mesh=MESH, skip_nonfinite=True, reduce_dtype="float16")
+    _, _, info = step_once(
+        large, parallel=jt.DataParallel(MESH, reduce_dtype="float16"), skip_nonfinite=True
+    )
     assert not info.finite
 
 
@@ -219,7 +225,7 @@ def test_a_loss_that_reduces_over_the_devices_itself_is_differentiated_rightly()
 
     params, batch = make()
     grads, loss = oracle(params, batch, batch["mask"], centred=True)
-    got, _, info = step_once(loss_fn, mesh=MESH)
+    got, _, info = step_once(loss_fn, parallel=jt.DataParallel(MESH))
     assert_close(got, grads)
     assert_close(info.loss, loss)
 
@@ -230,7 +236,7 @@ def test_model_state_is_the_mean_over_the_devices():
         return mean_loss(params, batch), None, new
 
     params, batch = make()
-    stepper = jt.make_step(loss_fn, optax.sgd(1.0), mesh=MESH)
+    stepper = jt.make_step(loss_fn, optax.sgd(1.0), parallel=jt.DataParallel(MESH))
     state = stepper.init(params, model_state={"mean": jnp.float32(0), "seen": 0})
     state, _ = stepper.step(state, batch)
     np.testing.assert_allclose(state.model_state["mean"], batch["y"].mean(), rtol=2.0**-20)
@@ -240,7 +246,7 @@ def test_model_state_is_the_mean_over_the_devices():
 def test_the_batch_may_be_placed_already():
     params, batch = make()
     placed = jax.device_put(batch, NamedSharding(MESH, P("data")))
-    got, _, _ = step_once(mean_loss, mesh=MESH, batch=placed)
+    got, _, _ = step_once(mean_loss, parallel=jt.DataParallel(MESH), batch=placed)
     assert_close(got, oracle(params, batch)[0])
 
 
@@ -248,7 +254,9 @@ def test_a_mesh_of_two_axes_shares_out_over_one_and_nothing_is_traced_again():
     counted = chex.assert_max_traces(n=1)(mean_loss)
     chex.clear_trace_counter()
     mesh = jax.make_mesh((2, 2), ("data", "model"))
-    stepper = jt.make_step(counted, optax.sgd(0.0), mesh=mesh, reduce_dtype="bfloat16")
+    stepper = jt.make_step(
+        counted, optax.sgd(0.0), parallel=jt.DataParallel(mesh, reduce_dtype="bfloat16")
+    )
     params, batch = make()
     state = stepper.init(params)
     for _ in range(3):
@@ -268,8 +276,10 @@ def test_scan_over_devices_is_bitwise_the_single_steps():
 
 def test_what_does_not_fit_is_refused():
     params, batch = make()
-    stepper = jt.make_step(mean_loss, optax.sgd(1.0), mesh=MESH, micro_batches=3)
+    stepper = jt.make_step(
+        mean_loss, optax.sgd(1.0), parallel=jt.DataParallel(MESH), micro_batches=3
+    )
     with pytest.raises(ValueError, match=r"has 32 examples; .* 12, .* 4 devices x 3 micro-batches"):
         stepper.step(stepper.init(params), batch)
     with pytest.raises(ValueError, match="no axis 'dat'; did you mean 'data'"):
-        jt.make_step(mean_loss, optax.sgd(1.0), mesh=MESH, axis_name="dat")
+        jt.make_step(mean_loss, optax.sgd(1.0), parallel=jt.DataParallel(MESH, axis_name="dat"))

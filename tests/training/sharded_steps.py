@@ -1,4 +1,4 @@
-"""Steps on sharded arrays without `mesh=`; run by test_several_devices.py in a process with eight CPU devices."""
+"""Steps on sharded arrays without `parallel=`; run by test_several_devices.py in a process with eight CPU devices."""
 
 import contextlib
 import re
@@ -115,7 +115,9 @@ def test_a_weighted_loss_over_devices_is_that_of_one_batch(mesh, weights):
     exact = totals.sum() / (weights.sum() or 1)
     on_two = Mesh(mesh.devices[:2], ("data",), axis_types=mesh.axis_types)
     for micro_batches in (1, 2):
-        stepper = jt.make_step(weighted, optax.sgd(1.0), mesh=on_two, micro_batches=micro_batches)
+        stepper = jt.make_step(
+            weighted, optax.sgd(1.0), parallel=jt.DataParallel(on_two), micro_batches=micro_batches
+        )
         state, info = stepper.step(stepper.init(jnp.float32(0)), batch)
         assert float(state.params) == pytest.approx(-exact, rel=8 * 2.0**-24)
     stepper = jt.make_step(weighted, optax.sgd(1.0), micro_batches=2)

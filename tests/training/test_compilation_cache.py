@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from jmp_train.training.compilation_cache import cache_folder, keep_compiled
+from jmp_train.cli.compilation_cache import cache_folder, keep_compiled
 
 
 @pytest.fixture

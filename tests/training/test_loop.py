@@ -9,9 +9,9 @@ import optax
 import pytest
 
 import jmp_train as jt
-from jmp_train.training import loop
-from jmp_train.training.loop import Diverged, Every, run_loop
-from jmp_train.training.state import StepInfo
+from jmp_train.runs import loop
+from jmp_train.runs.loop import Diverged, Every, run_loop
+from jmp_train.step.state import StepInfo
 
 
 def loss_fn(params, batch):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jmp_train as jt
-from jmp_train.training.loop import nonfinite_gradients
+from jmp_train.runs.loop import nonfinite_gradients
 
 
 def with_variance(params, batch, *, model_state):

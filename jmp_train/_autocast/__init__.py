@@ -1,0 +1,1 @@
+"""Operation-level mixed precision: trace, plan, re-emit with casts."""

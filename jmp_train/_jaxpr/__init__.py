@@ -1,0 +1,1 @@
+"""What this package needs of JAX beyond its public interface, and one walker over programs."""

@@ -1,0 +1,1 @@
+"""What an experiment is, and how it is found and changed."""

@@ -1,0 +1,81 @@
+"""Settings of a configuration by dotted path, as config.json holds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from jmp_train.errors import nearest
+from jmp_train.fields import fits
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted path.
+
+    >>> flatten({"steps": 3, "optimizer": {"name": "sgd"}})
+    {'steps': 3, 'optimizer.name': 'sgd'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+C = TypeVar("C")
+
+
+def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C:
+    """A configuration with other values for some of its settings.
+
+    Args:
+      config: a dataclass, which may hold others.
+      settings: by dotted path, as `flatten` gives them for what config.json holds: tuples are
+        lists, and numbers that are not finite are text.
+      prefix: the path of the configuration itself, for messages.
+
+    Raises:
+      ValueError: for a path that is no setting, with the nearest that is; for a value that the
+        configuration refuses.
+
+    >>> with_settings(OptimizerConfig(), {"learning_rate": 0.1, "max_grad_norm": "inf"}).max_grad_norm
+    inf
+    >>> with_settings(OptimizerConfig(), {"lerning_rate": 0.1}, "optimizer.")
+    Traceback (most recent call last):
+    ValueError: 'optimizer.lerning_rate' is no setting; did you mean 'learning_rate'?
+    """
+    kinds = typing.get_type_hints(type(config))
+    fields = [field.name for field in dataclasses.fields(config)]  # pyright: ignore
+    inner: dict[str, dict[str, Any]] = {}
+    changed: dict[str, Any] = {}
+    for path, value in settings.items():
+        name, dot, rest = path.partition(".")
+        nested = name in fields and dataclasses.is_dataclass(getattr(config, name))
+        if name not in fields or (dot and not nested):
+            raise ValueError(f"{prefix + path!r} is no setting; {nearest(name, fields)}")
+        if nested and not dot:
+            raise ValueError(f"{prefix + path} is {reprlib.repr(value)}; expected its settings")
+        if nested:
+            inner.setdefault(name, {})[rest] = value
+        else:
+            changed[name] = _from_json(value, kinds[name])
+    for name, values in inner.items():
+        changed[name] = with_settings(getattr(config, name), values, f"{prefix}{name}.")
+    try:
+        return dataclasses.replace(config, **changed)  # pyright: ignore
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _from_json(value: Any, kind: Any) -> Any:
+    """What `strict_json` wrote, as it was."""
+    if isinstance(value, list):
+        return tuple(_from_json(item, kind) for item in value)
+    if value in ("nan", "inf", "-inf") and not fits(value, kind):
+        return float(value)
+    return value

@@ -1,0 +1,24 @@
+"""Errors that name what was given, what was expected and the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid word, or all of them where none is near.
+
+    >>> nearest("float17", ["float16", "bfloat16"])
+    "did you mean 'float16'?"
+    """
+    valid = list(valid)
+    by_lower = {v.lower(): v for v in reversed(valid)}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
+    if close:
+        return f"did you mean {by_lower[close[0]]!r}?"
+    return "expected one of " + ", ".join(valid)
+
+
+class UsageError(Exception):
+    """The user's words are off: which, what was expected, and the nearest valid choice."""

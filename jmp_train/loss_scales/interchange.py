@@ -1,0 +1,185 @@
+"""A loss scale as a dict of plain Python numbers, for JSON, and out of a GradScaler's."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from jmp_train.errors import nearest
+from jmp_train.loss_scales.states import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    check_scale,
+)
+
+_NUMBER, _WHOLE, _YES_NO = "a number", "a whole number", "True or False"
+_OR_NONE = " or None"
+
+#: What `loss_scale_to_dict` writes, by kind.
+_ENTRIES = {
+    "none": {},
+    "static": {"loss_scale": _NUMBER},
+    "dynamic": {
+        "loss_scale": _NUMBER,
+        "counter": _WHOLE,
+        "period": _WHOLE,
+        "factor": _NUMBER,
+        "min_loss_scale": _NUMBER,
+        "backoff_factor": _NUMBER + _OR_NONE,
+        "max_loss_scale": _NUMBER + _OR_NONE,
+        "hysteresis": _WHOLE,
+        "hysteresis_left": _WHOLE + _OR_NONE,
+        "consecutive_hysteresis": _YES_NO,
+    },
+}
+_KINDS = {"none": NoOpLossScale, "static": StaticLossScale, "dynamic": DynamicLossScale}
+
+#: What `GradScaler.state_dict` writes, and what we call it.
+_GRADSCALER_ENTRIES = {
+    "scale": _NUMBER,
+    "growth_factor": _NUMBER,
+    "backoff_factor": _NUMBER,
+    "growth_interval": _WHOLE,
+    "_growth_tracker": _WHOLE,
+}
+_GRADSCALER_NAMES = {
+    "loss_scale": "scale",
+    "factor": "growth_factor",
+    "backoff_factor": "backoff_factor",
+    "period": "growth_interval",
+    "counter": "_growth_tracker",
+}
+
+
+def loss_scale_to_dict(loss_scale: LossScale) -> dict[str, Any]:
+    """A loss scale's state and hyper-parameters as plain Python numbers, fit for JSON.
+
+    Args:
+      loss_scale: one of the three kinds, concrete: not inside jit.
+
+    Returns:
+      A dict with `kind` ("none", "static" or "dynamic") and the fields of that kind by name.
+
+    Raises:
+      TypeError: for anything that is no loss scale.
+
+    >>> loss_scale_to_dict(StaticLossScale(1024))
+    {'kind': 'static', 'loss_scale': 1024.0}
+    """
+    kind = next((kind for kind, cls in _KINDS.items() if isinstance(loss_scale, cls)), None)
+    if kind is None:
+        names = ", ".join(cls.__name__ for cls in _KINDS.values())
+        raise TypeError(f"{loss_scale!r} is no loss scale; expected one of {names}")
+    values = {name: getattr(loss_scale, name) for name in _ENTRIES[kind]}
+    return {"kind": kind} | {name: _plain(value) for name, value in values.items()}
+
+
+def loss_scale_from_dict(entries: dict[str, Any]) -> LossScale:
+    """The loss scale that `loss_scale_to_dict` wrote; its trajectory goes on to the bit.
+
+    Args:
+      entries: that dict, from JSON for instance. The scale becomes float32.
+
+    Raises:
+      ValueError: for an unknown or missing key, a value of another type or out of its range, by
+        its name.
+
+    >>> state = DynamicLossScale(2.0**10, counter=7, hysteresis=2)
+    >>> loss_scale_from_dict(loss_scale_to_dict(state)) == state
+    True
+    """
+    kind = entries.get("kind") if isinstance(entries, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        hint = ""
+        if isinstance(entries, dict) and "_growth_tracker" in entries:
+            hint = "; for a GradScaler's state there is loss_scale_from_gradscaler"
+        raise ValueError(
+            f"the kind of the loss scale is {kind!r}; expected 'none', 'static' or 'dynamic'{hint}"
+        )
+    values = {name: value for name, value in entries.items() if name != "kind"}
+    _check_entries(values, _ENTRIES[kind], f"a loss scale of kind {kind!r}")
+    loss_scale = _make(_KINDS[kind], values)
+    with np.errstate(over="ignore"):  # StaticLossScale takes any number, as jmp's does
+        check_scale(np.float32(loss_scale.loss_scale), "loss_scale")
+    return loss_scale
+
+
+def loss_scale_from_gradscaler(state_dict: dict[str, Any]) -> LossScale:
+    """The loss scale that goes on where a PyTorch `GradScaler` stood.
+
+    Args:
+      state_dict: of `torch.amp.GradScaler.state_dict()`; an empty one, which a disabled scaler
+        gives, means no loss scaling. Plain numbers: PyTorch is not imported.
+
+    Returns:
+      A `DynamicLossScale` without a minimum, as GradScaler has none, or a `NoOpLossScale`.
+
+    Raises:
+      ValueError: for an unknown or missing key, a value of another type or out of its range.
+
+    >>> state = loss_scale_from_gradscaler({"scale": 512.0, "growth_factor": 2.0,
+    ...     "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 1999})
+    >>> float(state.adjust(True).loss_scale)
+    1024.0
+    """
+    if state_dict == {}:
+        return NoOpLossScale()
+    _check_entries(state_dict, _GRADSCALER_ENTRIES, "a GradScaler's state")
+    tracker, interval = state_dict["_growth_tracker"], state_dict["growth_interval"]
+    if tracker >= interval >= 1:  # where GradScaler would never grow, and we would at once
+        raise ValueError(
+            f"_growth_tracker is {tracker}; expected it below growth_interval, {interval}"
+        )
+    values = {ours: state_dict[theirs] for ours, theirs in _GRADSCALER_NAMES.items()}
+    try:
+        return _make(DynamicLossScale, values | {"min_loss_scale": 0.0})
+    except ValueError as error:
+        raise ValueError(rename(str(error), _GRADSCALER_NAMES)) from None
+
+
+def rename(message: str, names: dict[str, str]) -> str:
+    """A message with other names for the fields in it.
+
+    >>> rename("period is 0; expected 1 to 9", {"period": "growth_interval"})
+    'growth_interval is 0; expected 1 to 9'
+    """
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), message)
+
+
+def _check_entries(values: Any, entries: dict[str, str], what: str) -> None:
+    if not isinstance(values, dict):  # a file may hold anything; one kind of error for it all
+        raise ValueError(  # noqa: TRY004
+            f"{what} is {values!r}; expected a dict"
+        )
+    for name in values:
+        if name not in entries:
+            hint = nearest(str(name), entries) if entries else "it has no others"
+            raise ValueError(f"unknown key {name!r} in {what}; {hint}")
+    for name, expected in entries.items():
+        if name not in values:
+            raise ValueError(f"{what} has no {name!r}; expected {', '.join(entries)}")
+        if not _fits(values[name], expected):
+            raise ValueError(f"{name} is {values[name]!r}; expected {expected}")
+
+
+def _fits(value: Any, expected: str) -> bool:
+    if value is None:
+        return expected.endswith(_OR_NONE)
+    if isinstance(value, bool) or expected == _YES_NO:
+        return isinstance(value, bool) and expected == _YES_NO
+    return isinstance(value, int if expected.startswith(_WHOLE) else (int, float))
+
+
+def _make(cls: Any, values: dict[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except (TypeError, OverflowError) as error:  # an integer of hundreds of digits
+        raise ValueError(str(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None else np.asarray(value).item()

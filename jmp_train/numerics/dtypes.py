@@ -1,0 +1,139 @@
+"""Floating-point formats by name, and which of them a device computes natively.
+
+A *name* is what a user types (`"bf16"`, `"float16"`, `"full"`, `"half"`); a *dtype* is always a
+`numpy.dtype`, which hashes, compares equal to `jnp.bfloat16` and friends, and is static under jit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_train.errors import nearest
+
+# For Policy(...) and str(policy); spelt in full only. The fnuz pair is AMD's (CDNA 3).
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+
+_SHORT_NAMES: dict[str, tuple[str, ...]] = {
+    "bfloat16": ("bf16", "bfloat16"),
+    "float16": ("f16", "float16", "fp16"),
+    "float32": ("full", "f32", "float32", "fp32"),
+    "float64": ("f64", "float64", "fp64"),
+    **{name: (name,) for name in _FLOAT8},
+}
+
+_DTYPES = {
+    alias: np.dtype(getattr(jnp, name)) for name, names in _SHORT_NAMES.items() for alias in names
+}
+
+#: Every spelling of each dtype, the short one that `str(policy)` prints first. As in jmp, a key may
+#: be `jnp.float16`, `numpy.float16` or `numpy.dtype("float16")`.
+dtype_to_names: dict[Any, tuple[str, ...]] = {
+    key: names
+    for name, names in _SHORT_NAMES.items()
+    for key in (getattr(jnp, name), np.dtype(getattr(jnp, name)), np.dtype(getattr(jnp, name)).type)
+}
+
+#: Every word that `parse_dtype` takes.
+DTYPE_NAMES: tuple[str, ...] = (*_DTYPES, "half")
+
+
+def half_dtype() -> np.dtype:
+    """The 16-bit dtype that `"half"` stands for: bfloat16 on a TPU, float16 elsewhere (as in jmp).
+
+    float16 overflows at 65,504 and needs a loss scale; a GPU since Ampere runs bfloat16 as fast.
+    To choose by what the device does best, see `fastest_dtype` and the policy `"auto"`.
+    """
+    return np.dtype(jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16)
+
+
+def fastest_dtype(device: Any = None) -> np.dtype:
+    """The dtype that a device multiplies matrices in fastest without emulation.
+
+    | device | dtype |
+    | --- | --- |
+    | TPU | bfloat16 |
+    | NVIDIA GPU, compute capability 8.0 (Ampere) and later | bfloat16 |
+    | NVIDIA GPU, compute capability 7.x (Volta, Turing) | float16 |
+    | AMD GPU, gfx908 (CDNA) and later | bfloat16 |
+    | CPU, older GPU | float32: XLA converts 16-bit operands to float32 and gains nothing |
+
+    Args:
+      device: a `jax.Device`; the first default device when None.
+
+    >>> fastest_dtype(jax.devices("cpu")[0])
+    dtype('float32')
+    """
+    device = jax.devices()[0] if device is None else device
+    if device.platform == "tpu":
+        return np.dtype(jnp.bfloat16)
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform in ("gpu", "cuda", "rocm"):
+        if capability.startswith("gfx"):
+            cdna = capability.split(":")[0] in ("gfx908", "gfx90a", "gfx940", "gfx942", "gfx950")
+            return np.dtype(jnp.bfloat16 if cdna else jnp.float16)
+        major = float(capability or 0)
+        if major >= 8.0:
+            return np.dtype(jnp.bfloat16)
+        if major >= 7.0:
+            return np.dtype(jnp.float16)
+    return np.dtype(jnp.float32)
+
+
+def is_floating(dtype: Any) -> bool:
+    """Whether a dtype is a real floating one (PRNG key dtypes, integers and booleans are not)."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def at_least_float32(dtype: Any) -> np.dtype:
+    """float32 for a narrower floating dtype, else the dtype itself (float64 and complex too).
+
+    JAX has no implicit promotion for 8-bit floats, so `jnp.promote_types` cannot say this.
+
+    >>> at_least_float32(jnp.float8_e5m2), at_least_float32(jnp.complex64)
+    (dtype('float32'), dtype('complex64'))
+    """
+    return np.dtype(np.float32) if jnp.finfo(dtype).bits < 32 else np.dtype(dtype)
+
+
+def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
+    """The floating dtype that a name, a scalar type or a dtype stands for.
+
+    Args:
+      name: one of `DTYPE_NAMES`, or what `numpy.dtype` takes for a dtype that has such a name.
+      policy: the policy string that the name came from, for the error message.
+
+    Raises:
+      ValueError: for an unknown name, with the nearest known one; for anything that is not one of
+        these dtypes, None (NumPy's float64) among it.
+
+    >>> parse_dtype("bf16"), parse_dtype(jnp.float16)
+    (dtype(bfloat16), dtype('float16'))
+    """
+    if isinstance(name, str):
+        if name == "half":
+            return half_dtype()
+        if name in _DTYPES:
+            return _DTYPES[name]
+        where = "" if policy is None else f" in policy {policy!r}"
+        raise ValueError(f"Unknown dtype {name!r}{where}; {nearest(name, DTYPE_NAMES)}")
+    try:
+        dtype = np.dtype(name)
+    except TypeError:
+        dtype = None
+    if name is None or dtype is None or dtype not in dtype_to_names:
+        raise ValueError(f"expected a floating dtype such as bfloat16 or float32, got {name!r}")
+    return dtype
+
+
+def dtype_name(dtype: Any) -> str:
+    """The short name of a dtype, which `parse_dtype` takes back.
+
+    >>> dtype_name(jnp.float32), dtype_name(jnp.bfloat16)
+    ('full', 'bf16')
+    """
+    dtype = np.dtype(dtype)
+    return dtype_to_names.get(dtype, (dtype.name,))[0]

@@ -1,0 +1,1 @@
+"""Precision policies: their grammar, rules by module path, and both as one value."""

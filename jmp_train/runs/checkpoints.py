@@ -1,0 +1,309 @@
+"""Checkpoints of a run through Orbax: asynchronous, atomic, the newest few and the best."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from jmp_train.runs.digest import array_digests, json_digest
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class NoUsableCheckpoint(Exception):
+    """There are checkpoints, and none of them can be loaded."""
+
+
+class DoesNotFit(Exception):
+    """A whole checkpoint, of a state with other arrays than the one that is asked for."""
+
+
+class NotSaved(Exception):
+    """What training made could not be written."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint, loaded."""
+
+    step: int
+    state: Any
+    extra: dict[str, Any]  # what was saved beside the state
+
+
+class Checkpoints:
+    """The checkpoints under one folder.
+
+    Args:
+      directory: made where there is none.
+      keep: how many of the newest to keep.
+      best: the metric by which the best one is kept too; None keeps none for that.
+      highest: whether the best is the one with the highest value.
+      clean: whether to remove what a killed process left half written; only for the one process
+        that saves here.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        best: str | None = None,
+        highest: bool = True,
+        clean: bool = False,
+    ):
+        from orbax.checkpoint import v1 as ocp
+
+        policies: Any = ocp.training.preservation_policies
+        keeping: list[Any] = [policies.LatestN(keep)]
+        if best is not None:
+            keeping.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    reverse=not highest,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        self._best = best
+        self._directory = directory
+        self._open: Callable[..., Any] = functools.partial(
+            ocp.training.Checkpointer,
+            str(directory.resolve()),
+            preservation_policy=policies.AnyPreservationPolicy(keeping),
+        )
+        logging.getLogger("absl").addFilter(_no_traceback_of_orbax)  # for good: threads outlive us
+        for metrics in directory.glob("*/metrics"):  # Orbax reads them all to know the best
+            if metrics.parent.name.isdigit() and not _readable(metrics):
+                log.warning("the metrics of checkpoint %s are damaged", metrics.parent.name)
+                self._set_aside(metrics, f"{metrics.parent.name}-metrics")
+        try:
+            self._checkpointer: Any = self._open(cleanup_tmp_directories=clean)
+        except Exception as error:  # noqa: BLE001  # one that it cannot describe stops Orbax
+            for path in [p for p in directory.iterdir() if p.name.isdigit()]:
+                try:
+                    ocp.checkpointables_metadata(str(path.resolve()))
+                except Exception:  # noqa: BLE001
+                    log.warning("checkpoint %s cannot be loaded: %s", path.name, _first_line(error))
+                    self._set_aside(path, path.name)
+            self._checkpointer = self._open(cleanup_tmp_directories=clean)
+        self._saving: int | None = None  # the step of the save under way
+        self._unsaved = ""  # what became of the last save, if it failed
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        extra: dict[str, Any],
+        metrics: dict[str, float] | None,
+        wait: bool = False,
+    ) -> None:
+        """Saves in the background; the state may be donated as soon as this returns.
+
+        It first waits for the save before it. A save that failed, for want of room say, leaves a
+        warning; the checkpoints before it stay, and what it left half done is removed, at the
+        latest by the next start.
+
+        Args:
+          step: steps taken.
+          state: a pytree of JAX arrays.
+          extra: JSON values to keep beside it, such as where the data stands.
+          metrics: evaluation results at this step, where there are any.
+          wait: whether to return only when it is on the disk, or has failed.
+        """
+        metrics = metrics if metrics and self._best in metrics else None
+        arrays = {name: [digest, *_kind(x)] for name, digest, x in _named(state)}
+        kept = {"extra": extra, "arrays": arrays}
+        self._settle_before(step)
+        try:
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {"state": state},
+                metrics=metrics,
+                custom_metadata={**kept, "digest": json_digest(kept)},
+                force=True,
+            )
+        except Exception as error:  # noqa: BLE001  # as in restore_latest
+            self._failed(step, error)
+        else:
+            self._saving = step
+        if wait:
+            self._settle()
+
+    def give_up(self, step: int, error: Exception) -> None:
+        """Takes a step as one whose save failed."""
+        self._settle_before(step)
+        self._failed(step, error)
+
+    def _settle_before(self, step: int) -> None:
+        self._settle()
+        if self._unsaved:
+            log.warning("%s; trying again at step %d", self._unsaved, step)
+        self._unsaved = ""
+
+    def _settle(self) -> None:
+        """Waits for the save under way."""
+        step, self._saving = self._saving, None
+        if step is None:
+            return
+        try:
+            self._checkpointer.wait()
+        except Exception as error:  # noqa: BLE001  # as in restore_latest
+            self._failed(step, error)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        self._unsaved = f"checkpoint {step} could not be saved: {_first_line(error)}"
+        with contextlib.suppress(Exception):  # it may raise the same error once more
+            self._checkpointer.close()
+        self._checkpointer = self._open(cleanup_tmp_directories=True)
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def restore_latest(
+        self, like: Any, *, check: Callable[[int, dict[str, Any]], None] | None = None
+    ) -> Restored | None:
+        """The newest checkpoint that can be loaded; None where there is none at all.
+
+        Args:
+          like: a state of the same structure, shapes and dtypes; its values are not used.
+          check: gets the step, and what was saved beside the state, before the state is loaded; may
+            raise an exception of its own.
+
+        Raises:
+          NoUsableCheckpoint: if there are some but none can be loaded.
+          DoesNotFit: if the newest that is whole holds a state unlike `like`.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            # Orbax raises what the damage happens to cause: KeyError, ValueError, OSError and more.
+            try:
+                kept = self._kept(step)
+            except Exception as error:  # noqa: BLE001
+                log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
+                continue
+            if check is not None:
+                check(step, kept["extra"])
+            _check_same(step, kept["arrays"], like)
+            try:
+                return Restored(step, self._load(step, kept["arrays"], like), kept["extra"])
+            except Exception as error:  # noqa: BLE001
+                log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
+        if steps:
+            raise NoUsableCheckpoint(
+                f"none of the checkpoints at steps {', '.join(map(str, steps))} in "
+                f"{self._directory} can be loaded; they are left as they are"
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps, which could not be loaded, to `damaged-STEP`, so
+        that training can save those steps again and nothing is lost."""
+        later = [n for n in self.steps() if n > step]
+        for n in later:
+            self._set_aside(self._directory / str(n), str(n))
+        if later:
+            self._checkpointer.reload()
+
+    def _set_aside(self, path: Path, name: str) -> None:
+        ends = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+        free = (self._directory / f"damaged-{name}{end}" for end in ends)
+        path.rename(next(target for target in free if not target.exists()))
+
+    def _kept(self, step: int) -> dict[str, Any]:
+        """What was saved beside the state."""
+        kept = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+        if kept.pop("digest", None) != json_digest(kept):
+            raise ValueError("what was saved beside the state is damaged: its digest differs")
+        return kept
+
+    def _load(self, step: int, arrays: dict[str, list[str]], like: Any) -> Any:
+        abstract = jax.tree.map(_abstract, like)
+        state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        for name, digest, _ in _named(state):
+            if arrays[name][0] != digest:
+                raise ValueError(f"{name!r} is damaged: its digest is not that of what was saved")
+        return state
+
+    def wait(self) -> None:
+        """Waits until what was saved is on the disk.
+
+        Raises:
+          NotSaved: if the last save failed.
+        """
+        self._settle()
+        if self._unsaved:
+            steps = self.steps()
+            newest = (
+                f"the newest checkpoint is that of step {steps[-1]}" if steps else "there is none"
+            )
+            raise NotSaved(f"{self._unsaved}; {newest}")
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        saving = self._saving is not None
+        self._settle()
+        if saving and self._unsaved:
+            log.warning("%s", self._unsaved)
+        self._checkpointer.close()
+
+
+def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of a failed save in every thread that meets it; we say it in a line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _readable(metrics: Path) -> bool:
+    """Whether Orbax can read the metrics of a checkpoint."""
+    try:
+        return isinstance(json.loads((metrics / "metrics").read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+
+def _named(tree: Any) -> list[tuple[str, str, Any]]:
+    """The path, digest and array of each leaf."""
+    return [
+        (name, digest, x)
+        for (name, digest), x in zip(
+            array_digests(tree).items(), jax.tree.leaves(tree), strict=True
+        )
+    ]
+
+
+def _kind(x: Any) -> tuple[str, str]:
+    return str(x.dtype), str(tuple(x.shape))
+
+
+def _check_same(step: int, saved: dict[str, list[str]], like: Any) -> None:
+    """Orbax casts an array to whatever dtype it is asked for; a changed dtype is an error here."""
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    wanted = {name(path): _kind(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
+    for key in {**wanted, **saved}:
+        there = tuple(saved[key][1:]) if key in saved else None
+        if there != wanted.get(key):
+            is_, want = (
+                " ".join(kind) if kind else "not there" for kind in (there, wanted.get(key))
+            )
+            raise DoesNotFit(f"checkpoint {step} does not fit: {key!r} is {is_}; expected {want}")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

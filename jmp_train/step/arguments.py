@@ -1,0 +1,124 @@
+"""Checks of what is handed to `make_step` and to what it returns; each costs nothing in a step."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmp_train.loss_scales.states import NoOpLossScale, check_loss_scale
+from jmp_train.optim.loss_scaling import scales_of
+from jmp_train.step.donation import DONATED, was_donated
+from jmp_train.step.state import TrainState
+
+_OPTIMIZERS = [
+    "adabelief",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "adan",
+    "amsgrad",
+    "lamb",
+    "lars",
+    "lbfgs",
+    "lion",
+    "nadam",
+    "nadamw",
+    "novograd",
+    "polyak_sgd",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "sgd",
+    "sign_sgd",
+    "sm3",
+    "yogi",
+]
+
+
+def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
+    """Raises TypeError for what is no loss function, no optimizer or no loss scale."""
+    if _is_optimizer(loss_fn) and callable(optimizer):
+        raise TypeError(
+            "make_step got an optimizer first and a function second; expected "
+            "make_step(loss_fn, optimizer)"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn is {_short(loss_fn)}; expected a function loss_fn(params, batch) that returns "
+            "the loss"
+        )
+    if not _is_optimizer(optimizer):
+        name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "")
+        close = difflib.get_close_matches(name.lower(), _OPTIMIZERS, n=1)
+        name = close[0] if close else "adam"
+        raise TypeError(
+            f"optimizer is {_short(optimizer)}; expected an Optax transformation such as "
+            f"optax.{name}(1e-3)"
+        )
+    if loss_scale is not None:
+        check_loss_scale(loss_scale)
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError for what is no PRNG key, neither a typed nor a raw one."""
+    if key is None:
+        return
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
+    raw = dtype == jnp.uint32 and shape is not None and len(shape) == 1
+    if not (typed or raw):
+        raise TypeError(f"key is {_short(key)}; expected a PRNG key such as jax.random.key(0)")
+
+
+def check_state(state: Any) -> None:
+    """Raises TypeError for what is no `TrainState`, and ValueError for one that was donated."""
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"the state is a {type(state).__name__}; expected the TrainState that stepper.init "
+            "or the last step returned: stepper.step(state, batch)"
+        )
+    if was_donated(state):
+        raise ValueError(DONATED)
+
+
+def check_scaled_once(opt_state: Any) -> None:
+    """Raises ValueError for the state of an optimizer that divides gradients by its own loss scale."""
+    if any(not isinstance(scale, NoOpLossScale) for scale in scales_of(opt_state)):
+        raise ValueError(
+            "the optimizer is inside loss_scaling and make_step scales the loss itself, so gradients "
+            "would be unscaled twice; expected the optimizer alone: "
+            "make_step(loss_fn, optimizer, policy, loss_scale=...)"
+        )
+
+
+@contextlib.contextmanager
+def explain_missing_arguments() -> Iterator[None]:
+    """Says which arguments a step hands to an optimizer where that needs others."""
+    try:
+        yield
+    except TypeError as error:
+        missing = re.search(r"missing \d+ required keyword-only arguments?: (.*)", str(error))
+        if missing is None:
+            raise
+        raise TypeError(
+            f"the optimizer's update needs {missing[1]}; expected one that needs no more than value, "
+            "grad and value_fn, which a step passes"
+        ) from error
+
+
+def _is_optimizer(x: Any) -> bool:
+    return callable(getattr(x, "init", None)) and callable(getattr(x, "update", None))
+
+
+def _short(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) <= 60 else f"a {type(x).__name__}"

@@ -1,0 +1,6 @@
+"""Loss, metrics and prediction of a kind of problem."""
+
+from jmp_train.tasks.kinds import TASKS, TaskKind, make_task
+from jmp_train.tasks.task import Task
+
+__all__ = ["TASKS", "Task", "TaskKind", "make_task"]

@@ -1,0 +1,94 @@
+"""Cross-entropy over a vocabulary without the logits of all tokens in memory at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmp_train.numerics.dtypes import at_least_float32
+
+
+def token_losses(
+    x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int
+) -> jax.Array:
+    """The cross-entropy of each token, its logits the products of `x` with an embedding.
+
+    Products take their operands in the dtype that they come in; logits, softmax and loss are
+    float32. Only the logits of `chunk` tokens exist at a time, in the backward pass too, which
+    computes them again and takes its own products in the operands' dtype, adding up the embedding's
+    gradient in float32. That backward pass is a rule of its own (`jax.custom_vjp`), so there is no
+    forward mode: `jax.jvp` and `jax.jacfwd` raise a TypeError.
+
+    Args:
+      x_NxD: features of each token.
+      embedding_VxD: a row for each word of the vocabulary, in the dtype of `x_NxD`.
+      targets_N: int32, the right word of each token.
+      chunk: tokens at a time.
+
+    Returns:
+      float32 (tokens,), in nats.
+
+    >>> x, table = jnp.eye(3), jnp.zeros((4, 3))
+    >>> token_losses(x, table, jnp.array([0, 1, 2]), 2).round(4).tolist()  # log 4
+    [1.386299967765808, 1.386299967765808, 1.386299967765808]
+    """
+    # A chunk longer than the tokens would be filled up and computed.
+    return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
+
+
+def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int) -> Any:
+    def body(_: None, part: Any) -> Any:
+        x_CxD, targets_C = part
+        logits_CxV = _logits(x_CxD, embedding_VxD)
+        total_C = jax.nn.logsumexp(logits_CxV, axis=-1)
+        right_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
+        return None, (total_C - right_C, total_C)
+
+    size = len(x_NxD)
+    _, out = jax.lax.scan(body, None, _in_chunks((x_NxD, targets_N), chunk))
+    losses_N, totals_N = (y.reshape(-1)[:size] for y in out)
+    return losses_N, (x_NxD, embedding_VxD, targets_N, totals_N)
+
+
+def _backward(chunk: int, kept: Any, grads_N: jax.Array) -> Any:
+    x_NxD, embedding_VxD, targets_N, totals_N = kept
+    vocabulary, size = len(embedding_VxD), len(x_NxD)
+
+    def body(grad_VxD: jax.Array, part: Any) -> Any:
+        x_CxD, targets_C, totals_C, grads_C = part
+        softmax_CxV = jnp.exp(_logits(x_CxD, embedding_VxD) - totals_C[:, None])
+        error_CxV = softmax_CxV - jax.nn.one_hot(targets_C, vocabulary, dtype=softmax_CxV.dtype)
+        error_CxV = (error_CxV * grads_C[:, None]).astype(x_CxD.dtype)
+        grad_VxD = grad_VxD + _product("cv,cd->vd", error_CxV, x_CxD)
+        return grad_VxD, _product("cv,vd->cd", error_CxV, embedding_VxD).astype(x_CxD.dtype)
+
+    zeros = jnp.zeros(embedding_VxD.shape, at_least_float32(embedding_VxD.dtype))
+    parts = _in_chunks((x_NxD, targets_N, totals_N, grads_N), chunk)
+    grad_VxD, out = jax.lax.scan(body, zeros, parts)
+    return out.reshape(-1, x_NxD.shape[1])[:size], grad_VxD.astype(embedding_VxD.dtype), None
+
+
+_token_losses: Any = jax.custom_vjp(lambda *args: _forward(*args)[0], nondiff_argnums=(3,))
+_token_losses.defvjp(_forward, _backward)
+
+
+def _product(dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(dimensions, a, b, preferred_element_type=at_least_float32(a.dtype))
+
+
+def _logits(x_CxD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
+    return _product("cd,vd->cv", x_CxD, embedding_VxD)
+
+
+def _in_chunks(arrays: Any, chunk: int) -> Any:
+    """Arrays (N, ...) as (chunks, chunk, ...); what is filled up has a gradient of zero."""
+
+    def split(x: jax.Array) -> jax.Array:
+        count = math.ceil(len(x) / chunk)
+        x = jnp.pad(x, [(0, count * chunk - len(x)), *[(0, 0)] * (x.ndim - 1)])
+        return x.reshape(count, chunk, *x.shape[1:])
+
+    return jax.tree.map(split, arrays)
