@@ -254,7 +254,7 @@ def check_npz(data):
     if loaded is not None:  # the damage lies where no number does, in a time stamp, say
         assert loaded.spec == WHOLE.spec
         for name in ("image", "label"):
-            np.testing.assert_array_equal(loaded.train[name], WHOLE.train[name])
+            np.testing.assert_array_equal(loaded.train.arrays[name], WHOLE.train.arrays[name])
             np.testing.assert_array_equal(loaded.eval[name], WHOLE.eval[name])
 
 
@@ -275,8 +275,8 @@ def check_arrays_in_a_sound_archive(arrays):
             file.writestr(name, data)
     loaded = load(stream.getvalue())
     if loaded is not None:
-        assert np.isfinite(loaded.train["image"]).all()
-        for part in (loaded.train, loaded.eval):
+        assert np.isfinite(loaded.train.arrays["image"]).all()
+        for part in (loaded.train.arrays, loaded.eval):
             assert part["image"].dtype == np.float32 and part["label"].dtype == np.int32
             assert 0 <= part["label"].min() <= part["label"].max() < loaded.spec.classes
 

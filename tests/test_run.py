@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jmp_train.data.spec import DataSpec
 from rich.console import Console
 from saved_arrays import assert_same_arrays, final_arrays
 
@@ -42,6 +41,7 @@ from jmp_train.runs.train import (
     read_config,
     train,
 )
+from jmp_train.spec import DataSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 QUIET = Console(quiet=True)

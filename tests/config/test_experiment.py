@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from rich.console import Console
 
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.find import experiment_files, find_experiment
@@ -12,7 +13,8 @@ from jmp_train.errors import UsageError
 from jmp_train.loss_scales.config import LossScaleConfig
 from jmp_train.loss_scales.states import DynamicLossScale, NoOpLossScale, StaticLossScale
 from jmp_train.models import MlpConfig
-from jmp_train.policy.policy import get_policy
+from jmp_train.policy.precision import default_loss_scale
+from jmp_train.runs.train import train
 
 
 def make(**fields):
@@ -59,7 +61,7 @@ def folder_of(tmp_path, monkeypatch, **files):
     monkeypatch.chdir(tmp_path)
 
 
-OWN = "from experiments.mlp import experiment\nEXPERIMENT = experiment('float32')\n"
+OWN = "from experiments.mlp import FAMILY\nEXPERIMENT = FAMILY\n"
 
 
 def test_experiments_of_the_folder_at_hand_are_found_too(tmp_path, monkeypatch):
@@ -74,6 +76,92 @@ def test_experiments_of_the_folder_at_hand_are_found_too(tmp_path, monkeypatch):
         find_experiment("wrong")
     with pytest.raises(UsageError, match=r"fails.py cannot be run: ZeroDivisionError"):
         find_experiment("fails")
+
+
+def test_a_family_extends_and_overrides_the_table_of_precisions(tmp_path, monkeypatch):
+    table = """
+        "bf16": {"policy": "bf16", "optimizer.parameters": "kahan"},
+        "fp16": None,
+        "tf32": {"matmul_precision": "high"},
+    """
+    folder_of(
+        tmp_path, monkeypatch,
+        net=f"from experiments.mlp import FAMILY\nPRECISIONS = {{{table}}}\n",
+    )  # fmt: skip
+    assert "net_bf16" not in experiment_files()  # FAMILY is imported, not set
+    path = tmp_path / "experiments" / "net.py"
+    path.write_text(path.read_text().replace("import FAMILY", "import FAMILY as F\nFAMILY = F"))
+    there = [name for name in experiment_files() if name.startswith("net")]
+    assert there == ["net_bf16", "net_fp32", "net_tf32"]
+    assert find_experiment("net_fp32") == find_experiment("mlp_fp32")
+    bf16 = find_experiment("net_bf16")
+    assert (bf16.policy, bf16.optimizer.parameters) == ("bf16", "kahan")
+    assert find_experiment("net_tf32").matmul_precision == "high"
+    with pytest.raises(UsageError, match="'net' is a family; its experiments are net_bf16, net_fp"):
+        find_experiment("net")
+    with pytest.raises(UsageError, match="unknown experiment 'net_fp16'"):
+        find_experiment("net_fp16")
+
+
+@pytest.mark.parametrize(
+    "table,words",
+    [
+        ("{'x': {'polcy': 'bf16'}}", "PRECISIONS: 'polcy' is no setting; did you mean 'policy'"),
+        ("{'x': {'policy': 'bf17'}}", "PRECISIONS: .*bf17.*did you mean"),
+        ("{'x': 3}", "PRECISIONS: "),
+    ],
+)
+def test_a_wrong_table_of_precisions_is_named(tmp_path, monkeypatch, table, words):
+    text = f"from experiments.mlp import FAMILY as F\nFAMILY = F\nPRECISIONS = {table}\n"
+    folder_of(tmp_path, monkeypatch, net=text)
+    with pytest.raises(UsageError, match=f"net.py: {words}"):
+        find_experiment("net_x")
+
+
+def test_an_experiment_of_its_own_comes_before_a_family_member(tmp_path, monkeypatch):
+    own = "import dataclasses\nfrom experiments.mlp import FAMILY as F\n"
+    own += "EXPERIMENT = dataclasses.replace(F, steps=7, log_every=7)\n"
+    family = "from experiments.mlp import FAMILY as F\nFAMILY = F\n"
+    folder_of(tmp_path, monkeypatch, net=family, net_bf16=own)
+    assert find_experiment("net_bf16").steps == 7
+    assert find_experiment("net_fp32").steps == 2000
+
+
+FAMILY_FILE = """
+import dataclasses
+from typing import ClassVar
+from flax import nnx
+from jmp_train.config import Experiment
+from jmp_train.data import DigitsConfig
+
+class Net(nnx.Module):
+    def __init__(self, inputs, width, outputs, rngs, **dtypes):
+        self.first = nnx.Linear(inputs, width, rngs=rngs, **dtypes)
+        self.last = nnx.Linear(width, outputs, rngs=rngs, **dtypes)
+
+    def __call__(self, x):
+        return self.last(nnx.relu(self.first(x.reshape(len(x), -1))))
+
+@dataclasses.dataclass(frozen=True)
+class NetConfig:
+    task: ClassVar[str] = "classification"
+    width: int = 16
+
+    def network(self, spec, *, rngs, **dtypes):
+        return Net(spec.size("image"), self.width, spec.classes, rngs, **dtypes)
+
+FAMILY = Experiment(NetConfig(), DigitsConfig(), steps=200)
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_new_family_takes_a_network_and_few_lines(tmp_path, monkeypatch, precision):
+    beyond_the_network = FAMILY_FILE.partition("@dataclasses")[2].strip().splitlines()
+    assert len(beyond_the_network) + 5 <= 15  # and the imports
+    folder_of(tmp_path, monkeypatch, net=FAMILY_FILE)
+    experiment = find_experiment(f"net_{precision}")
+    summary = train("net", experiment, tmp_path / "run", Console(quiet=True))
+    assert summary["eval"]["accuracy"] > 0.3  # by chance 0.1
 
 
 def test_a_file_that_sets_no_experiment_is_not_run(tmp_path, monkeypatch):
@@ -125,12 +213,16 @@ def test_an_impossible_loss_scale_is_refused_by_the_fields_own_name(fields, word
 
 
 def test_the_loss_scale_that_a_policy_needs():
-    assert isinstance(LossScaleConfig().make([get_policy("mixed_float16")]), DynamicLossScale)
-    assert isinstance(LossScaleConfig().make([get_policy("mixed_bfloat16")]), NoOpLossScale)
-    assert isinstance(LossScaleConfig("none").make([get_policy("mixed_float16")]), NoOpLossScale)
-    assert isinstance(LossScaleConfig("static").make([get_policy("float32")]), StaticLossScale)
+    assert isinstance(LossScaleConfig().make(default_loss_scale("mixed_float16")), DynamicLossScale)
+    assert isinstance(LossScaleConfig().make(default_loss_scale("mixed_bfloat16")), NoOpLossScale)
+    assert isinstance(
+        LossScaleConfig("none").make(default_loss_scale("mixed_float16")), NoOpLossScale
+    )
+    assert isinstance(
+        LossScaleConfig("static").make(default_loss_scale("float32")), StaticLossScale
+    )
     made = LossScaleConfig("dynamic", 2.0**10, 7, 3.0, 0.25, 2.0, 2.0**20, 4, True).make(
-        [get_policy("float32")]
+        default_loss_scale("float32")
     )
     assert isinstance(made, DynamicLossScale)
     assert (float(made.loss_scale), made.period, made.factor) == (2.0**10, 7, 3.0)
