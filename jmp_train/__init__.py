@@ -1,14 +1,10 @@
 """jmp_train: mixed-precision training for JAX and Flax, in pure functions."""
 
 from jmp_train._autocast.op_rules import OpRules, default_op_rules
-from jmp_train._autocast.transform import (
-    AutocastReport,
-    OpRow,
-    autocast,
-    explain_autocast,
-    with_precision,
-)
-from jmp_train.debug.nonfinite import NonFiniteOp, NonFiniteReport, first_nonfinite
+from jmp_train._autocast.regions import with_precision
+from jmp_train._autocast.report import AutocastReport, OpRow, explain_autocast
+from jmp_train._autocast.transform import autocast
+from jmp_train.debug import NonFiniteOp, NonFiniteReport, first_nonfinite
 from jmp_train.loss_scales.interchange import (
     loss_scale_from_dict,
     loss_scale_from_gradscaler,

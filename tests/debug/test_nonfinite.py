@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jmp_train as jt
-from jmp_train.debug.nonfinite import NonFiniteReport, OperandRange
+from jmp_train.debug import NonFiniteReport, OperandRange
 
 HALF = jnp.float16
 
@@ -151,7 +151,8 @@ def test_the_iteration_of_a_scan_is_named():
 def test_a_loops_replay_gives_the_loops_own_numbers(reverse):
     # Carry and stacked results with one NaN at iteration 2, against lax.scan itself.
     from jmp_train._jaxpr import compat
-    from jmp_train.debug.nonfinite import _Place, _Replay
+    from jmp_train.debug.replay import Replay
+    from jmp_train.debug.values import Place
 
     def fn(xs):
         def body(c, x):
@@ -161,9 +162,9 @@ def test_a_loops_replay_gives_the_loops_own_numbers(reverse):
         return jax.lax.scan(body, 0.0, xs, reverse=reverse)
 
     xs = jnp.array([1.0, 2.0, -1.0, 3.0])
-    replayed = _Replay()
+    replayed = Replay()
     body = compat.body_of(jax.make_jaxpr(fn)(xs))
-    outs = replayed.run(body, [replayed.given(xs, "xs")], _Place())
+    outs = replayed.run(body, [replayed.given(xs, "xs")], Place())
     for ours, theirs in zip(outs, jax.tree.leaves(fn(xs)), strict=True):
         np.testing.assert_allclose(ours.array, theirs, rtol=1e-6)
     assert "scan[2]" in replayed.report(["c", "y", "x"], outs).ops[0].path
