@@ -13,6 +13,8 @@ from flax import nnx
 
 import jmp_train as jt
 from jmp_train.debug import NonFiniteReport, OperandRange
+from jmp_train.policy.precision import get_precision
+from jmp_train.step.step import step_gradients
 
 HALF = jnp.float16
 
@@ -245,9 +247,8 @@ def test_an_overflow_of_the_loss_scale_names_the_gradient_and_the_format():
     assert not info.finite and int(state.last_skip.step) == 1
     assert state.last_skip.nonfinite.tolist() == [True]
 
-    report = jt.first_nonfinite(
-        lambda state, batch: stepper.grads(state, batch).grads, before, batch
-    )
+    grads = step_gradients(loss_fn, get_precision("mixed_float16"))
+    report = jt.first_nonfinite(lambda state, batch: grads(state, batch).grads, before, batch)
     assert report.results == ("w",)
     (op,) = report.ops
     # d loss / d (x w) is 2 * 2 / 3 times 65,536: above 65,504.
