@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jmp_train import debug, loss_scales, numerics, optim
 from jmp_train._autocast.op_rules import OpRules, default_op_rules
-from jmp_train._autocast.transform import autocast, with_precision
+from jmp_train._autocast.regions import with_precision
+from jmp_train._autocast.transform import autocast
 from jmp_train.loss_scales.states import (
     DynamicLossScale,
     LossScale,

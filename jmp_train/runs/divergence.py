@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jmp_train.debug.nonfinite import NonFiniteOp, NonFiniteReport
+from jmp_train.debug import NonFiniteOp, NonFiniteReport
 
 _SHOWN = 6  # of each kind; the JSON holds all
 

@@ -28,7 +28,7 @@ from jmp_train.config.warmup import fit_warmup, fitting_warmup
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.loss_scales.states import NoOpLossScale, StaticLossScale
-from jmp_train.debug.nonfinite import NonFiniteReport, first_nonfinite
+from jmp_train.debug import NonFiniteReport, first_nonfinite
 from jmp_train.numerics.histograms import EXPONENTS, exponent_histogram, shares_in
 from jmp_train.tree import nonfinite_leaves, path_names
 from jmp_train.policy.policy import Policy, get_policy

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from jmp_train.config.find import find_experiment
-from jmp_train.debug.nonfinite import NonFiniteOp, NonFiniteReport
+from jmp_train.debug import NonFiniteOp, NonFiniteReport
 from jmp_train.policy.rules import Rules
 from jmp_train.runs.divergence import Float32Gradients, advise
 

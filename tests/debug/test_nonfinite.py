@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 import jmp_train as jt
-from jmp_train.debug.nonfinite import NonFiniteReport, OperandRange
+from jmp_train.debug import NonFiniteReport, OperandRange
+from jmp_train.policy.precision import get_precision
+from jmp_train.step.step import step_gradients
 
 HALF = jnp.float16
 
@@ -151,7 +153,8 @@ def test_the_iteration_of_a_scan_is_named():
 def test_a_loops_replay_gives_the_loops_own_numbers(reverse):
     # Carry and stacked results with one NaN at iteration 2, against lax.scan itself.
     from jmp_train._jaxpr import compat
-    from jmp_train.debug.nonfinite import _Place, _Replay
+    from jmp_train.debug.replay import Replay
+    from jmp_train.debug.values import Place
 
     def fn(xs):
         def body(c, x):
@@ -161,9 +164,9 @@ def test_a_loops_replay_gives_the_loops_own_numbers(reverse):
         return jax.lax.scan(body, 0.0, xs, reverse=reverse)
 
     xs = jnp.array([1.0, 2.0, -1.0, 3.0])
-    replayed = _Replay()
+    replayed = Replay()
     body = compat.body_of(jax.make_jaxpr(fn)(xs))
-    outs = replayed.run(body, [replayed.given(xs, "xs")], _Place())
+    outs = replayed.run(body, [replayed.given(xs, "xs")], Place())
     for ours, theirs in zip(outs, jax.tree.leaves(fn(xs)), strict=True):
         np.testing.assert_allclose(ours.array, theirs, rtol=1e-6)
     assert "scan[2]" in replayed.report(["c", "y", "x"], outs).ops[0].path
@@ -244,9 +247,8 @@ def test_an_overflow_of_the_loss_scale_names_the_gradient_and_the_format():
     assert not info.finite and int(state.last_skip.step) == 1
     assert state.last_skip.nonfinite.tolist() == [True]
 
-    report = jt.first_nonfinite(
-        lambda state, batch: stepper.grads(state, batch).grads, before, batch
-    )
+    grads = step_gradients(loss_fn, get_precision("mixed_float16"))
+    report = jt.first_nonfinite(lambda state, batch: grads(state, batch).grads, before, batch)
     assert report.results == ("w",)
     (op,) = report.ops
     # d loss / d (x w) is 2 * 2 / 3 times 65,536: above 65,504.

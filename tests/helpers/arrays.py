@@ -1,0 +1,28 @@
+"""Arrays for tests, and comparing them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+BF16_EPS = 2.0**-8  # half an ulp of bfloat16 is 2**-9 relative; operand and result are rounded
+F32_EPS = 2.0**-23
+
+
+def rounded(shape, seed=0, low=-2.0, high=2.0):
+    """Return float32 numbers that bfloat16 represents exactly, so that a cast to it loses nothing."""
+    x = np.random.default_rng(seed).uniform(low, high, shape)
+    return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def through_product(op):
+    """Return `op` of a product with the identity: a half-precision array with the values of x."""
+    return lambda x, *rest: op(x @ jnp.eye(x.shape[-1]), *rest)
+
+
+def assert_same_bits(a, b):
+    """Assert that two trees have the same shapes, dtypes and bits."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
