@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.bits import assert_same_bits
 
 import jmp_train as jt
 
@@ -60,11 +61,6 @@ def by_hand(name, steps):
 
 def data(steps):
     return jnp.asarray(np.random.default_rng(1).normal(size=(steps, 8, 16)), jnp.float32)
-
-
-def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 @pytest.mark.parametrize("way", [jt.bf16_remainder, jt.master_weights])

@@ -10,17 +10,12 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from helpers.bits import assert_same_bits
 
 import jmp_train as jt
 from jmp_train.optim import LossScalingState
 
 INF = jnp.float32(jnp.inf)
-
-
-def assert_same_bits(a, b):
-    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
 def assert_close(a, b):
