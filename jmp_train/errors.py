@@ -1,4 +1,4 @@
-"""Errors that name what was given, what was expected and the nearest valid choice."""
+"""Error messages that state the given value, the expectation and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid word, or all of them where none is near.
+    """Return the end of an error message: the nearest valid choice, or all of them if none is near.
 
     >>> nearest("float17", ["float16", "bfloat16"])
     "did you mean 'float16'?"
@@ -21,4 +21,4 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 class UsageError(Exception):
-    """The user's words are off: which, what was expected, and the nearest valid choice."""
+    """Wrong input from the user; the message states what was given, expected and nearest."""

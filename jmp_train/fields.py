@@ -1,4 +1,4 @@
-"""The fields of a configuration checked against their annotations, where it is made."""
+"""Checks of a configuration's fields against their annotations, when it is constructed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from jmp_train.errors import nearest
 
 
 def check_fields(config: Any) -> None:
-    """Refuses a field whose value is not of the type that its dataclass says.
+    """Check that every field of a dataclass has a value of its annotated type.
 
-    Call it first in `__post_init__`, so that what follows may trust the types. Checked are bool,
-    int, float (which takes an integer too), str, `Literal`, tuples of one of these, and each of
-    them or None; any other annotation is left alone.
+    Call it first in `__post_init__`, so that later checks may trust the types. Supported
+    annotations are bool, int, float (which accepts an integer), str, `Literal`, tuples of one of
+    these, and each of them or None. Other annotations are not checked.
 
     Args:
       config: an instance of a dataclass.
 
     Raises:
-      ValueError: naming the field, what it was given and what was expected.
+      ValueError: if a value has another type; names the field, the value and the expected type.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Config:
@@ -48,7 +48,7 @@ def check_fields(config: Any) -> None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an annotated type; true for a type that `check_fields` leaves alone.
+    """Return whether a value is of an annotated type; True if `check_fields` does not support it.
 
     >>> fits(3, float), fits(True, int), fits((1, 2), tuple[int, ...]), fits(None, str | None)
     (True, False, True, True)
@@ -73,21 +73,21 @@ def _kinds(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-_WORDS = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
+_DESCRIPTIONS = {bool: "True or False", str: "text", int: "an integer", float: "a number"}
 
 
 def _expected(value: Any, kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return nearest(str(value), map(str, typing.get_args(kind)))
-    return f"expected {_words(kind)}"
+    return f"expected {_described(kind)}"
 
 
-def _words(kind: Any) -> str:
+def _described(kind: Any) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_words, inner))
+        return " or ".join(map(_described, inner))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin is tuple:
-        return f"a tuple, each {_words(inner[0])}"
-    return _WORDS.get(kind, "None" if kind is type(None) else str(kind))
+        return f"a tuple, each {_described(inner[0])}"
+    return _DESCRIPTIONS.get(kind, "None" if kind is type(None) else str(kind))

@@ -1,4 +1,4 @@
-"""Pytrees of arrays: casts of floating leaves, finiteness, selection, names of leaves."""
+"""Functions on pytrees of arrays: casts of floating leaves, finiteness, selection, leaf names."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 def cast_floating(tree: T, dtype: Any) -> T:
-    """Casts the floating array leaves of a pytree to `dtype`.
+    """Cast the floating array leaves of a pytree to `dtype`.
 
-    A cast rounds to the nearest representable value, ties to even; in float16 a magnitude of
-    65,520 and above becomes infinite. Integers, booleans, PRNG keys, None, strings, Python numbers
-    and any other object come back as the same object, and so does an array already in `dtype`.
+    A cast rounds to the nearest representable value, ties to even. In float16, magnitudes of 65,520
+    and above become infinite. Integers, booleans, PRNG keys, None, strings, Python numbers and
+    other objects are returned unchanged, as the same object, and so is an array already in `dtype`.
     NumPy arrays stay NumPy arrays.
 
     >>> import jax.numpy as jnp
@@ -44,12 +44,12 @@ def cast_floating(tree: T, dtype: Any) -> T:
 
 
 def cast_to_full(tree: T) -> T:
-    """Casts floating leaves to float32; see `cast_floating`."""
+    """Cast floating leaves to float32; see `cast_floating`."""
     return cast_floating(tree, np.float32)
 
 
 def widen_to_full(tree: T) -> T:
-    """Casts floating leaves narrower than float32 to float32 and leaves float64 alone.
+    """Cast floating leaves narrower than float32 to float32, and leave float64 unchanged.
 
     >>> import jax.numpy as jnp
     >>> widen_to_full({"w": jnp.ones(2, jnp.bfloat16)})["w"].dtype
@@ -64,12 +64,12 @@ def widen_to_full(tree: T) -> T:
 
 
 def cast_to_half(tree: T) -> T:
-    """Casts floating leaves to `half_dtype()`; see `cast_floating`."""
+    """Cast floating leaves to `half_dtype()`; see `cast_floating`."""
     return cast_floating(tree, half_dtype())
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no array of a pytree has an infinity or a NaN: a bool of shape ().
+    """Return whether all numbers of a pytree are finite: a bool of shape ().
 
     >>> bool(all_finite({"a": jnp.ones(3)})), bool(all_finite({"a": jnp.array(jnp.inf)}))
     (True, False)
@@ -84,10 +84,10 @@ def _can_be_infinite(x: Any) -> bool:
 
 
 def select_tree(pred: Any, on_true: T, on_false: T) -> T:
-    """`on_true` where `pred` holds, else `on_false`, leaf by leaf and bit by bit.
+    """Return `on_true` if `pred` is true, else `on_false`, leaf by leaf and bit for bit.
 
-    One exception: on a CPU, XLA selects bfloat16 through float32, which keeps every number, -0.0
-    among them, but gives every NaN the same payload.
+    One exception: on a CPU, XLA selects bfloat16 through float32, which preserves every number,
+    -0.0 included, but gives every NaN the same payload.
 
     Args:
       pred: bool of shape ().
@@ -108,10 +108,10 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
 
 
 def nonfinite_leaves(tree: Any) -> jax.Array:
-    """Which leaves of a pytree of floating arrays hold an infinity or a NaN: a bool for each.
+    """Return a bool for each floating leaf of a pytree: whether it has an infinity or a NaN.
 
-    `path_names` gives their names in the same order. Inside a jitted function that also computes
-    `all_finite` of the same tree it is free: XLA forms the flags once.
+    `path_names` returns the names of the leaves in the same order. In a jitted function that also
+    computes `all_finite` of the same tree, this costs nothing, because XLA computes the flags once.
 
     >>> nonfinite_leaves({"a": jnp.ones(3), "b": jnp.array([jnp.nan])})
     Array([False,  True], dtype=bool)
@@ -121,7 +121,7 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
 
 
 def path_names(tree: Any) -> list[str]:
-    """The path of each leaf, such as `"layers/0/kernel"`.
+    """Return the path of each leaf, such as `"layers/0/kernel"`.
 
     >>> path_names({"layers": [{"kernel": 1}]})
     ['layers/0/kernel']
@@ -130,7 +130,7 @@ def path_names(tree: Any) -> list[str]:
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path in words; the `.value` of a Flax variable is left out."""
+    """Return a key path as text, without the `.value` of a Flax variable."""
     last = path[-1:] if path else ()
     if last and isinstance(last[0], jax.tree_util.GetAttrKey) and last[0].name == "value":
         path = path[:-1]

@@ -1,4 +1,4 @@
-"""The pages' Python examples run, one after the other, as a reader would paste them."""
+"""The Python examples of each page run, in order, as a reader would paste them."""
 
 import re
 import runpy
@@ -8,26 +8,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-RENDERED = {"benchmarks.md", "published-models.md"}  # from results; without examples
-NAMES = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - RENDERED)
+# Rendered from results, or about commands and files: without Python examples.
+PROSE = {"architecture.md", "benchmarks.md", "profiling.md", "published-models.md", "runs.md"}
+NAMES = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - PROSE)
 PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
 
 # What must hold after a page's last line.
 CHECKS = {
     "README.md": """
 assert info.loss.dtype == jnp.float32 and jnp.isfinite(info.loss)
-assert state.params["params"]["layers_0"]["kernel"].dtype == jnp.float32
+assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
 """,
     "docs/training.md": """
+assert info.loss.dtype == jnp.float32 and jnp.isfinite(info.loss)
+assert first.params["params"]["layers_0"]["kernel"].dtype == jnp.float32
 assert state.model_state["BatchNorm_0"]["mean"].dtype == jnp.float32
 assert abs(state.model_state["BatchNorm_0"]["mean"]).max() > 0
 assert loss.dtype == jnp.float32 and params.dtype == jnp.float32
 """,
 }
 PRINTS = {
-    "README.md": ["True 32768.0", "out      Linear  p=full,c=full,o=full  out", "dot_general"],
+    "README.md": ["True 32768.0", "layers/2  Linear      p=full,c=full,o=full  layers/2"],
+    "docs/autocast.md": ["dot_general"],
     "docs/data.md": [
-        "DataSpec(features=4, classes=3) (120, 4) int32",
+        "3 (4,) 120 int32",
         "flowers.npz has no array 'y'; expected one of x, labels",
     ],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
@@ -36,7 +40,7 @@ PRINTS = {
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_examples_of_a_page_run(tmp_path, capsys, monkeypatch, page):
+def test_examples_of_a_page_run(tmp_path, capsys, monkeypatch, page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     script = tmp_path / "page.py"
@@ -48,10 +52,26 @@ def test_the_examples_of_a_page_run(tmp_path, capsys, monkeypatch, page):
         assert words in printed
 
 
-def test_every_policy_of_the_table_is_one():
+def test_readme_is_at_most_150_lines():
+    assert len(README.splitlines()) <= 150
+
+
+def test_links_between_pages_lead_to_files_and_headings():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name}: {link}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
+                assert anchor in slugs, f"{page.name}: {link}#{anchor}"
+
+
+def test_every_policy_of_the_table_parses_to_its_dtypes():
     import jmp_train as jt
 
-    table = README.split("## Policies")[1].split("\n\n")[1]
+    page = (ROOT / "docs/policies.md").read_text()
+    table = page[page.index("| string |") :].split("\n\n")[0]
     for row in table.splitlines()[2:]:
         names, param, compute, output, scale = (cell.strip() for cell in row.strip("|").split("|"))
         for name in re.findall(r"`([^`]+)`", names):

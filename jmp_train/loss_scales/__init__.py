@@ -1,4 +1,4 @@
-"""Loss scales as state machines, their interchange with other libraries, and their configuration."""
+"""Loss scales, their conversion from and to other formats, and their configuration."""
 
 from jmp_train.loss_scales.config import LossScaleConfig
 from jmp_train.loss_scales.interchange import (

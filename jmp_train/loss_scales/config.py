@@ -1,4 +1,4 @@
-"""The loss scale as fields of an experiment."""
+"""Configuration of the loss scale of an experiment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jmp_train.fields import check_fields
 from jmp_train.loss_scales.interchange import rename
 from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 
-#: The fields of `LossScaleConfig` that `DynamicLossScale` knows by jmp's names.
+#: Field of `LossScaleConfig` for each field of `DynamicLossScale`, which has jmp's names.
 _FIELD_OF = {
     "period": "growth_interval",
     "factor": "growth_factor",
@@ -20,26 +20,26 @@ _FIELD_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class LossScaleConfig:
-    """Loss scale; float16 compute needs one."""
+    """Loss scale, which float16 compute needs."""
 
     kind: Literal["auto", "none", "static", "dynamic"] = "auto"
-    """auto: dynamic where the policy computes in float16, else none."""
+    """Kind of loss scale; auto is dynamic where the policy uses float16, else none."""
     initial: float = 2.0**16
-    """First scale (dynamic), or the scale (static)."""
+    """Initial scale (dynamic) or constant scale (static)."""
     growth_interval: int = 2000
-    """Finite steps in a row before the scale grows."""
+    """Growth interval: consecutive finite steps after which the scale grows."""
     growth_factor: float = 2.0
-    """What it is multiplied by then."""
+    """Factor that multiplies the scale when it grows."""
     backoff_factor: float = 0.5
-    """What it is multiplied by on a non-finite step."""
+    """Factor that multiplies the scale after a non-finite step."""
     minimum: float = 1.0
-    """It never backs off below this."""
+    """Smallest scale after a backoff."""
     maximum: float | None = None
-    """It never grows above this; None: float32 is the limit."""
+    """Largest scale after growth; None: the largest float32."""
     hysteresis: int = 1
-    """The number of non-finite steps on which it first backs off; 1 backs off at once."""
+    """Number of non-finite steps before the scale backs off; 1 backs off at the first."""
     consecutive_hysteresis: bool = False
-    """Whether only non-finite steps in a row count for that; else they count until it grows."""
+    """Count only consecutive non-finite steps for hysteresis; False counts all until growth."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -66,7 +66,8 @@ class LossScaleConfig:
         """Return the first state of the loss scale.
 
         Args:
-          default: what the precision needs by itself; `auto` is dynamic where that is not none.
+          default: default loss scale of the precision. The kind `auto` is dynamic unless it is a
+            `NoOpLossScale`.
         """
         if self.kind == "none":
             return NoOpLossScale()

@@ -1,4 +1,4 @@
-"""A loss scale as a dict of plain Python numbers, for JSON, and out of a GradScaler's."""
+"""Conversion of a loss scale from and to plain Python numbers, and from a GradScaler's state."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from jmp_train.errors import nearest
+from jmp_train.loss_scales.checks import check_scale
 from jmp_train.loss_scales.states import (
     DynamicLossScale,
     LossScale,
     NoOpLossScale,
     StaticLossScale,
-    check_scale,
 )
 
 _NUMBER, _WHOLE, _YES_NO = "a number", "a whole number", "True or False"
 _OR_NONE = " or None"
 
-#: What `loss_scale_to_dict` writes, by kind.
+#: Entries that `loss_scale_to_dict` writes, and their types, by kind.
 _ENTRIES = {
     "none": {},
     "static": {"loss_scale": _NUMBER},
@@ -38,7 +38,7 @@ _ENTRIES = {
 }
 _KINDS = {"none": NoOpLossScale, "static": StaticLossScale, "dynamic": DynamicLossScale}
 
-#: What `GradScaler.state_dict` writes, and what we call it.
+#: Entries of `GradScaler.state_dict()`, and the fields of `DynamicLossScale` that they set.
 _GRADSCALER_ENTRIES = {
     "scale": _NUMBER,
     "growth_factor": _NUMBER,
@@ -56,16 +56,16 @@ _GRADSCALER_NAMES = {
 
 
 def loss_scale_to_dict(loss_scale: LossScale) -> dict[str, Any]:
-    """A loss scale's state and hyper-parameters as plain Python numbers, fit for JSON.
+    """Convert a loss scale, state and hyper-parameters, to plain Python numbers for JSON.
 
     Args:
-      loss_scale: one of the three kinds, concrete: not inside jit.
+      loss_scale: one of the three kinds, with concrete numbers, so outside jit.
 
     Returns:
       A dict with `kind` ("none", "static" or "dynamic") and the fields of that kind by name.
 
     Raises:
-      TypeError: for anything that is no loss scale.
+      TypeError: for a value that is not a loss scale.
 
     >>> loss_scale_to_dict(StaticLossScale(1024))
     {'kind': 'static', 'loss_scale': 1024.0}
@@ -73,20 +73,20 @@ def loss_scale_to_dict(loss_scale: LossScale) -> dict[str, Any]:
     kind = next((kind for kind, cls in _KINDS.items() if isinstance(loss_scale, cls)), None)
     if kind is None:
         names = ", ".join(cls.__name__ for cls in _KINDS.values())
-        raise TypeError(f"{loss_scale!r} is no loss scale; expected one of {names}")
+        raise TypeError(f"{loss_scale!r} is not a loss scale; expected one of {names}")
     values = {name: getattr(loss_scale, name) for name in _ENTRIES[kind]}
     return {"kind": kind} | {name: _plain(value) for name, value in values.items()}
 
 
 def loss_scale_from_dict(entries: dict[str, Any]) -> LossScale:
-    """The loss scale that `loss_scale_to_dict` wrote; its trajectory goes on to the bit.
+    """Construct the loss scale that `loss_scale_to_dict` converted; it continues bit for bit.
 
     Args:
-      entries: that dict, from JSON for instance. The scale becomes float32.
+      entries: the dict, from JSON for instance. The scale becomes float32.
 
     Raises:
-      ValueError: for an unknown or missing key, a value of another type or out of its range, by
-        its name.
+      ValueError: for an unknown or missing key, and for a value of another type or outside its
+        range; the message has the key.
 
     >>> state = DynamicLossScale(2.0**10, counter=7, hysteresis=2)
     >>> loss_scale_from_dict(loss_scale_to_dict(state)) == state
@@ -96,30 +96,32 @@ def loss_scale_from_dict(entries: dict[str, Any]) -> LossScale:
     if not isinstance(kind, str) or kind not in _KINDS:
         hint = ""
         if isinstance(entries, dict) and "_growth_tracker" in entries:
-            hint = "; for a GradScaler's state there is loss_scale_from_gradscaler"
+            hint = "; to convert a GradScaler's state, use loss_scale_from_gradscaler"
         raise ValueError(
             f"the kind of the loss scale is {kind!r}; expected 'none', 'static' or 'dynamic'{hint}"
         )
     values = {name: value for name, value in entries.items() if name != "kind"}
     _check_entries(values, _ENTRIES[kind], f"a loss scale of kind {kind!r}")
     loss_scale = _make(_KINDS[kind], values)
-    with np.errstate(over="ignore"):  # StaticLossScale takes any number, as jmp's does
+    with np.errstate(over="ignore"):  # StaticLossScale accepts 0, as in jmp
         check_scale(np.float32(loss_scale.loss_scale), "loss_scale")
     return loss_scale
 
 
 def loss_scale_from_gradscaler(state_dict: dict[str, Any]) -> LossScale:
-    """The loss scale that goes on where a PyTorch `GradScaler` stood.
+    """Construct the loss scale that continues from the state of a PyTorch `GradScaler`.
 
     Args:
-      state_dict: of `torch.amp.GradScaler.state_dict()`; an empty one, which a disabled scaler
-        gives, means no loss scaling. Plain numbers: PyTorch is not imported.
+      state_dict: result of `torch.amp.GradScaler.state_dict()`, plain numbers; PyTorch is not
+        imported. The empty dict of a disabled scaler means no loss scaling.
 
     Returns:
-      A `DynamicLossScale` without a minimum, as GradScaler has none, or a `NoOpLossScale`.
+      A `DynamicLossScale` with a minimum of 0, because GradScaler has no minimum, or a
+      `NoOpLossScale`.
 
     Raises:
-      ValueError: for an unknown or missing key, a value of another type or out of its range.
+      ValueError: for an unknown or missing key, and for a value of another type or outside its
+        range.
 
     >>> state = loss_scale_from_gradscaler({"scale": 512.0, "growth_factor": 2.0,
     ...     "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 1999})
@@ -130,7 +132,7 @@ def loss_scale_from_gradscaler(state_dict: dict[str, Any]) -> LossScale:
         return NoOpLossScale()
     _check_entries(state_dict, _GRADSCALER_ENTRIES, "a GradScaler's state")
     tracker, interval = state_dict["_growth_tracker"], state_dict["growth_interval"]
-    if tracker >= interval >= 1:  # where GradScaler would never grow, and we would at once
+    if tracker >= interval >= 1:  # GradScaler would never grow; DynamicLossScale would at once
         raise ValueError(
             f"_growth_tracker is {tracker}; expected it below growth_interval, {interval}"
         )
@@ -142,7 +144,7 @@ def loss_scale_from_gradscaler(state_dict: dict[str, Any]) -> LossScale:
 
 
 def rename(message: str, names: dict[str, str]) -> str:
-    """A message with other names for the fields in it.
+    """Replace the names of fields in a message.
 
     >>> rename("period is 0; expected 1 to 9", {"period": "growth_interval"})
     'growth_interval is 0; expected 1 to 9'
@@ -151,22 +153,20 @@ def rename(message: str, names: dict[str, str]) -> str:
 
 
 def _check_entries(values: Any, entries: dict[str, str], what: str) -> None:
-    if not isinstance(values, dict):  # a file may hold anything; one kind of error for it all
-        raise ValueError(  # noqa: TRY004
-            f"{what} is {values!r}; expected a dict"
-        )
+    if not isinstance(values, dict):  # a file may contain any JSON value
+        raise ValueError(f"{what} is {values!r}; expected a dict")  # noqa: TRY004
     for name in values:
         if name not in entries:
-            hint = nearest(str(name), entries) if entries else "it has no others"
+            hint = nearest(str(name), entries) if entries else "it has no other keys"
             raise ValueError(f"unknown key {name!r} in {what}; {hint}")
     for name, expected in entries.items():
         if name not in values:
             raise ValueError(f"{what} has no {name!r}; expected {', '.join(entries)}")
-        if not _fits(values[name], expected):
+        if not _has_type(values[name], expected):
             raise ValueError(f"{name} is {values[name]!r}; expected {expected}")
 
 
-def _fits(value: Any, expected: str) -> bool:
+def _has_type(value: Any, expected: str) -> bool:
     if value is None:
         return expected.endswith(_OR_NONE)
     if isinstance(value, bool) or expected == _YES_NO:

@@ -1,35 +1,42 @@
 """Loss scaling as pure state machines: none, static, dynamic.
 
-float16 flushes gradients below 2^-24 to zero. Multiplying the loss by a scale moves every gradient
-up by the same factor, and dividing the gradients by it in float32 moves them back (Micikevicius et
-al. 2018, "Mixed Precision Training", section 3.2). A dynamic scale grows while gradients stay
-finite and backs off when they do not.
+float16 flushes gradients below 2^-24 to zero. A loss multiplied by a scale has gradients that are
+larger by the same factor; they are divided by it in float32 (Micikevicius et al. 2018, "Mixed
+Precision Training", section 3.2). A dynamic scale grows while gradients stay finite and backs off
+when they overflow.
 
-The three classes have one interface: `scale(tree)`, `unscale(tree)`, `adjust(grads_finite)`, each
-pure. Moving numbers are pytree leaves, hyper-parameters are static, and all of them survive jit,
-`tree_map` and `scan`.
+The three classes have the same pure methods: `scale(tree)`, `unscale(tree)` and
+`adjust(grads_finite)`. Numbers that change are pytree leaves, hyper-parameters are static, and all
+of them survive jit, `tree_map` and `scan`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jmp_train.numerics.dtypes import at_least_float32, is_floating
+from jmp_train.loss_scales.checks import (
+    check_scale,
+    check_static_scale,
+    float32_scalar,
+    int32_scalar,
+    known,
+    static_number,
+    warn_if_not_floating,
+    whole_number,
+)
+from jmp_train.numerics.dtypes import at_least_float32
 
 T = TypeVar("T")
 
 
 def _scale_tree(tree: T, operation: Any, scale: Any) -> T:
-    """Applies `operation(x, scale)` to floating and complex leaves, in float32 or wider."""
+    """Apply `operation(x, scale)` to floating and complex leaves, in float32 or wider."""
 
     def apply(x: Any) -> Any:
         x = jnp.asarray(x)
@@ -43,23 +50,23 @@ def _scale_tree(tree: T, operation: Any, scale: Any) -> T:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class NoOpLossScale:
-    """No loss scaling: for float32 and bfloat16, whose exponents have the same 8 bits."""
+    """No loss scaling, for float32 and bfloat16, which both have 8 exponent bits."""
 
     @property
     def loss_scale(self) -> int:
-        """The scale: always 1."""
+        """Return 1, the constant scale."""
         return 1
 
     def scale(self, tree: T) -> T:
-        """The tree itself."""
+        """Return the tree unchanged."""
         return tree
 
     def unscale(self, tree: T) -> T:
-        """The tree itself."""
+        """Return the tree unchanged."""
         return tree
 
     def adjust(self, grads_finite: Any) -> NoOpLossScale:
-        """The same state."""
+        """Return the same state."""
         del grads_finite
         return self
 
@@ -70,12 +77,12 @@ class StaticLossScale:
     """A constant loss scale.
 
     Attributes:
-      loss_scale: the factor, a number; kept static, so it has no pytree leaves.
+      loss_scale: the factor, a number. It is static, so the class has no pytree leaves.
 
     Raises:
-      ValueError: for a factor that is not above 0, finite and normal in float32; for 0, which jmp
-        constructs, only from what is to scale a loss with it.
-      TypeError: for what is no number.
+      ValueError: for a factor that is negative, infinite or not normal in float32. A factor of 0,
+        which jmp accepts, raises only when it is used (`check_loss_scale`).
+      TypeError: for a value that is not a number.
 
     >>> StaticLossScale(2.0**10).unscale({"g": jnp.float16(2.0)})
     {'g': Array(0.00195312, dtype=float32)}
@@ -84,20 +91,20 @@ class StaticLossScale:
     loss_scale: Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss_scale", _static_number(self.loss_scale, "loss_scale"))
-        if self.loss_scale != 0:  # jmp takes 0; `check_loss_scale` refuses it where it is used
-            _check_static_scale(self.loss_scale)
+        object.__setattr__(self, "loss_scale", static_number(self.loss_scale, "loss_scale"))
+        if self.loss_scale != 0:  # jmp accepts 0; `check_loss_scale` refuses it where it is used
+            check_static_scale(self.loss_scale)
 
     def scale(self, tree: T) -> T:
-        """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
+        """Multiply floating leaves by the scale, in float32 or wider; the result has that dtype."""
         return _scale_tree(tree, jnp.multiply, self.loss_scale)
 
     def unscale(self, tree: T) -> T:
-        """Divides floating leaves, in float32 or wider; the result has that dtype."""
+        """Divide floating leaves by the scale, in float32 or wider; the result has that dtype."""
         return _scale_tree(tree, jnp.divide, self.loss_scale)
 
     def adjust(self, grads_finite: Any) -> StaticLossScale:
-        """The same state."""
+        """Return the same state."""
         del grads_finite
         return self
 
@@ -105,7 +112,7 @@ class StaticLossScale:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class DynamicLossScale:
-    """A loss scale that follows the gradients.
+    """A loss scale that adapts to the gradients.
 
     After `period` finite steps in a row the scale is multiplied by `factor`; a non-finite step
     multiplies it by `backoff_factor` at once and starts the count again:
@@ -124,36 +131,38 @@ class DynamicLossScale:
             if hysteresis_left == 0:
                 loss_scale = max(loss_scale * backoff_factor, min_loss_scale)
 
-    With the same numbers this is the trajectory of PyTorch's `GradScaler` (init_scale,
-    growth_factor = factor, backoff_factor, growth_interval = period), of Megatron-LM's
-    `DynamicGradScaler` (hysteresis), and of jmp. DeepSpeed's `DynamicLossScaler` is the same, but the
-    first finite step after an overflow, and of the run, does not count. GradScaler multiplies in
-    float64, so a factor that float32 rounds, such as 1.1, may differ from it by a rounding at each
-    move, and it has no minimum, so the two part at `min_loss_scale`. Flax's `DynamicScale` grows
-    one step later: its `growth_interval=N` is `period=N + 1` here; and where growth would overflow
-    it goes to the largest float32, which is no power of two, and the others stay.
+    With equal numbers the scale moves as in PyTorch's `GradScaler` (init_scale, growth_factor =
+    factor, backoff_factor, growth_interval = period), Megatron-LM's `DynamicGradScaler`
+    (hysteresis) and jmp. Differences from other libraries:
+
+    - GradScaler multiplies in float64. With a factor that float32 rounds, such as 1.1, the two may
+      differ by one rounding at each move. GradScaler has no `min_loss_scale`.
+    - DeepSpeed's `DynamicLossScaler` does not count the first finite step of the run, nor the first
+      one after an overflow.
+    - Flax's `DynamicScale` grows one step later: its `growth_interval=N` is `period=N + 1` here.
+      Where growth would overflow, it moves to the largest float32, which is not a power of two; the
+      others keep their scale.
 
     Attributes:
       loss_scale: the scale; shape=(), float32.
       counter: finite steps since the scale last moved or a step was skipped; shape=(), int32.
-      period: finite steps before the scale grows.
-      factor: what it grows by.
-      min_loss_scale: it never backs off below this; where this is 0, not below float32's smallest
-        normal number, which XLA would flush to a scale of zero.
-      backoff_factor: what a non-finite step multiplies the scale by; `1 / factor` when None.
-      max_loss_scale: it never grows above this; when None, float32 is the only limit.
-      hysteresis: a budget of non-finite steps: the one that spends it backs off, and so does each
-        one after it until the budget is refilled. 1 backs off at once.
-      hysteresis_left: what is left of that budget; shape=(), int32; None when hysteresis is 1.
-      consecutive_hysteresis: when the budget is refilled: by every finite step, so that only
-        non-finite steps in a row spend it, or (False) only when the scale's growth is due.
+      period: growth interval, in finite steps.
+      factor: growth factor.
+      min_loss_scale: smallest scale after a backoff. 0 stands for float32's smallest normal number,
+        because XLA flushes smaller ones to zero.
+      backoff_factor: factor that a non-finite step multiplies the scale by; `1 / factor` when None.
+      max_loss_scale: largest scale after growth; when None, the largest float32.
+      hysteresis: budget of non-finite steps. The step that spends it backs off, and so does each
+        later one until the budget is refilled. A budget of 1 backs off at once.
+      hysteresis_left: remaining budget; shape=(), int32; None when hysteresis is 1.
+      consecutive_hysteresis: if True, every finite step refills the budget, so that only
+        consecutive non-finite steps spend it; if False, only a step at which growth is due does.
 
     Raises:
-      ValueError: for a scale, counter, period, factor, limit or hysteresis that cannot work: a scale
-        that is not normal in float32, or one that is no scalar, say. Of a traced number the shape
-        alone is known.
-      TypeError: for what is no number, and for a hyper-parameter that is traced; hyper-parameters are
-        static.
+      ValueError: for a number outside its range, such as a scale that is not normal in float32, and
+        for an array that is not a scalar. The value of a traced number is not checked.
+      TypeError: for a value that is not a number, and for a traced hyper-parameter, because
+        hyper-parameters are static.
 
     >>> state = DynamicLossScale(2.0**15, period=2)
     >>> for finite in (True, True, False):
@@ -187,29 +196,29 @@ class DynamicLossScale:
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
-        put("loss_scale", _float32_scalar(self.loss_scale, "loss_scale"))
-        _warn_if_not_floating(self.min_loss_scale, "min_loss_scale")
+        put("loss_scale", float32_scalar(self.loss_scale, "loss_scale"))
+        warn_if_not_floating(self.min_loss_scale, "min_loss_scale")
         for name in self._STATIC:
             if getattr(self, name) is not None:
-                put(name, _static_number(getattr(self, name), name))
+                put(name, static_number(getattr(self, name), name))
         for name in ("period", "hysteresis"):
-            put(name, _whole_number(getattr(self, name), name))
+            put(name, whole_number(getattr(self, name), name))
         put("consecutive_hysteresis", bool(self.consecutive_hysteresis))
         if self.max_loss_scale == math.inf:
             put("max_loss_scale", None)
         self._check()
         if self.hysteresis > 1 and self.hysteresis_left is None:
             put("hysteresis_left", self.hysteresis)
-        put("counter", _int32_scalar(self.counter, "counter", 2**31 - 1))
+        put("counter", int32_scalar(self.counter, "counter", 2**31 - 1))
         if self.hysteresis_left is not None:
-            left = _int32_scalar(self.hysteresis_left, "hysteresis_left", self.hysteresis)
+            left = int32_scalar(self.hysteresis_left, "hysteresis_left", self.hysteresis)
             put("hysteresis_left", left)
 
     def _check(self) -> None:
-        # Written as `not (valid)`, which a NaN fails.
-        check_scale(_known(self.loss_scale), "loss_scale")
+        # Conditions are written as `not (valid)`, so that a NaN fails them.
+        check_scale(known(self.loss_scale), "loss_scale")
         for name in ("period", "hysteresis"):  # their counters are int32 and never wrap
             if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 1 to 2147483647 steps")
@@ -223,34 +232,36 @@ class DynamicLossScale:
             )
         if self.max_loss_scale is not None and not self.max_loss_scale >= self.min_loss_scale:
             raise ValueError(
-                f"max_loss_scale {self.max_loss_scale} is below min_loss_scale {self.min_loss_scale}; "
-                "expected at least that"
+                f"max_loss_scale {self.max_loss_scale} is below min_loss_scale "
+                f"{self.min_loss_scale}; expected at least that"
             )
 
     @property
     def exhausted(self) -> jax.Array:
-        """Whether a non-finite step would find the budget spent and the scale at its minimum, so
-        that it could not back off; bool of shape (). DeepSpeed ends the run at such a step
-        (`raise_error_at_min_scale`)."""
+        """Return whether the next non-finite step could not lower the scale; bool of shape ().
+
+        This is so when that step spends the budget and the scale is at its minimum. DeepSpeed ends
+        the run at such a step (`raise_error_at_min_scale`).
+        """
         at_minimum = jnp.asarray(self.loss_scale) <= self.lowest
         left = self.hysteresis_left
         return at_minimum if left is None else at_minimum & (left <= 1)
 
     @property
     def lowest(self) -> float:
-        """The smallest scale that it backs off to."""
+        """Return the smallest scale after a backoff."""
         return max(self.min_loss_scale, float(np.finfo(np.float32).tiny))
 
     def scale(self, tree: T) -> T:
-        """Multiplies floating leaves, in float32 or wider; the result has that dtype."""
+        """Multiply floating leaves by the scale, in float32 or wider; the result has that dtype."""
         return _scale_tree(tree, jnp.multiply, self.loss_scale)
 
     def unscale(self, tree: T) -> T:
-        """Divides floating leaves, in float32 or wider; the result has that dtype."""
+        """Divide floating leaves by the scale, in float32 or wider; the result has that dtype."""
         return _scale_tree(tree, jnp.divide, self.loss_scale)
 
     def adjust(self, grads_finite: Any) -> DynamicLossScale:
-        """The next state.
+        """Return the next state.
 
         Args:
           grads_finite: whether every gradient of the step was finite; bool of shape ().
@@ -271,7 +282,7 @@ class DynamicLossScale:
             reduced = scale / self.factor
         else:
             reduced = scale * self.backoff_factor
-        # A scale that starts below the minimum is raised to it by the first overflow, as in jmp.
+        # As in jmp, the first overflow raises a scale that starts below the minimum to the minimum.
         reduced = jnp.maximum(reduced, self.lowest)
 
         left = self.hysteresis_left
@@ -283,7 +294,7 @@ class DynamicLossScale:
             left = jnp.where(finite, left_after_step, left_after_skip).astype(jnp.int32)
 
         counter = jnp.where(finite & ~due, jnp.asarray(self.counter) + 1, 0).astype(jnp.int32)
-        # Not by the constructor: it would wait for the numbers, to look at them.
+        # The constructor would wait for the numbers in order to check them.
         _, static = self.tree_flatten_with_keys()
         return self.tree_unflatten(static, (jnp.where(finite, grown, reduced), counter, left))
 
@@ -294,7 +305,7 @@ class DynamicLossScale:
 
     @classmethod
     def tree_unflatten(cls, static: Any, leaves: Any) -> DynamicLossScale:
-        # Leaves may be anything (tracers, shapes, object()), so nothing is checked or converted.
+        # Leaves may be tracers, shapes or object(), so nothing is checked or converted.
         self = object.__new__(cls)
         names = ("loss_scale", "counter", "hysteresis_left", *cls._STATIC)
         for name, value in zip(names, (*leaves, *static), strict=True):
@@ -306,101 +317,18 @@ LossScale = NoOpLossScale | StaticLossScale | DynamicLossScale
 
 
 def check_loss_scale(loss_scale: Any) -> None:
-    """Raises TypeError for what is no `LossScale`, and ValueError for a static one of 0."""
+    """Raise TypeError unless the value is a `LossScale`, and ValueError for a static scale of 0."""
     if isinstance(loss_scale, StaticLossScale):
-        _check_static_scale(loss_scale.loss_scale)
+        check_static_scale(loss_scale.loss_scale)
     if isinstance(loss_scale, LossScale):
         return
     number = isinstance(loss_scale, (int, float, np.number)) and not isinstance(loss_scale, bool)
-    nearest = f"StaticLossScale({loss_scale})" if number else "DynamicLossScale(2.0**16)"
-    raise TypeError(f"loss_scale is {loss_scale!r}; expected a loss scale such as {nearest}")
-
-
-def _static_number(value: Any, name: str) -> float:
-    """A hashable Python number out of a number or a concrete scalar array.
-
-    A float, because JAX reads a Python integer as an int32 and refuses 2**32.
-    """
-    if isinstance(value, Tracer):
-        raise TypeError(f"{name} is traced; expected a number, because it is static under jit")
-    array = np.asarray(value)
-    if array.size != 1 or not (is_floating(array.dtype) or array.dtype.kind in "iub"):
-        raise TypeError(f"{name} is {value!r}; expected a number")
-    return float(array.item())
-
-
-def _whole_number(value: float, name: str) -> int:
-    if not value.is_integer():
-        raise ValueError(f"{name} is {value}; expected a whole number of steps")
-    return int(value)
-
-
-def check_scale(value: Any, name: str) -> None:
-    """Raises ValueError for a number that no loss can be scaled by in float32; None is not known."""
-    # XLA flushes what is below the smallest normal number to zero.
-    tiny = np.finfo(np.float32).tiny
-    if value is not None and not tiny <= value < math.inf:
-        raise ValueError(
-            f"{name} is {value}; expected 0 < it < inf, and at least {tiny:.3g}, the smallest "
-            "normal number of float32"
-        )
-
-
-def _check_static_scale(value: float) -> None:
-    with np.errstate(over="ignore"):  # an infinite scale is refused
-        check_scale(float(np.float32(value)), "loss_scale")
-
-
-def _float32_scalar(value: Any, name: str) -> Any:
-    """Python and NumPy numbers as a float32 array: a weakly typed scale would multiply a float16
-    loss in float16, where 65,536 is infinite."""
-    _warn_if_not_floating(value, name)
-    value = _scalar(
-        value, name, "a number", lambda dtype: is_floating(dtype) or dtype.kind in "iub"
-    )
-    if isinstance(value, jax.Array):
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-    with np.errstate(over="ignore"):  # an infinite scale is refused
-        return np.asarray(value, np.float32)
-
-
-def _int32_scalar(value: Any, name: str, highest: int) -> Any:
-    """A Python integer as an int32 array: weakly typed, it would make the second step recompile."""
-    value = _scalar(value, name, "a whole number", lambda dtype: dtype.kind in "iu")
-    known = _known(value)
-    if known is not None and not 0 <= known <= highest:
-        raise ValueError(f"{name} is {known}; expected 0 to {highest}")
-    return value if isinstance(value, jax.Array) else np.asarray(value, np.int32)
-
-
-def _scalar(value: Any, name: str, expected: str, fits: Callable[[np.dtype], bool]) -> Any:
-    """A JAX array as it is, traced or not, and anything else as a NumPy array, of shape ()."""
-    array = value if isinstance(value, jax.Array) else np.asarray(value)
-    if not fits(array.dtype) and type(value) is not int:  # NumPy holds 2**64 as an object
-        given = f"of {array.dtype}" if isinstance(value, jax.Array) else repr(value)
-        raise TypeError(f"{name} is {given}; expected {expected}")
-    if array.shape != ():
-        raise ValueError(f"{name} has shape {array.shape}; expected a scalar, of shape ()")
-    return array
-
-
-def _known(value: Any) -> Any:
-    """The number in an array of shape (), where it is there to be read; else None."""
-    if isinstance(value, Tracer):
-        return None
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        return None
-    return np.asarray(value)[()]
-
-
-def _warn_if_not_floating(value: Any, name: str) -> None:
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and not is_floating(dtype):
-        warnings.warn(f"Expected floating type for {name}, got {dtype}", stacklevel=4)
+    suggestion = f"StaticLossScale({loss_scale})" if number else "DynamicLossScale(2.0**16)"
+    raise TypeError(f"loss_scale is {loss_scale!r}; expected a loss scale such as {suggestion}")
 
 
 def largest_power_of_two(dtype: Any) -> float:
-    """The largest power of two that a floating dtype represents.
+    """Return the largest power of two that a floating dtype represents.
 
     >>> largest_power_of_two(jnp.float16)
     32768.0

@@ -1,5 +1,4 @@
-"""Optax transformations whose state is float32 whatever the parameters are, and four ways to train
-parameters that are narrower; loss scaling in that form."""
+"""Optax transformations for mixed precision: float32 state, narrow parameters, loss scaling."""
 
 from jmp_train.optim.bf16_remainder import Bf16RemainderState, bf16_remainder
 from jmp_train.optim.fp32_state import fp32_state

@@ -1,4 +1,4 @@
-"""bfloat16 parameters with the other half of a float32 in the optimizer's state."""
+"""bfloat16 parameters with the low 16 bits of their float32 values in the optimizer's state."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from jmp_train.numerics.rounding import (
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import (
     NarrowParameters,
-    bit_updates,
-    check_narrow,
-    in_full,
     map_narrow,
+    narrow_transformation,
+    unzip_narrow,
 )
 
 
 class Bf16RemainderState(NamedTuple):
-    """The state of `bf16_remainder`."""
+    """State of `bf16_remainder`."""
 
-    inner: Any  # of the inner optimizer, float32
-    remainder: Any  # like the parameters, uint16; None for one that is float32
+    inner: Any  # state of the inner optimizer, float32
+    remainder: Any  # like the parameters, uint16; None for a float32 parameter
 
 
 def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
-    """Runs an optimizer on float32 parameters of which the model sees the nearest bfloat16.
+    """Run an optimizer on float32 parameters that are stored as bfloat16 and a 16-bit remainder.
 
-    The bfloat16 parameter and a 16-bit remainder are together the float32. On equal gradients they
-    are the float32 parameters of the inner optimizer, bit for bit (on a CPU but for subnormals), and
-    training is that of `master_weights`, bit for bit, at 2 bytes a parameter in the state in place
-    of 4. Training with the policy `mixed_bfloat16` differs in one thing: what the model sees of a
-    parameter halfway between two bfloat16 is the larger in magnitude here, and the even one there.
-    For one value in 131,072 these are not the same, and from its first such value on neither is the
-    training.
+    The model computes with the bfloat16 parameter, which is the nearest one to the float32 value.
+    The remainder in the state takes 2 bytes a parameter, where `master_weights` takes 4. Given
+    equal gradients, parameter and remainder together are the float32 parameter of the inner
+    optimizer, bit for bit (on a CPU, subnormals excepted). Training is the same as under
+    `master_weights`, bit for bit.
 
-    The two halves belong together: a parameter written to from outside is misread by up to one
-    spacing of bfloat16.
+    Training under the policy `mixed_bfloat16` differs in how ties are rounded. The model computes
+    with the larger in magnitude of two equally near bfloat16 values here, and with the even one
+    there. The two differ for one float32 value in 131,072. The two trainings differ from the first
+    such value on.
+
+    Parameter and remainder are only valid as a pair. If other code writes to a parameter, the
+    float32 value is wrong by up to one spacing of bfloat16.
 
     Args:
-      optimizer: any Optax transformation, clipping and the like inside it. Its state is float32.
+      optimizer: any Optax transformation, gradient clipping included. Its state is float32.
 
     Returns:
-      A transformation whose `update` wants `params`. Its updates for bfloat16 parameters are
+      A transformation whose `update` needs `params`. Its updates for bfloat16 parameters are
       `BitUpdate`s, which `optax.apply_updates` adds exactly.
 
     Raises:
-      ValueError: from `init`, if no parameter is bfloat16, or one is in another narrow dtype.
+      ValueError: from `init`, if no parameter is bfloat16, or one has another narrow dtype.
 
     >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
     >>> optimizer = bf16_remainder(optax.sgd(1.0))
@@ -65,31 +67,33 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
     >>> params["w"], join_bf16_remainder(params["w"], state.remainder["w"])
     (Array([0.992188, 0.992188], dtype=bfloat16), Array([0.9920001, 0.9920001], dtype=float32))
 
-    Source: NVIDIA Apex, `DistributedFusedAdam(store_param_remainders=True)`; the rounding is that
-    of `split_bf16_remainder`.
+    Source: NVIDIA Apex, `DistributedFusedAdam(store_param_remainders=True)`, with the rounding of
+    `split_bf16_remainder`.
     """
-    inner = fp32_state(optimizer)
 
-    def init(params: Any) -> Bf16RemainderState:
-        check_narrow("bf16_remainder", params, (np.dtype(jnp.bfloat16),))
-        # Zeros; computed from the parameters, they are sharded as these are, under jit too.
-        remainder = map_narrow(lambda p: split_bf16_remainder(to_float32(p))[1], params)
-        return Bf16RemainderState(inner.init(in_full(params)), remainder)
+    def first(params: Any, values: Any) -> Any:
+        # All zeros. Computed from the parameters, they have the same sharding, under jit too.
+        return map_narrow(lambda p, value: split_bf16_remainder(value)[1], params, values)
 
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Bf16RemainderState]:
-        joined = map_narrow(join_bf16_remainder, params, state.remainder)
-        full = in_full(params, joined)
-        updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
+    def read(params: Any, remainder: Any) -> Any:
+        return map_narrow(join_bf16_remainder, params, remainder)
+
+    def move(params: Any, remainder: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+        del remainder
         halves = map_narrow(
-            lambda p, m, u: split_bf16_remainder(add_float32(m, to_float32(u))),
+            lambda p, value, u: split_bf16_remainder(add_float32(value, to_float32(u))),
             params,
-            joined,
+            values,
             updates,
         )
-        new = map_narrow(lambda p, both: both[0], params, halves)
-        remainder = map_narrow(lambda p, both: both[1], params, halves)
-        return bit_updates(updates, params, new), Bf16RemainderState(inner_state, remainder)
+        return unzip_narrow(params, halves)
 
-    return NarrowParameters(init, update)
+    return narrow_transformation(
+        "bf16_remainder",
+        fp32_state(optimizer),
+        Bf16RemainderState,
+        first=first,
+        move=move,
+        read=read,
+        dtypes=(np.dtype(jnp.bfloat16),),
+    )

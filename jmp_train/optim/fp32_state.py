@@ -1,4 +1,4 @@
-"""An optimizer that keeps its state in float32 over parameters of any dtype."""
+"""Float32 optimizer state for parameters of any dtype."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from jmp_train.tree import widen_to_full
 
 
 def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer on float32 copies of 16-bit parameters and gradients.
+    """Run an optimizer on float32 copies of 16-bit parameters and gradients.
 
-    Optax makes its state like the parameters: `optax.adam` over bfloat16 parameters keeps both
-    moments in bfloat16, where an exponential average with b2 = 0.999 stops moving (1 - 0.999 is
-    below half a unit in the last place, 2^-9), and over float16 ones the epsilon of 1e-8 is 0.
-    Here `init` and `update` see float32 (or float64 for float64) in place of every narrower
-    floating leaf, so state and updates are float32; `optax.apply_updates` then adds in float32 and
-    rounds the sum once to the parameter's dtype. Over float32 parameters this is the optimizer
-    itself, at no cost. A dtype that the optimizer itself was told to use (`mu_dtype`) is kept.
+    Optax makes its state in the dtype of the parameters. `optax.adam` keeps both moments of
+    bfloat16 parameters in bfloat16, where an exponential average with b2 = 0.999 stops moving,
+    because 1 - 0.999 is below half a unit in the last place, 2^-9. In float16 its epsilon of 1e-8
+    is 0.
 
-    The rounding of the sum still loses updates smaller than half a unit in the last place of a
-    16-bit parameter. Keep parameters in float32 (`mixed_bfloat16`, `mixed_float16`) to avoid it,
-    or use one of `master_weights`, `bf16_remainder`, `stochastic_rounding` and `kahan`.
+    This transformation casts every floating leaf narrower than float32 to float32 before `init` and
+    `update`, so state and updates are float32. `optax.apply_updates` then adds in float32 and
+    rounds the sum once to the parameter's dtype. With float32 parameters the transformation does
+    nothing and costs nothing. A dtype given to the optimizer (`mu_dtype`) still applies.
+
+    Rounding the sum loses updates below half a unit in the last place of a 16-bit parameter. To
+    avoid that, store parameters in float32 (`mixed_bfloat16`, `mixed_float16`) or use
+    `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan`.
 
     Args:
-      optimizer: any Optax transformation. One of those four comes back as it is: it widens what its
-        own inner optimizer sees.
+      optimizer: any Optax transformation. One of those four is returned unchanged, because it
+        widens what its inner optimizer sees.
 
     Returns:
       A transformation with the same arguments.

@@ -1,4 +1,4 @@
-"""Loss scaling as an Optax transformation, for training loops of one's own."""
+"""Loss scaling as an Optax transformation, for custom training loops."""
 
 from __future__ import annotations
 
@@ -15,44 +15,47 @@ from jmp_train.tree import all_finite, select_tree
 
 
 class LossScalingState(NamedTuple):
-    """The state of `loss_scaling`."""
+    """State of `loss_scaling`."""
 
-    loss_scale: Any  # a LossScale: what the next loss is to be multiplied by
-    skipped: jax.Array  # shape=(), int32: steps whose gradients were not finite
-    skipped_in_row: jax.Array  # shape=(), int32: of those, the ones since the last good step
-    inner: Any  # of the inner optimizer, float32
+    loss_scale: Any  # LossScale that multiplies the next loss
+    skipped: jax.Array  # shape=(), int32: number of skipped steps
+    skipped_in_row: jax.Array  # shape=(), int32: skipped steps since the last step taken
+    inner: Any  # state of the inner optimizer, float32
 
 
 def loss_scaling(
     optimizer: optax.GradientTransformation, loss_scale: LossScale | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes an optimizer take the gradients of a scaled loss.
+    """Make an optimizer accept the gradients of a scaled loss.
 
-    `update` divides the gradients by the scale in float32, checks that all are finite, runs the
-    optimizer on them and adjusts the scale. On a non-finite step its updates leave the parameters
-    as they are, the optimizer's state (its counts too) is bitwise what it was, and the step is
-    counted. `scale_loss` multiplies the loss by the scale that the state holds.
+    `update` divides the gradients by the loss scale in float32, checks that all are finite, runs
+    the optimizer and adjusts the scale. A step with a non-finite gradient is skipped and counted:
+    the updates leave the parameters unchanged, and the optimizer's state, its counts included,
+    stays the same bit for bit. `scale_loss` multiplies the loss by the scale in the state.
 
-    Put everything else inside, clipping, schedules and `master_weights` among them:
-    `loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))`. What is chained
-    behind it acts on skipped steps too (weight decay would still decay), and what is chained before
-    it sees scaled gradients. Around `optax.MultiSteps` each micro-batch is unscaled and checked by
-    itself, and one that is not finite is left out. Never inside it: `optax.MultiSteps` clears its sum
-    by multiplying it by 0, and after one overflow it would be NaN for good.
+    Put every other transformation inside, gradient clipping, schedules and `master_weights`
+    included: `loss_scaling(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))`. A
+    transformation chained after `loss_scaling` also acts on skipped steps (weight decay would still
+    decay). A transformation chained before it sees scaled gradients.
 
-    `optax.apply_if_finite` skips such steps too, but unscales nothing, takes a non-finite update
-    after so many in a row, and its updates of +0.0 turn a parameter of -0.0 into +0.0.
+    Around `optax.MultiSteps`, each micro-batch is unscaled and checked separately, and a non-finite
+    one is left out. Do not put `loss_scaling` inside `optax.MultiSteps`, which clears its sum by
+    multiplying it by 0: after one overflow the sum would stay NaN.
+
+    `optax.apply_if_finite` also skips non-finite steps. It does not unscale, it applies a
+    non-finite update after a given number in a row, and its updates of +0.0 turn a parameter of
+    -0.0 into +0.0.
 
     Args:
-      optimizer: any Optax transformation. Its state is float32, as `fp32_state` makes it.
-      loss_scale: the first state of the loss scale; `DynamicLossScale(2.0**16)` when None. With
-        `NoOpLossScale()` the steps are only checked.
+      optimizer: any Optax transformation. Its state is float32, as under `fp32_state`.
+      loss_scale: first state of the loss scale; `DynamicLossScale(2.0**16)` when None.
+        `NoOpLossScale()` only checks for non-finite gradients.
 
     Returns:
       A transformation with the same arguments and a `LossScalingState`.
 
     Raises:
-      TypeError: for a loss scale that is none.
+      TypeError: if `loss_scale` is not a loss scale.
 
     >>> optimizer = loss_scaling(optax.sgd(1.0), DynamicLossScale(2.0**16))
     >>> params = jnp.float32(3.0)
@@ -87,7 +90,7 @@ def loss_scaling(
         grads = state.loss_scale.unscale(updates)
         finite = all_finite(grads)
         updates, inner_state = inner.update(grads, state.inner, params, **extra_args)
-        # Selected, not multiplied by 0, which would make a NaN of an infinity.
+        # Selected: a multiplication by 0 would turn an infinity into a NaN.
         updates, inner_state = select_tree(
             finite, (updates, inner_state), (_no_updates(updates), state.inner)
         )
@@ -103,16 +106,16 @@ def loss_scaling(
 
 
 def scale_loss(loss: Any, opt_state: Any) -> Any:
-    """A loss times the scale in an optimizer's state, in float32 or wider.
+    """Multiply a loss by the loss scale in an optimizer's state, in float32 or wider.
 
     Args:
-      loss: of any shape; a float16 one cannot pass on a derivative above 65,504, so reduce it in
-        float32.
-      opt_state: holds one `LossScalingState`, at any depth (`optax.chain`, `optax.partition`).
-        To read its numbers: `optax.tree.get(opt_state, "LossScalingState")`.
+      loss: array of any shape. Reduce the loss in float32, because a float16 loss cannot pass on a
+        derivative above 65,504.
+      opt_state: optimizer state with one `LossScalingState` at any depth (`optax.chain`,
+        `optax.partition`). `optax.tree.get(opt_state, "LossScalingState")` returns it.
 
     Raises:
-      ValueError: if the state holds none, or more than one.
+      ValueError: if the state has no `LossScalingState`, or more than one.
 
     >>> optimizer = optax.chain(loss_scaling(optax.adam(1e-3), DynamicLossScale(2.0**10)))
     >>> state = optimizer.init(jnp.zeros(3))
@@ -124,19 +127,21 @@ def scale_loss(loss: Any, opt_state: Any) -> Any:
     found = scales_of(opt_state)
     if len(found) != 1:
         raise ValueError(
-            f"the optimizer's state holds {len(found)} loss scales; expected one: put loss_scaling "
+            f"the optimizer's state has {len(found)} loss scales; expected one: put loss_scaling "
             "around the whole optimizer"
         )
     return found[0].scale(loss)
 
 
 def scales_of(opt_state: Any) -> list[LossScale]:
-    """The loss scales in an optimizer's state, at any depth."""
+    """Return the loss scales in an optimizer's state, at any depth."""
     found = optax.tree.get_all_with_path(opt_state, LossScalingState.__name__)
     return [state.loss_scale for _, state in found]
 
 
 def _no_updates(updates: Any) -> Any:
-    """Updates that change nothing: x + -0.0 is x for every x, where -0.0 + 0.0 is +0.0. The zeros of
-    a `BitUpdate`, unsigned integers, stay what they are."""
+    """Return updates that change nothing: -0.0 for floating leaves, 0 for a `BitUpdate`.
+
+    x + -0.0 is x for every x, whereas -0.0 + 0.0 is +0.0.
+    """
     return jax.tree.map(lambda update: -jnp.zeros_like(update), updates)

@@ -17,42 +17,39 @@ from jmp_train.numerics.rounding import (
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import (
     NarrowParameters,
-    bit_updates,
-    check_narrow,
-    in_full,
     map_narrow,
+    narrow_transformation,
 )
 
 
 class MasterWeightsState(NamedTuple):
-    """The state of `master_weights`."""
+    """State of `master_weights`."""
 
-    inner: Any  # of the inner optimizer, float32
-    master: Any  # like the parameters, float32; None for one that is float32 itself
+    inner: Any  # state of the inner optimizer, float32
+    master: Any  # like the parameters, float32; None for a float32 parameter
 
 
 def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
-    """Runs an optimizer on a float32 copy of narrow parameters; these are the copy, rounded.
+    """Run an optimizer on a float32 copy of narrow parameters and round the copy to their dtype.
 
-    The copy starts as the parameters and from then on is the truth: an update is added to it in
-    float32, and the parameter becomes the nearest value of its dtype. Ties go to even, except in
-    bfloat16, where they go away from zero so that `bf16_remainder`, which has no room for ties to
-    even, gives the same numbers bit for bit. What is written to the parameters from outside is
-    overwritten at the next update.
+    The copy starts equal to the parameters. Each update is added to the copy in float32, and the
+    parameter becomes the nearest value of its dtype. Ties are rounded to even, except in bfloat16,
+    where they are rounded away from zero. `bf16_remainder`, which cannot represent ties to even,
+    therefore gives the same numbers bit for bit.
 
-    4 bytes a parameter in the state, 6 with a 16-bit parameter. A parameter in float32 is left to
-    the inner optimizer.
+    If other code writes to a parameter, the next update overwrites it. The state takes 4 bytes a
+    parameter. The inner optimizer updates float32 parameters directly.
 
     Args:
-      optimizer: any Optax transformation, clipping and the like inside it. Its state is float32.
+      optimizer: any Optax transformation, gradient clipping included. Its state is float32.
 
     Returns:
-      A transformation whose `update` wants `params`. Its updates for narrow parameters are
+      A transformation whose `update` needs `params`. Its updates for narrow parameters are
       `BitUpdate`s, which `optax.apply_updates` adds exactly.
 
     Raises:
       ValueError: from `init`, if no parameter is bfloat16, float16, float8_e4m3fn or float8_e5m2,
-        or one is in another narrow dtype.
+        or one has another narrow dtype.
 
     >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
     >>> optimizer = master_weights(optax.sgd(1.0))
@@ -66,25 +63,28 @@ def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
 
     Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1.
     """
-    inner = fp32_state(optimizer)
 
-    def init(params: Any) -> MasterWeightsState:
-        check_narrow("master_weights", params)
-        master = map_narrow(to_float32, params)
-        return MasterWeightsState(inner.init(in_full(params, master)), master)
+    def first(params: Any, values: Any) -> Any:
+        del params
+        return values
 
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, MasterWeightsState]:
-        full = in_full(params, state.master)
-        updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
-        master = map_narrow(
-            lambda p, m, u: add_float32(m, to_float32(u)), params, state.master, updates
-        )
-        new = map_narrow(lambda p, m: _nearest(m, p.dtype), params, master)
-        return bit_updates(updates, params, new), MasterWeightsState(inner_state, master)
+    def read(params: Any, master: Any) -> Any:
+        del params
+        return master
 
-    return NarrowParameters(init, update)
+    def move(params: Any, master: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+        del values
+        master = map_narrow(lambda p, m, u: add_float32(m, to_float32(u)), params, master, updates)
+        return map_narrow(lambda p, m: _nearest(m, p.dtype), params, master), master
+
+    return narrow_transformation(
+        "master_weights",
+        fp32_state(optimizer),
+        MasterWeightsState,
+        first=first,
+        move=move,
+        read=read,
+    )
 
 
 def _nearest(master: jax.Array, dtype: Any) -> jax.Array:

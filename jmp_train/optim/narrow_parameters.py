@@ -1,9 +1,9 @@
-"""What the transformations for parameters narrower than float32 share.
+"""Shared parts of the transformations for parameters narrower than float32.
 
-The transformations decide on a parameter's new value to the bit. An update that is added, as
-Optax's are, cannot carry that: where a parameter falls from 1 to 2^-30, no float32 u makes
-`1 + u` round to it, because float32 spaces its values near -1 by 2^-24. `BitUpdate` carries the
-difference of bit patterns instead, and knows how to be added.
+These transformations determine every bit of a parameter's new value. An update that is added, as
+Optax's updates are, cannot express that: where a parameter falls from 1 to 2^-30, no float32 u
+makes `1 + u` round to it, because float32 spaces its values near -1 by 2^-24. `BitUpdate` stores
+the difference of the two bit patterns instead and defines its own addition.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from jmp_train.numerics.rounding import NARROW_FORMATS, to_float32
 
 
 class NarrowParameters(optax.GradientTransformationExtraArgs):
-    """A transformation that takes parameters narrower than float32 as they are.
+    """A transformation that takes parameters narrower than float32 without a cast.
 
-    `fp32_state`, and `make_step` with it, hands such a one the parameters themselves.
+    `fp32_state` returns it unchanged, and so does `make_step`, which calls `fp32_state`.
     """
 
 
@@ -34,15 +34,16 @@ class BitUpdate:
     """An update whose sum with its parameter is the new parameter, bit for bit.
 
     `old + BitUpdate(bits(new) - bits(old))` is `new` for every pair of bit patterns, signed zeros,
-    subnormals, infinities and NaN among them, because integers modulo 2^16 are a group; zeros
-    leave a parameter as it is. `optax.apply_updates` needs nothing else. It is a pytree with one
-    leaf and may leave jit and pass through `lax.scan`, `lax.cond` and `jnp.where`. It is not a
-    number: a transformation that scales or averages updates belongs inside the one that made this,
-    and adding the result of one outside raises.
+    subnormals, infinities and NaN included, because integers modulo 2^16 form a group. A
+    difference of zero leaves the parameter unchanged. `optax.apply_updates` needs no change.
+
+    A `BitUpdate` is a pytree with one leaf. It may leave jit and pass through `lax.scan`,
+    `lax.cond` and `jnp.where`. It is not a number: put a transformation that scales or averages
+    updates inside the transformation that made it. Adding a scaled `BitUpdate` raises a TypeError.
 
     Attributes:
-      difference: of the bit patterns, modulo 2^16 or 2^8; uint16 or uint8, of the parameter's
-        shape.
+      difference: difference of the bit patterns, modulo 2^16 or 2^8; uint16 or uint8, of the
+        parameter's shape.
 
     >>> update = BitUpdate.between(jnp.bfloat16(1.0), jnp.bfloat16(2.0**-30))
     >>> jnp.bfloat16(1.0) + update
@@ -55,7 +56,7 @@ class BitUpdate:
 
     @classmethod
     def between(cls, old: Any, new: Any) -> BitUpdate:
-        """The update that makes `new` out of `old`, two arrays of one narrow dtype and shape."""
+        """Return the update from `old` to `new`, two arrays of one narrow dtype and shape."""
         return cls(_bits(new) - _bits(old))
 
     def __radd__(self, old: Any) -> jax.Array:
@@ -79,7 +80,7 @@ def _add_bits(old: Any, difference: Any) -> jax.Array:
 
 @_add_bits.defjvp
 def _no_derivative(primals: Any, tangents: Any) -> Any:
-    # Of a bit pattern it would be zero, without a word.
+    # The derivative of a bit pattern would silently be zero.
     raise TypeError(
         "parameters under master_weights, bf16_remainder, kahan or stochastic_rounding cannot be "
         "differentiated through an update, which works on their bits; expected float32 parameters, "
@@ -97,24 +98,22 @@ def _bits(x: Any) -> jax.Array:
 
 
 def is_narrow(x: Any) -> bool:
-    """Whether an array is floating and narrower than float32."""
+    """Return whether an array is floating and narrower than float32."""
     dtype = jnp.result_type(x)
     return is_floating(dtype) and jnp.finfo(dtype).bits < 32
 
 
-def check_narrow(
-    name: str, params: Any, dtypes: tuple[np.dtype, ...] = NARROW_FORMATS
-) -> list[Any]:
-    """The narrow leaves of parameters, after a look at the dtypes.
+def check_narrow(name: str, params: Any, dtypes: tuple[np.dtype, ...] = NARROW_FORMATS) -> None:
+    """Check the dtypes of parameters that are given to a transformation.
 
     Args:
-      name: of the transformation, for the message.
+      name: name of the transformation, for the error message.
       params: the parameters.
-      dtypes: what it takes.
+      dtypes: narrow dtypes that the transformation supports.
 
     Raises:
-      ValueError: if there are parameters and none is narrower than float32, or one has another
-        dtype.
+      ValueError: if no parameter is narrower than float32, or one is narrow and its dtype is not
+        in `dtypes`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     expected = " or ".join(dtype.name for dtype in dtypes)
@@ -125,24 +124,23 @@ def check_narrow(
                 f"{name}: parameter {where!r} is {jnp.result_type(leaf)}; expected {expected} "
                 "(or float32, which is left to the inner optimizer)"
             )
-    narrow = [leaf for _, leaf in leaves if is_narrow(leaf)]
-    if leaves and not narrow:  # `optax.tree.map_params` calls `init` with a tree without leaves
+    # `optax.tree.map_params` calls `init` with a tree without leaves.
+    if leaves and not any(is_narrow(leaf) for _, leaf in leaves):
         found = ", ".join(sorted({str(jnp.result_type(leaf)) for _, leaf in leaves}))
         raise ValueError(
             f"{name}: the parameters are {found}; expected some in {expected}. If they are in your "
             f"program, {name} must be the outermost transformation that sees them: "
             f"{name}(optax.chain(...)), not optax.chain(..., {name}(...)), in make_step"
         )
-    return narrow
 
 
 def map_narrow(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
-    """`function(param, *leaves)` for each narrow parameter; None in the place of the others.
+    """Return `function(param, *leaves)` for each narrow parameter, and None for the others.
 
     Args:
-      function: of a parameter and what the trees hold in its place.
+      function: called with a parameter and the corresponding leaf of each tree.
       params: the parameters.
-      *trees: of the parameters' structure; a whole subtree or None may stand for a leaf.
+      *trees: trees of the parameters' structure; a leaf may be a subtree or None.
     """
     leaves, treedef = _flatten(params)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
@@ -150,33 +148,44 @@ def map_narrow(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
     return treedef.unflatten([function(*row) if is_narrow(row[0]) else None for row in rows])
 
 
-def in_full(params: Any, full: Any = None) -> Any:
-    """The parameters with float32 in the place of the narrow ones.
+def widened(params: Any, memory: Any = None) -> Any:
+    """Return the float32 value of each narrow parameter, and None for the others."""
+    del memory
+    return map_narrow(to_float32, params)
+
+
+def unzip_narrow(params: Any, pairs: Any) -> tuple[Any, Any]:
+    """Split a tree of pairs from `map_narrow` into a tree of first and one of second elements."""
+    first = map_narrow(lambda p, pair: pair[0], params, pairs)
+    return first, map_narrow(lambda p, pair: pair[1], params, pairs)
+
+
+def in_full(params: Any, full: Any) -> Any:
+    """Return the parameters with each narrow one replaced by its float32 value.
 
     Args:
       params: the parameters.
-      full: those float32 values, from `map_narrow`; the parameters' own when None.
+      full: float32 values of the narrow parameters, from `map_narrow`.
     """
-    full = map_narrow(to_float32, params) if full is None else full
     return _merge(params, full, params)
 
 
 def bit_updates(updates: Any, params: Any, new: Any) -> Any:
-    """The updates with a `BitUpdate` in the place of each narrow parameter's.
+    """Return the updates with a `BitUpdate` for each narrow parameter.
 
     Args:
-      updates: of the inner optimizer.
-      params: the parameters before.
-      new: the narrow ones after, from `map_narrow`.
+      updates: updates of the inner optimizer.
+      params: parameters before the update.
+      new: narrow parameters after the update, from `map_narrow`.
     """
     return _merge(params, map_narrow(BitUpdate.between, params, new), updates)
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """`optax.apply_updates` for parameters of any dtype.
+    """Apply updates to parameters of any dtype; otherwise the same as `optax.apply_updates`.
 
-    JAX promotes no 8-bit float, so Optax cannot add a float32 update to one; here the sum is
-    formed in float32, as for a 16-bit parameter, and rounded once.
+    JAX does not promote 8-bit floats, so Optax cannot add a float32 update to one. This function
+    forms the sum in float32, as for a 16-bit parameter, and rounds it once.
     """
 
     def add(p: Any, u: Any) -> Any:
@@ -186,6 +195,50 @@ def apply_updates(params: Any, updates: Any) -> Any:
         return (p.astype(jnp.float32) + u).astype(p.dtype)
 
     return jax.tree.map(add, params, updates)
+
+
+def narrow_transformation(
+    name: str,
+    optimizer: optax.GradientTransformationExtraArgs,
+    make_state: Callable[[Any, Any], Any],
+    *,
+    first: Callable[[Any, Any], Any],
+    move: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    read: Callable[[Any, Any], Any] = widened,
+    dtypes: tuple[np.dtype, ...] = NARROW_FORMATS,
+) -> NarrowParameters:
+    """Build the transformation that runs an optimizer in float32 over narrow parameters.
+
+    The functions `first`, `move` and `read` define how one method keeps small updates. Each takes
+    and returns whole trees, made with `map_narrow`. The memory is the tree that the method keeps
+    in the state between updates.
+
+    Args:
+      name: name of the method, for error messages.
+      optimizer: the inner optimizer under `fp32_state`.
+      make_state: constructs the state from the inner optimizer's state and the memory.
+      first: `first(params, values)` returns the first memory.
+      move: `move(params, memory, values, updates)` returns the new narrow parameters and the new
+        memory.
+      read: `read(params, memory)` returns the float32 values that the inner optimizer sees.
+      dtypes: narrow dtypes that the method supports.
+    """
+
+    def init(params: Any) -> Any:
+        check_narrow(name, params, dtypes)
+        values = widened(params)
+        memory = first(params, values)
+        return make_state(optimizer.init(in_full(params, values)), memory)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        inner_state, memory = state
+        values = read(params, memory)
+        full = in_full(params, values)
+        updates, inner_state = optimizer.update(updates, inner_state, full, **extra_args)
+        new, memory = move(params, memory, values, updates)
+        return bit_updates(updates, params, new), make_state(inner_state, memory)
+
+    return NarrowParameters(init, update)
 
 
 def _flatten(params: Any) -> tuple[list[Any], Any]:

@@ -1,4 +1,4 @@
-"""The optimizers that an experiment chooses by name, with their schedule and clipping."""
+"""Optimizers that an experiment chooses by name, with a schedule and gradient clipping."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from jmp_train.tree import cast_floating
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimizer, its schedule and its clipping."""
+    """Optimizer, learning-rate schedule and gradient clipping."""
 
     name: Literal["adamw", "adam", "sgd", "lion", "muon"] = "adamw"
-    """Optimizer; its state is float32 under every policy, unless state says otherwise."""
+    """Optimizer. Its state is float32 under every policy unless the field state says otherwise."""
     learning_rate: float = 1e-3
-    """Peak learning rate; --lr for short."""
+    """Peak learning rate; --lr is short for it."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from its peak to zero (constant: it does not) by the last step."""
+    """Decay of the learning rate from its peak to zero by the last step; constant: no decay."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from zero to its peak; fewer than the run has."""
+    """Steps of linear warm-up from zero to the peak learning rate; must be fewer than --steps."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay (adamw, lion, muon)."""
+    """Decoupled weight decay per unit of learning rate (adamw, lion, muon)."""
     b1: float = 0.9
-    """Decay of the first moment (adamw, adam, lion)."""
+    """Decay rate of the first moment (adamw, adam); weight of the momentum in the update (lion)."""
     b2: float = 0.999
-    """Decay of the second moment (adamw, adam), or of the momentum (lion)."""
+    """Decay rate of the second moment (adamw, adam) or of the momentum (lion)."""
     eps: float = 1e-8
-    """Added to the root of the second moment (adamw, adam)."""
+    """Constant added to the square root of the second moment (adamw, adam)."""
     momentum: float = 0.9
-    """Momentum (sgd), Nesterov's."""
+    """Nesterov momentum (sgd); 0 disables it."""
     max_grad_norm: float | None = 1.0
-    """Global norm that unscaled gradients are clipped to; None does not clip."""
+    """Global norm above which unscaled gradients are clipped; None disables clipping."""
     parameters: Literal["direct", "master", "remainder", "stochastic", "kahan"] = "direct"
-    """Way with parameters narrower than float32 and the small updates that they lose (direct). In the
-    optimizer's state: master, a float32 copy; remainder, the 16 bits that bfloat16 lacks; kahan,
-    the rounding error; stochastic, nothing: parameters are rounded up or down by chance."""
+    """Method for parameters narrower than float32: direct loses small updates; master keeps a
+    float32 copy in the optimizer's state; remainder keeps the low 16 bits of each float32 value
+    (bfloat16 only); kahan keeps the rounding error; stochastic rounds up or down at random."""
     state: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the optimizer computes and keeps its state in; the two narrow ones are there to show what
-    goes wrong (docs/parameters.md)."""
+    """Dtype of the optimizer's computation and state. bfloat16 and float16 exist to show what fails
+    (docs/parameters.md)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -70,14 +70,15 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the update's number, from 0.
+    """Return the learning rate as a function of the number of updates made so far.
 
     Args:
-      config: its `learning_rate`, `schedule` and `warmup_steps`.
-      steps: updates in the whole run.
+      config: its `learning_rate`, `schedule` and `warmup_steps` are used.
+      steps: number of updates in the whole run.
 
     Raises:
-      ValueError: if the warm-up is not shorter than the run; `experiment.fit_warmup` scales it.
+      ValueError: if the warm-up is not shorter than the run; `config.warmup.fit_warmup` shortens
+      it.
 
     >>> schedule = make_schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=10), steps=110)
     >>> [round(float(schedule(n)), 3) for n in (0, 5, 10, 60, 110)]
@@ -100,14 +101,14 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def check_parameters(config: OptimizerConfig, param_dtype: Any) -> None:
-    """Whether a config's way with narrow parameters fits the dtype that they are stored in.
+    """Check that a method for narrow parameters supports the dtype in which they are stored.
 
     Args:
-      config: its `parameters`.
-      param_dtype: of the policy.
+      config: its field `parameters` names the method.
+      param_dtype: parameter dtype of the policy.
 
     Raises:
-      ValueError: if it does not.
+      ValueError: if the method does not support the dtype.
 
     >>> check_parameters(OptimizerConfig(parameters="remainder"), jnp.float16)
     Traceback (most recent call last):
@@ -118,11 +119,11 @@ expected bfloat16 parameters, as in policy 'bf16-true', or 'direct'
     if config.parameters == "direct":
         return
     if config.parameters == "remainder":
-        fits, expected = dtype == jnp.bfloat16, "bfloat16 parameters, as in policy 'bf16-true'"
+        supported, expected = dtype == jnp.bfloat16, "bfloat16 parameters, as in policy 'bf16-true'"
     else:
-        fits = jnp.finfo(dtype).bits < 32
+        supported = jnp.finfo(dtype).bits < 32
         expected = "narrower ones, as in policies 'bf16-true' and '16-true'"
-    if not fits:
+    if not supported:
         raise ValueError(
             f"optimizer.parameters is {config.parameters!r} and the policy stores parameters in "
             f"{dtype}; expected {expected}, or 'direct'"
@@ -132,20 +133,20 @@ expected bfloat16 parameters, as in policy 'bf16-true', or 'direct'
 def make_optimizer(
     config: OptimizerConfig, steps: int, *, seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a config: clip by global norm, then the named update, state in float32.
+    """Return the optimizer of a config: clipping by global norm, then the update, state in float32.
 
     Args:
-      config: which one.
-      steps: updates in the whole run, for the schedule.
-      seed: of stochastic rounding.
+      config: name and settings of the optimizer.
+      steps: number of updates in the whole run, for the schedule.
+      seed: random seed of stochastic rounding.
 
     Returns:
-      The optimizer, its `init` and `update` given the parameters in their own dtype. Where
-      `config.parameters` is not "direct", `init` raises a ValueError for parameters whose dtype
-      does not fit (`check_parameters`), and `update` wants `params`.
+      The optimizer. Its `init` and `update` take the parameters in their own dtype. Unless
+      `config.parameters` is "direct", `init` raises a ValueError for parameters whose dtype the
+      method does not support (`check_parameters`), and `update` needs `params`.
 
     Raises:
-      ValueError: if the warm-up is longer than the run.
+      ValueError: if the warm-up is not shorter than the run.
     """
     rate = make_schedule(config, steps)
     c = config
@@ -162,7 +163,7 @@ def make_optimizer(
         optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
     if config.state != "float32":
         optimizer = _narrow(optimizer, jnp.dtype(config.state))
-    # A stream of its own: the run's seed also makes its parameters and its dropout.
+    # A separate random stream, because the seed also makes the parameters and the dropout keys.
     rounding_key = jax.random.fold_in(jax.random.key(seed), 0x524F554E)
     return {
         "direct": lambda: fp32_state(optimizer),
@@ -176,7 +177,7 @@ def make_optimizer(
 def _narrow(
     optimizer: optax.GradientTransformation, dtype: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer as Optax alone runs it over parameters and gradients of a dtype."""
+    """Run an optimizer on parameters and gradients cast to a dtype, as Optax alone does."""
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> Any:

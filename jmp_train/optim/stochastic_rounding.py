@@ -1,4 +1,4 @@
-"""Narrow parameters whose updates are rounded up or down by chance, with nothing kept."""
+"""Narrow parameters that are rounded up or down at random, with only a key in the state."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ from jmp_train.numerics.rounding import add_float32, stochastic_round, to_float3
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import (
     NarrowParameters,
-    bit_updates,
-    check_narrow,
-    in_full,
     map_narrow,
+    narrow_transformation,
 )
 
 
 class StochasticRoundingState(NamedTuple):
-    """The state of `stochastic_rounding`."""
+    """State of `stochastic_rounding`."""
 
-    inner: Any  # of the inner optimizer, float32
-    key: jax.Array  # the next update's PRNG key, as raw data: shape=(2,), uint32, for threefry
+    inner: Any  # state of the inner optimizer, float32
+    key: jax.Array  # PRNG key of the next update, as raw data: shape=(2,), uint32, for threefry
 
 
 def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -> NarrowParameters:
-    """Runs an optimizer on narrow parameters and rounds each new one without bias.
+    """Run an optimizer on narrow parameters and round each new parameter without bias.
 
-    The update is added in float32; the sum goes to either neighbour in the parameter's dtype, the
-    nearer the likelier, so that updates below half a spacing move the parameter in the mean where
-    rounding to nearest never would. The price is noise of up to one spacing a step; nothing is
-    kept but a key. A narrow parameter whose update is zero stays as it is (-0 becomes +0), a subnormal one
-    too.
+    The update is added in float32. The sum is rounded to one of its two neighbours in the
+    parameter's dtype, the nearer one with the higher probability. Updates below half of the spacing
+    therefore move the parameter in the mean, where rounding to nearest loses them. The cost is
+    noise of up to one spacing a step.
 
-    0 bytes a parameter in the state. A parameter in float32 is left to the inner optimizer.
+    The state takes no bytes per parameter, only a key. A narrow parameter whose update is zero
+    stays unchanged, subnormal ones included (-0 becomes +0). The inner optimizer updates float32
+    parameters directly.
 
     Args:
-      optimizer: any Optax transformation, clipping and the like inside it. Its state is float32.
-      key: a PRNG key, typed or raw, or an integer seed; the state carries it on, so a run that is
-        resumed, or repeated, draws the same numbers, and a skipped step draws none.
+      optimizer: any Optax transformation, gradient clipping included. Its state is float32.
+      key: PRNG key, typed or raw, or an integer seed. The state has the key of the next update, so
+        a resumed or repeated run draws the same numbers, and a skipped step draws none.
 
     Returns:
-      A transformation whose `update` wants `params`. Its updates for narrow parameters are
+      A transformation whose `update` needs `params`. Its updates for narrow parameters are
       `BitUpdate`s, which `optax.apply_updates` adds exactly.
 
     Raises:
       ValueError: from `init`, if no parameter is bfloat16, float16, float8_e4m3fn or float8_e5m2,
-        or one is in another narrow dtype.
+        or one has another narrow dtype.
 
     >>> params = {"w": jnp.ones(2000, jnp.bfloat16)}
     >>> optimizer = stochastic_rounding(optax.sgd(1.0), key=0)
@@ -63,22 +62,17 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
     Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"; Zamirai et al.
     2020, "Revisiting BFloat16 Training", algorithm 2.
     """
-    inner = fp32_state(optimizer)
-    first = jax.random.key(key) if isinstance(key, int) else jnp.asarray(key)
-    typed = jnp.issubdtype(first.dtype, jax.dtypes.prng_key)
-    first = first if typed else jax.random.wrap_key_data(first)
-    implementation = jax.random.key_impl(first)
+    start = jax.random.key(key) if isinstance(key, int) else jnp.asarray(key)
+    typed = jnp.issubdtype(start.dtype, jax.dtypes.prng_key)
+    start = start if typed else jax.random.wrap_key_data(start)
+    implementation = jax.random.key_impl(start)
 
-    def init(params: Any) -> StochasticRoundingState:
-        check_narrow("stochastic_rounding", params)
-        return StochasticRoundingState(inner.init(in_full(params)), jax.random.key_data(first))
+    def first(params: Any, values: Any) -> jax.Array:
+        del params, values
+        return jax.random.key_data(start)
 
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, StochasticRoundingState]:
-        full = in_full(params)
-        updates, inner_state = inner.update(updates, state.inner, full, **extra_args)
-        now = jax.random.wrap_key_data(state.key, impl=implementation)
+    def move(params: Any, data: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+        now = jax.random.wrap_key_data(data, impl=implementation)
         following, now = jax.random.split(now)
         leaves, treedef = jax.tree.flatten(params)
         keys = treedef.unflatten([jax.random.fold_in(now, n) for n in range(len(leaves))])
@@ -86,8 +80,13 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
         def rounded(p: Any, value: jax.Array, u: Any, key: jax.Array) -> jax.Array:
             return stochastic_round(add_float32(value, to_float32(u)), p.dtype, key)
 
-        new = map_narrow(rounded, params, full, updates, keys)
-        state = StochasticRoundingState(inner_state, jax.random.key_data(following))
-        return bit_updates(updates, params, new), state
+        new = map_narrow(rounded, params, values, updates, keys)
+        return new, jax.random.key_data(following)
 
-    return NarrowParameters(init, update)
+    return narrow_transformation(
+        "stochastic_rounding",
+        fp32_state(optimizer),
+        StochasticRoundingState,
+        first=first,
+        move=move,
+    )

@@ -1,7 +1,5 @@
 """Arrays for tests, and comparing them."""
 
-import chex
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -19,10 +17,3 @@ def rounded(shape, seed=0, low=-2.0, high=2.0):
 def through_product(op):
     """Return `op` of a product with the identity: a half-precision array with the values of x."""
     return lambda x, *rest: op(x @ jnp.eye(x.shape[-1]), *rest)
-
-
-def assert_same_bits(a, b):
-    """Assert that two trees have the same shapes, dtypes and bits."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()

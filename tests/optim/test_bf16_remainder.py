@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.arrays import assert_same_bits
+from helpers.bits import assert_same_bits
 
 import jmp_train as jt
 

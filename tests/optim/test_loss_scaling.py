@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers.arrays import assert_same_bits
+from helpers.bits import assert_same_bits
 
 import jmp_train as jt
 from jmp_train.optim import LossScalingState
@@ -244,9 +244,9 @@ def test_the_scale_is_found_at_any_depth():
 
 def test_a_state_with_no_scale_or_two_is_refused():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
-    with pytest.raises(ValueError, match="holds 0 loss scales; expected one"):
+    with pytest.raises(ValueError, match="has 0 loss scales; expected one"):
         jt.scale_loss(1.0, optax.adam(1.0).init(params))
     each = {name: jt.loss_scaling(optax.sgd(1.0)) for name in params}
     two = optax.partition(each, {"a": "a", "b": "b"}).init(params)
-    with pytest.raises(ValueError, match="holds 2 loss scales; .* around the whole optimizer"):
+    with pytest.raises(ValueError, match="has 2 loss scales; .* around the whole optimizer"):
         jt.scale_loss(1.0, two)

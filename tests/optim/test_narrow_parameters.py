@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from helpers.bits import bits, every_pattern, unsigned
 
 import jmp_train as jt
 from jmp_train.optim import BitUpdate
@@ -14,23 +15,16 @@ WAYS = (jt.master_weights, jt.bf16_remainder, jt.stochastic_rounding, jt.kahan)
 DTYPES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
-def bits(x):
-    x = np.asarray(x)
-    return x.view(np.uint8 if x.dtype.itemsize == 1 else np.uint16)
-
-
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_apply_updates_reaches_every_pattern_from_every_other(dtype, jit):
     """All pairs in 8 bits; in 16 bits all patterns, each paired with 16 others. NaN and signed zero
     are patterns like any other."""
-    width = 8 * np.dtype(dtype).itemsize
-    unsigned = np.uint8 if width == 8 else np.uint16
-    every = np.arange(2**width).astype(unsigned)
+    every = every_pattern(dtype)
     rng = np.random.default_rng(0)
-    others = every if width == 8 else rng.integers(0, 2**16, 16).astype(np.uint16)
+    others = every if every.dtype == np.uint8 else rng.integers(0, 2**16, 16).astype(np.uint16)
     old = np.broadcast_to(every, (len(others), len(every))).view(dtype)
-    new = (every + others[:, None]).astype(unsigned).view(dtype)
+    new = (every + others[:, None]).astype(unsigned(dtype)).view(dtype)
 
     def go(old, new):
         return optax.apply_updates({"w": old}, {"w": BitUpdate.between(old, new)})["w"]

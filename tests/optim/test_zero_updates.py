@@ -6,16 +6,12 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from helpers.bits import bits, every_pattern
 
 import jmp_train as jt
 
 WAYS = (jt.master_weights, jt.bf16_remainder, jt.stochastic_rounding, jt.kahan)
 DTYPES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
-
-
-def every_pattern(dtype):
-    width = 8 * np.dtype(dtype).itemsize
-    return np.arange(2**width).astype(np.uint8 if width == 8 else np.uint16)
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -49,8 +45,8 @@ def test_a_zero_update_keeps_a_subnormal_compensation():
     """Half a spacing at 2^-118 is the subnormal 2^-126; a half of that waits for the other half."""
     value, rest = jnp.bfloat16(2.0**-118), jnp.bfloat16(2.0**-127)
     new, lost = jax.jit(jt.kahan_add)(value, rest, jnp.float32(0))
-    assert np.asarray(new).view(np.uint16) == np.asarray(value).view(np.uint16)
-    assert np.asarray(lost).view(np.uint16) == np.asarray(rest).view(np.uint16)
+    assert bits(new) == bits(value)
+    assert bits(lost) == bits(rest)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -49,7 +49,9 @@ def test_the_dict_holds_every_field_in_plain_numbers():
     assert list(entries) == ["kind", *names]
     assert {type(value) for value in entries.values()} <= {str, int, float, bool, type(None)}
     assert (entries["loss_scale"], entries["counter"], entries["hysteresis_left"]) == (48.0, 2, 2)
-    with pytest.raises(TypeError, match="3 is no loss scale; expected one of NoOpLossScale, Sta"):
+    with pytest.raises(
+        TypeError, match="3 is not a loss scale; expected one of NoOpLossScale, Sta"
+    ):
         jt.loss_scale_to_dict(3)  # pyright: ignore[reportArgumentType]
 
 
@@ -200,5 +202,5 @@ def test_what_no_gradscaler_wrote_is_refused_by_its_own_names(entries, message):
 
 
 def test_a_gradscalers_state_in_the_wrong_place_is_told_the_right_one():
-    with pytest.raises(ValueError, match="there is loss_scale_from_gradscaler"):
+    with pytest.raises(ValueError, match="use loss_scale_from_gradscaler"):
         jt.loss_scale_from_dict(GRADSCALER)

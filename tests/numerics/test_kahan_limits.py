@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.bits import assert_same_bits
 
 import jmp_train as jt
 
@@ -54,8 +55,7 @@ def test_kahan_addition_is_that_of_numpy_bit_for_bit(name, exponent):
         moved = new.astype(np.float32) - value.astype(np.float32)
         value, lost = new, (total - moved).astype(lost.dtype)
     got = after(name, start, addition, 500)
-    np.testing.assert_array_equal(got[0].view(np.uint16), value.view(np.uint16))
-    np.testing.assert_array_equal(got[1].view(np.uint16), lost.view(np.uint16))
+    assert_same_bits(got, (value, lost))
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.75, 0.999, 1.0, 1.001, 1.5, 2.0])

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.bits import bits as patterns
+from helpers.bits import every_pattern, unsigned
 
 import jmp_train as jt
 from jmp_train.numerics.rounding import add_float32, to_float32
@@ -22,15 +24,6 @@ each_format = pytest.mark.parametrize("name", FORMATS)
 stochastic_round = jax.jit(jt.stochastic_round, static_argnums=1)
 round_to_nearest = jax.jit(jt.round_to_nearest, static_argnums=1)
 split, join = jax.jit(jt.split_bf16_remainder), jax.jit(jt.join_bf16_remainder)
-
-
-def unsigned(dtype):
-    return np.uint8 if np.dtype(dtype).itemsize == 1 else np.uint16
-
-
-def patterns(array):
-    array = np.asarray(array)
-    return array.view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
 
 
 @functools.cache
@@ -386,7 +379,7 @@ def test_a_compensation_of_an_overflow_is_zero():
 
 @each_format
 def test_widening_is_exact(name):
-    bits = np.arange(2 ** (8 * FORMATS[name].itemsize)).astype(unsigned(FORMATS[name]))
+    bits = every_pattern(FORMATS[name])
     values = bits.view(FORMATS[name])
     expected = values.astype(np.float32)
     normal = ~np.isnan(expected)

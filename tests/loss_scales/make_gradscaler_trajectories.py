@@ -1,6 +1,6 @@
 """Writes data/gradscaler_trajectories.json: what PyTorch's GradScaler does, for machines without it.
 
-    python tests/precision/make_gradscaler_trajectories.py
+    python tests/loss_scales/make_gradscaler_trajectories.py
 
 Each case holds the hyper-parameters, the run lengths of finite and non-finite steps in turn, and
 the steps after which the scale is another, with the scale.
