@@ -14,7 +14,7 @@ import pytest
 
 from jmp_train.cli.main import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 OWN = """\
 from jmp_train.data import NpzConfig
@@ -336,7 +336,7 @@ NAMES = [
         r"GptConfig reads tokens, and the data NpzConfig have image and label; expected data that",
     ),
     (["train", "no_data"], r"data is None; expected a configuration with a method 'load'"),
-    (["train", "no_model"], r"model is 3; expected a configuration with a method 'task'"),
+    (["train", "no_model"], r"model is 3; expected a configuration with a method 'network'"),
     (["train", "unknown_field"], r"unexpected keyword argument 'stesp'"),
     (["train", "no_path"], r"missing 1 required positional argument: 'path'"),
 ]
@@ -436,7 +436,7 @@ PREDICTS = [
     (["done", "--promt", "x"], r"did you mean --prompt\?"),
 ]
 OTHERS = [
-    ([""], r"unknown command ''; expected one of compare, eval, list, predict, train"),
+    ([""], r"unknown command ''; expected one of compare, eval, list, predict, profile, train"),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
 ]

@@ -12,7 +12,7 @@ import pytest
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "jmp_train").rglob("*.py"), *(ROOT / "experiments").glob("*.py")])
 
 RUN_CODE = {
