@@ -468,7 +468,7 @@ def test_a_skipped_step_is_replayed_with_its_own_key_and_scale(tmp_path, monkeyp
     last = LastCall(3, state, jnp.ones(2), float(info.loss_scale), skipped=True, bad=3)
     report = investigate(context, "diverged", last)
     assert report.problems == ()
-    [(_, before, batch)] = replayed
+    [(_, _, before, batch)] = replayed
     grads = step_gradients(loss_fn, get_precision("float32"))
     assert float(grads(before, batch).loss) == float(info.loss)
     assert state.loss_scale.loss_scale == 2.0**7 and before.loss_scale.loss_scale == 2.0**8
