@@ -125,7 +125,7 @@ def listing(folder):
     return {p.relative_to(folder).as_posix(): digest(p) for p in folder.rglob("*")}
 
 
-@pytest.mark.slow  # a process of its own, with a home of its own; tests/test_bad_input.py is quicker
+@pytest.mark.slow  # a process of its own, with a home of its own; tests/cli/test_bad_input.py is quicker
 def test_a_run_writes_into_the_directory_that_was_named_and_nowhere_else(tmp_path):
     for name in ("home", "work", "tmp"):
         (tmp_path / name).mkdir()
