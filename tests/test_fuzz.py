@@ -24,8 +24,8 @@ from jmp_train.data import NpzConfig
 from jmp_train.errors import UsageError
 from jmp_train.policy.policy import Policy, get_policy
 from jmp_train.policy.rules import Rules
+from jmp_train.runs.directory import read_config
 from jmp_train.runs.metrics import MetricsWriter, read_metrics, strict_json
-from jmp_train.runs.train import read_config
 
 
 def of_tokens(*tokens, most=12):
@@ -298,8 +298,8 @@ def test_nothing_but_what_is_documented_is_raised(tmp_path, monkeypatch, name, c
     def reached(*_, **__):
         raise UsageError("nothing is trained here")
 
-    monkeypatch.setattr("jmp_train.runs.train.train", reached)
-    monkeypatch.setattr("jmp_train.runs.train.evaluate_run", reached)
+    monkeypatch.setattr("jmp_train.cli.train.train", reached)
+    monkeypatch.setattr("jmp_train.cli.eval.evaluate_run", reached)
     monkeypatch.setattr("jmp_train.runs.compare.compare", reached)
     monkeypatch.chdir(tmp_path)
     strategy, check = CHECKS[name]

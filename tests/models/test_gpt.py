@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.programs import equations
 
 import jmp_train as jt
 from jmp_train.config.find import find_experiment
@@ -17,7 +18,6 @@ from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.policy.precision import get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
-from tests.flax.jaxprs import equations
 from tests.models.test_attention import attention_in_float64, rotary_by_complex_numbers
 
 CONFIG = GptConfig(width=16, depth=3, heads=2, loss_chunk=8)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.programs import equations
 
 from jmp_train.tasks.token_losses import token_losses
-from tests.flax.jaxprs import equations
 
 
 def in_float64(x, table, targets, weights):

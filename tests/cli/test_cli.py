@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from jmp_train.cli.main import main, printable
+from jmp_train.cli.main import main
+from jmp_train.cli.predict import printable
 
 
 def run(capsys, *words):
@@ -177,7 +178,7 @@ def test_too_many_skips_have_status_3_and_a_report(capsys, tmp_path):
     ]  # fmt: skip
     first = report["operations"]["ops"][0]
     assert first["kind"] == "overflow" and first["backward"] and first["dtype"] == "float16"
-    assert first["source"].split(":")[0].endswith("jmp_train/models/classification.py")
+    assert first["source"].split(":")[0].endswith("jmp_train/tasks/classification.py")
     float32 = report["float32"]
     assert float32["finite"] and float32["format"] == "float16"
     # 1e9 times the largest gradient is above 65,504, and every share is of the same numbers.

@@ -16,8 +16,10 @@ from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
 from jmp_train.optim import OptimizerConfig, make_schedule
 from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.runs.evaluate import evaluate_run
 from jmp_train.runs.progress import RunProgress
-from jmp_train.runs.train import Stopped, evaluate_run, train
+from jmp_train.runs.signals import Stopped
+from jmp_train.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 SMALL = ("--model.hidden", "4", "--log-every", "10", "--compilation-cache", "False")

@@ -25,25 +25,23 @@ from saved_arrays import assert_same_arrays, final_arrays
 import jmp_train as jt
 from jmp_train.config.find import find_experiment
 from jmp_train.data import DigitsConfig
-from jmp_train.data.batches import _AUGMENT, _generator, state_at
+from jmp_train.data.batches import _DRAW, _generator, state_at
 from jmp_train.errors import UsageError
+from jmp_train.policy.precision import get_precision
+from jmp_train.runs.build import build, first_state
 from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.runs.context import RunContext
+from jmp_train.runs.directory import read_config
+from jmp_train.runs.evaluate import evaluate_run
+from jmp_train.runs.investigate import investigate, scale_of
 from jmp_train.runs.loop import Diverged, LastCall
 from jmp_train.runs.metrics import read_metrics
-from jmp_train.runs.train import (
-    Stopped,
-    _build,
-    _first_state,
-    _investigate,
-    _Run,
-    _scale_of,
-    evaluate_run,
-    read_config,
-    train,
-)
+from jmp_train.runs.signals import Stopped
+from jmp_train.runs.train import train
 from jmp_train.spec import DataSpec
+from jmp_train.step.step import step_gradients
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -152,7 +150,7 @@ def test_the_number_of_micro_batches_reaches_the_step(tmp_path, monkeypatch):
     def spy(*args, micro_batches, **options):
         raise Seen(micro_batches)
 
-    monkeypatch.setattr("jmp_train.runs.train.make_step", spy)
+    monkeypatch.setattr("jmp_train.runs.build.make_step", spy)
     with pytest.raises(Seen, match="^4$"):
         train("mlp_fp16", small(micro_batches=4), tmp_path, QUIET)
 
@@ -202,7 +200,7 @@ def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):
     # Accuracies that fall, so that the first evaluation is the best.
     values = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr(
-        "jmp_train.runs.train.make_evaluate",
+        "jmp_train.runs.build.make_evaluate",
         lambda *_: lambda params, batches: {"accuracy": next(values), "loss": 1.0},
     )
     train("mlp_bf16", small("mlp_bf16", eval_every=10), tmp_path, QUIET)
@@ -316,14 +314,14 @@ class PoisonedDigits(DigitsConfig):
 
     def load(self):
         dataset = super().load()
-        states = [str(_generator(0, i, _AUGMENT).bit_generator.state) for i in self.bad]
+        states = [str(_generator(0, i, _DRAW).bit_generator.state) for i in self.bad]
 
         def augment(batch, rng):
             poison = np.nan if str(rng.bit_generator.state) in states else 0
             batch = self._add_noise(batch, rng)
             return {**batch, "image": batch["image"] + np.float32(poison)}
 
-        return dataset._replace(augment=augment)
+        return dataset._replace(train=dataclasses.replace(dataset.train, augment=augment))
 
 
 def poisoned(*bad, **fields):
@@ -349,8 +347,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_past_the_bad_batch(tmp_path, per
     steps = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [10, 20, 30, 40]
     # By hand: 20 steps, then on without the batches up to the bad one's call, 20 to 22 or 20 to 24.
-    parts = _build(dataclasses.replace(experiment, steps_per_call=1))
-    state = _first_state(experiment, parts)
+    parts = build(dataclasses.replace(experiment, steps_per_call=1))
+    state = first_state(experiment, parts)
     left_out = 3 if per_call == 1 else 5
     for i in (*range(20), *range(20 + left_out, 40 + left_out)):
         state, _ = parts.stepper.step(state, parts.batches[i])
@@ -394,7 +392,7 @@ def test_a_rollback_passes_over_a_checkpoint_that_was_damaged_meanwhile(tmp_path
 
 
 def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr("jmp_train.runs.train._MAX_ROLLBACKS", 2)
+    monkeypatch.setattr("jmp_train.runs.rollback.MAX_ROLLBACKS", 2)
     experiment = poisoned(*range(3, 200), nonfinite="rollback")
     out = io.StringIO()
     with pytest.raises(Diverged, match="the loss is nan"):
@@ -446,7 +444,7 @@ def test_a_step_at_a_scale_of_one_is_replayed_at_one_though_the_scale_has_fallen
     stepper = jt.make_step(lambda p, b: (p * b).sum(), optax.sgd(1.0), loss_scale=scale)
     state, info = stepper.step(stepper.init(params), jnp.full(2, jnp.inf))
     assert not info.finite and state.loss_scale.loss_scale == 0.5
-    assert _scale_of(state, float(info.loss_scale)).loss_scale == 1.0
+    assert scale_of(state, float(info.loss_scale)).loss_scale == 1.0
 
 
 def test_a_skipped_step_is_replayed_with_its_own_key_and_scale(tmp_path, monkeypatch):
@@ -459,22 +457,23 @@ def test_a_skipped_step_is_replayed_with_its_own_key_and_scale(tmp_path, monkeyp
         state, info = stepper.step(state, jnp.ones(2))
         assert not info.finite
     replayed = []
-    monkeypatch.setattr("jmp_train.runs.train._replay", lambda *args: replayed.append(args))
-    monkeypatch.setattr("jmp_train.runs.train._float32_gradients", lambda *args: None)
+    monkeypatch.setattr("jmp_train.runs.investigate.replay", lambda *args: replayed.append(args))
+    monkeypatch.setattr("jmp_train.runs.investigate.float32_gradients", lambda *args: None)
     (tmp_path / "metrics.jsonl").touch()
     parts = types.SimpleNamespace(
-        stepper=stepper, dataset=types.SimpleNamespace(spec=DataSpec(64, 10))
+        task=None, dataset=types.SimpleNamespace(spec=DataSpec.of({"image": np.zeros((1, 64))}, 10))
     )
     checkpoints: Any = types.SimpleNamespace(steps=list)
-    run = _Run("mlp", small(), tmp_path, QUIET, False, parts, checkpoints, [], 0.0, 0)  # pyright: ignore
+    context = RunContext("mlp", small(), tmp_path, QUIET, False, parts, checkpoints, [], 0.0, 0)  # pyright: ignore
     last = LastCall(3, state, jnp.ones(2), float(info.loss_scale), skipped=True, bad=3)
-    report = _investigate(run, Diverged("diverged", last))
+    report = investigate(context, "diverged", last)
     assert report.problems == ()
-    [(_, before, batch)] = replayed
-    assert float(stepper.grads(before, batch).loss) == float(info.loss)
+    [(_, _, before, batch)] = replayed
+    grads = step_gradients(loss_fn, get_precision("float32"))
+    assert float(grads(before, batch).loss) == float(info.loss)
     assert state.loss_scale.loss_scale == 2.0**7 and before.loss_scale.loss_scale == 2.0**8
 
 
 def test_a_run_without_a_loss_scale_is_replayed_without_one():
     stepper = jt.make_step(lambda p, b: (p * b).sum(), optax.sgd(1.0), skip_nonfinite=True)
-    assert isinstance(_scale_of(stepper.init(jnp.ones(2)), 1.0), jt.NoOpLossScale)
+    assert isinstance(scale_of(stepper.init(jnp.ones(2)), 1.0), jt.NoOpLossScale)

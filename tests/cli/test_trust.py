@@ -12,7 +12,7 @@ import pytest
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "jmp_train").rglob("*.py"), *(ROOT / "experiments").glob("*.py")])
 
 RUN_CODE = {
@@ -125,7 +125,7 @@ def listing(folder):
     return {p.relative_to(folder).as_posix(): digest(p) for p in folder.rglob("*")}
 
 
-@pytest.mark.slow  # a process of its own, with a home of its own; tests/test_bad_input.py is quicker
+@pytest.mark.slow  # a process of its own, with a home of its own; tests/cli/test_bad_input.py is quicker
 def test_a_run_writes_into_the_directory_that_was_named_and_nowhere_else(tmp_path):
     for name in ("home", "work", "tmp"):
         (tmp_path / name).mkdir()

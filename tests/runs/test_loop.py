@@ -127,7 +127,7 @@ def scaled_run(batches, scale, *, every=5, limit=100, start=0):
         log=lambda step, values: logged.append(values),
         evaluate=lambda step, state: None,
         checkpoint=lambda step, state, seconds: None,
-        skips_nonfinite=stepper.skips_nonfinite,
+        skips_nonfinite=True,
         max_skipped_in_row=limit,
     )
     return logged
@@ -249,7 +249,7 @@ def test_one_skipped_step_at_a_log_point_does_not_end_the_run():
         log=lambda step, values: logged.append((step, values["skipped_steps"])),
         evaluate=lambda step, state: None,
         checkpoint=lambda step, state, seconds: None,
-        skips_nonfinite=stepper.skips_nonfinite,
+        skips_nonfinite=True,
     )
     assert result.step == 8 and logged == [(4, 1), (8, 1)]
 

@@ -1,4 +1,4 @@
-"""The report's advice: words that fit what was found, and the experiment."""
+"""The report's advice: options that suit what was found, and the experiment."""
 
 import dataclasses
 import types
@@ -8,7 +8,8 @@ import pytest
 from jmp_train.config.find import find_experiment
 from jmp_train.debug import NonFiniteOp, NonFiniteReport
 from jmp_train.policy.rules import Rules
-from jmp_train.runs.divergence import Float32Gradients, advise
+from jmp_train.runs.advice import advise
+from jmp_train.runs.divergence import Float32Gradients
 
 FINE = Float32Gradients(2.3, True, 0.05, 10, "float16", {}, {}, {})
 
@@ -20,11 +21,11 @@ def overflow(module="params/layers/2/kernel", **fields):
     return NonFiniteReport(("loss",), (), (dataclasses.replace(op, **fields),))
 
 
-def words(operations, float32=FINE, *, skips=True, fits=True, **fields):
+def words(operations, float32=FINE, *, skips=True, accepted=True, **fields):
     experiment = dataclasses.replace(find_experiment("mlp_fp16"), **fields)
     tips = advise(
         experiment=experiment, operations=operations, float32=float32, skips=skips,
-        loss_scale=1024.0, fits=lambda rules: fits and bool(Rules(rules)),
+        loss_scale=1024.0, accepts=lambda rules: accepted and bool(Rules(rules)),
     )  # fmt: skip
     return [said for _, said in tips]
 
@@ -51,7 +52,7 @@ def test_a_module_that_no_path_names_gets_no_rule(module):
 
 
 def test_a_rule_that_the_model_would_refuse_is_not_advised():
-    assert not any("--rules" in said for said in words(overflow(), fits=False))
+    assert not any("--rules" in said for said in words(overflow(), accepted=False))
 
 
 def test_what_float32_does_not_mend_gets_no_advice_on_formats():

@@ -26,9 +26,11 @@ from jmp_train.errors import UsageError
 from jmp_train.runs.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
 from jmp_train.runs.metrics import read_metrics
 from jmp_train.runs.progress import RunProgress
-from jmp_train.runs.train import _stop_signals, train
+from jmp_train.runs.provenance import package_versions
+from jmp_train.runs.signals import collect_signals
+from jmp_train.runs.train import iterate, train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 NAME = "linear_bf16"
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -48,7 +50,7 @@ def finished(compiled_once, tmp_path_factory):
     """A finished run, to copy."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jmp_train.runs.train.plot_run", lambda *_, **__: None)
+        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
         train(NAME, small(), folder, QUIET)
     return folder
 
@@ -118,7 +120,7 @@ def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_p
     def killed(*_, **__):
         raise SystemExit
 
-    for function in ("_write_config", "_checkpoints", "_compile"):
+    for function in ("write_config", "open_checkpoints", "compile_step"):
         with monkeypatch.context() as patch:
             patch.setattr(f"jmp_train.runs.train.{function}", killed)
             with pytest.raises(SystemExit):
@@ -148,7 +150,7 @@ def test_a_second_signal_of_any_kind_has_its_usual_effect(monkeypatch):
     seen = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("usual"))
     try:
-        with _stop_signals() as stopped:
+        with collect_signals() as stopped:
             os.kill(os.getpid(), signal.SIGTERM)
             assert (stopped, seen) == ([signal.SIGTERM], [])
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -161,11 +163,9 @@ def test_a_second_signal_of_any_kind_has_its_usual_effect(monkeypatch):
 
 
 def test_other_versions_are_told(run, monkeypatch):
-    from jmp_train.runs.train import _versions
-
-    now = {**_versions(), "jax": "99.0"}
-    there = _versions()["jax"]
-    monkeypatch.setattr("jmp_train.runs.train._versions", lambda: now)
+    there = package_versions()["jax"]
+    now = {**package_versions(), "jax": "99.0"}
+    monkeypatch.setattr("jmp_train.runs.resume.package_versions", lambda: now)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     train(NAME, small(), run, console)
     assert f"saved by other versions: jax {there} -> 99.0\n" in console.export_text()
@@ -186,8 +186,6 @@ def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_
     experiment = small(batch_size=64, steps=16)
     with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
         train(NAME, experiment, run, QUIET)
-    from jmp_train.runs.train import iterate
-
     seen = []
 
     def spy(batches):
@@ -209,8 +207,7 @@ def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_
     said = console.export_text()
     assert "changed: batch_size 128 -> 64, steps 12 -> 16\n" in said
     assert "other batches from step 12 on, for batch_size changed\n" in said
-    dataset = experiment.data.load()
-    batches = train_batches(dataset.train, 64, seed=0, augment=dataset.augment)
+    batches = train_batches(experiment.data.load().train, 64, seed=0)
     assert len(seen) == 4
     for n, batch in enumerate(seen):
         for name, array in batches[12 + n].items():

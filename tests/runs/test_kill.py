@@ -14,7 +14,7 @@ from saved_arrays import assert_same_arrays, final_arrays
 
 from jmp_train.runs.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EVERY = 4  # steps between checkpoints
 VARIANTS = {
     "fp32": ("mlp_fp32",),

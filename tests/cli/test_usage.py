@@ -13,7 +13,7 @@ import pytest
 
 from jmp_train.cli.main import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--steps", "2", "--model.hidden", "4", "--compilation-cache", "False")
 
 
