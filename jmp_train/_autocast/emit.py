@@ -64,7 +64,7 @@ class Emitter:
     def body(
         self, plan: Plan, operands: Operands | OperandGroups, outs: Sequence[Kind | None]
     ) -> Callable[..., Any]:
-        """Return a function of the operands' arguments that returns `outs`, each in its base dtype."""
+        """Return a function from the operands' arguments to `outs`, each in its base dtype."""
 
         def run(*args: Any) -> Any:
             got = self.run(plan, operands.unflatten(args))

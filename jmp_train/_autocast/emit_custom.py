@@ -109,7 +109,8 @@ def _run_backward(
     """Run the user's backward rule, traced in the dtypes that it was written for.
 
     Returns:
-      The cotangents, None for a zero, and the logs of the rule, in the dtypes that it was written in.
+      The cotangents, None for a zero, and the logs of the rule, in the dtypes that it was written
+      in.
     """
     static, values, avals = _backward_arguments(op, specs, residuals, cotangents)
     total = len(specs) + len(cotangents)

@@ -1,4 +1,4 @@
-"""The sort of floating value that each variable of a program has: its dtypes and where it comes from."""
+"""Kinds of floating values in a program: their dtypes, and where they come from."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ class Kind:
     Attributes:
       native: the dtype that it counts as where dtypes are promoted.
       base: the narrowest dtype that represents it exactly; an array in it exists.
-      formats: for a literal, the 16-bit dtypes whose range contains it. A literal adapts to the dtype
-        of the other operands, as a Python number does, where its range allows. None for any other
-        value.
+      formats: for a literal, the 16-bit dtypes whose range contains it. A literal adapts to the
+        dtype of the other operands, as a Python number does, where its range allows. None for any
+        other value.
       input_size: for an input of the program, at most moved since: its number of elements, before
         any broadcast. None for a computed value.
-      features: for a product with an input of the program, the numbers of elements that a bias of it has.
+      features: for a product with an input of the program, the numbers of elements that its bias
+        may have.
       binary: whether every element is 0 or 1, as in a mask or a one-hot.
       logs: whether it is linear in logarithms, as log-probabilities are.
     """
@@ -67,7 +68,7 @@ def kind_of_input(aval: Any) -> Kind | None:
 
 
 def formats_of_literal(literal: Any) -> Formats | None:
-    """Return the 16-bit dtypes whose range contains a number in the code; None for other literals."""
+    """Return the 16-bit dtypes whose range contains a number; None for any other literal."""
     if np.shape(literal.val) or not jnp.issubdtype(literal.aval.dtype, np.number):
         return None
     if jnp.issubdtype(literal.aval.dtype, np.complexfloating):
@@ -85,7 +86,7 @@ def kind_of_literal(literal: Any) -> Kind | None:
 
 
 def promote(dtypes: Iterable[np.dtype]) -> np.dtype | None:
-    """Return the narrowest dtype that represents all of them; None where JAX knows none (8-bit formats)."""
+    """Return the narrowest dtype that represents all; None where JAX has none (8-bit formats)."""
     try:
         return functools.reduce(lambda a, b: np.dtype(jnp.promote_types(a, b)), dtypes)
     except (TypeError, ValueError):

@@ -18,9 +18,10 @@ Where the two differ: whole-number powers (`integer_pow`, `square`) are in float
 is float16, which cannot hold 256**2, or where float32 operations alone read them, as in a variance
 or a loss; in bfloat16 they promote otherwise, because JAX spells activations such as gelu with
 them, which torch leaves in half. A `dot_general` that is an inner product (`vdot`, which torch
-does not list either) or that picks logarithms by 0 and 1 is a sum, in float32. torch's `reciprocal` is a `div` here and promotes. Sums that a scatter or a
-window forms are sums (torch leaves `avg_pool` and `scatter_add` off its float32 list); special
-functions that torch does not list run in float32.
+does not list either) or that picks logarithms by 0 and 1 is a sum, in float32. torch's
+`reciprocal` is a `div` here and promotes. Sums that a scatter or a window forms are sums (torch
+leaves `avg_pool` and `scatter_add` off its float32 list); special functions that torch does not
+list run in float32.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ _FLOAT32 = _names(
     "zeta"
 )
 
-#: Operations that only move or select values: the widest of the dtypes that represent their operands
-#: exactly represents their result, so they run in that dtype.
+#: Operations that only move or select values: the widest of the dtypes that represent their
+#: operands exactly represents their result, so they run in that dtype.
 MOVES = _names(
     "abs all_gather all_gather_invariant all_to_all broadcast_in_dim clamp concatenate copy cummax "
     "cummin dynamic_slice dynamic_update_slice gather max min name neg pad ppermute reduce_max "
@@ -66,8 +67,8 @@ INDEPENDENT = _names(
 #: Squares and the like: `x**3`, not `x**y`. float16 cannot hold 256**2, so they are float32 there.
 POWERS = _names("integer_pow square")
 
-#: Operations that run in float32 where float32 operations alone read them: the `x - max(x)` of a softmax,
-#: the squares of a variance or of a loss.
+#: Operations that run in float32 where float32 operations alone read them: the `x - max(x)` of a
+#: softmax, the squares of a variance or of a loss.
 RAISED = _names("add add_any sub") | POWERS
 
 #: Operations that leave the elements of an array as they are, so that a bias stays a bias.

@@ -188,8 +188,10 @@ def _complex(eqn: Any) -> bool:
 
 
 def _features(eqn: Any, kinds: Sequence[Kind | None]) -> frozenset[int]:
-    """Return how many elements the bias of a product has: as many as its weight has output features,
-    times the batch where the weight is batched."""
+    """Return how many elements the bias of a product has.
+
+    As many as its weight has output features, times the batch where the weight is batched.
+    """
     sizes: set[int] = set()
     if (
         eqn.primitive.name == "conv_general_dilated"
@@ -247,7 +249,7 @@ def _sum_of(eqn: Any, kinds: Sequence[Kind | None]) -> str:
 
 
 def _asks_for_precision(precision: Any) -> bool:
-    """Return whether the author named a full-precision product: HIGHEST, or an algorithm with dtypes."""
+    """Return whether the author asked for full precision: HIGHEST, or an algorithm with dtypes."""
     each = precision if isinstance(precision, tuple) else (precision,)
     lax = jax.lax
     named = (lax.DotAlgorithm, lax.DotAlgorithmPreset)

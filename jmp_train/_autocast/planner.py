@@ -62,7 +62,7 @@ class Planner:
           jaxpr: an open or a closed jaxpr, or its `Body`.
           ins: the kind of each input.
           region: the region that encloses it, None where none does.
-          fixed_outputs: how many outputs, from the first, keep the dtypes that they were written in.
+          fixed_outputs: how many outputs, from the first, keep the dtypes of the code.
           numbers: per input, `PlannedValue.number`.
         """
         body = jaxpr if isinstance(jaxpr, Body) else body_of(jaxpr)

@@ -60,7 +60,7 @@ def is_stored_as(eqn: Any) -> bool:
 
 
 def inner_name(dtype: np.dtype) -> str:
-    """Return the scope name of an autocast: an outer one leaves it alone, so the inner one decides."""
+    """Return the scope name of an autocast; an outer autocast leaves what is inside alone."""
     return f"{_INNER}{dtype.name}"
 
 
@@ -88,7 +88,7 @@ def with_precision(dtype: Any = "float32") -> RegionMark:
     """Mark code that `autocast` runs in another dtype; without autocast the mark changes nothing.
 
     What was written in float32 inside runs in `dtype`: with `"float32"` the region is left alone.
-    The result is a function decorator and a context manager. The mark is a name scope, the one thing that every
+    The result is a function decorator and a context manager. The mark is a name scope, which every
     transformation of JAX carries along, so it applies under `jit`, `grad`, `vmap` and `scan`, and
     to the backward pass of the marked code; profilers show it. Of nested regions the innermost
     applies.
@@ -117,11 +117,11 @@ def with_precision(dtype: Any = "float32") -> RegionMark:
 
 
 def compute_in(dtype: Any) -> RegionMark:
-    """Mark code with another compute dtype under `autocast`; without autocast the mark changes nothing.
+    """Mark code with another compute dtype under `autocast`; without autocast it changes nothing.
 
-    The lists of operations apply inside as outside: contractions run in `dtype`, delicate operations
-    in float32. (`with_precision` gives everything inside one dtype.) The result is a function
-    decorator and a context manager; of nested marks the innermost applies.
+    The lists of operations apply inside as outside: contractions run in `dtype`, delicate
+    operations in float32. (`with_precision` gives everything inside one dtype.) The result is a
+    function decorator and a context manager; of nested marks the innermost applies.
 
     Args:
       dtype: `"float32"`, `"bfloat16"` or `"float16"`.

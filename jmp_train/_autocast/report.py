@@ -62,7 +62,7 @@ def explain_autocast(
     rules: OpRules = default_op_rules,
     **kwargs: Any,
 ) -> AutocastReport:
-    """Return each operation of `fn(*args, **kwargs)`, the dtype that it would run in, and the reason.
+    """Return each operation of `fn(*args, **kwargs)`, the dtype it would run in, and the reason.
 
     Nothing is computed: arguments may be `jax.ShapeDtypeStruct`s. Operations on integers alone
     are left out. Derivative rules are not shown, but explaining `jax.grad(loss)` shows what they

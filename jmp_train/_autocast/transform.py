@@ -44,7 +44,7 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
     | in no list | as written: its operands are cast back |
     | inside `with_precision(d)` | `d` where written in float32, else as written |
 
-    A number in the code (`x * 0.5`) adapts to its operand, as long as the half format represents it:
+    A number in the code (`x * 0.5`) adapts to its operand, where the half format can represent it:
     `1e-8` and `-1e30` next to a float16 array make the operation float32. A sum that float32
     operations alone read is formed in float32, as in softmax's `exp(x - max(x))`.
 
@@ -54,9 +54,9 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
     `with_precision("float32")` to stay in float32.
 
     Loop carries and the outputs of `fn` keep their dtypes. Derivative rules (`custom_jvp`,
-    `custom_vjp`) stay in use and run under the same autocast; a residual that is a constant keeps its
-    value. One array is cast to one dtype once; a loop's weights are cast before it, and their gradient
-    is still summed in float32.
+    `custom_vjp`) stay in use and run under the same autocast; a residual that is a constant keeps
+    its value. One array is cast to one dtype once; a loop's weights are cast before it, and their
+    gradient is still summed in float32.
 
     A product keeps float32 where the author asked for it: with `precision=HIGHEST` or a
     `DotAlgorithm`, or, for the result alone, a `preferred_element_type` wider than the operands.

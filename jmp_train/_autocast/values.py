@@ -85,7 +85,7 @@ class Value:
 
 
 def value_of(kind: Kind | None, x: Any) -> Any:
-    """Return a `Value` whose one array is x, in its base dtype; x itself where it is not floating."""
+    """Return a `Value` of the array x in its base dtype; x itself where it is not floating."""
     if kind is None:
         return x
     x = x if x.dtype == kind.base else _cast(x, kind.base)
@@ -102,7 +102,7 @@ def exact_array(value: Any) -> Any:
 
 
 def array_of_kind(value: Any, kind: Kind | None) -> Any:
-    """Return the array of a value in a kind's base dtype; an array that is not floating as it is."""
+    """Return the array of a value in a kind's base dtype; one that is not floating as it is."""
     return value.get(kind.base) if kind and isinstance(value, Value) else exact_array(value)
 
 

@@ -1,1 +1,1 @@
-"""Programs as JAX traces them: reading equations, their bodies and source lines, and one walk over them."""
+"""Programs as JAX traces them: equations, their bodies and source lines, and one walk over them."""

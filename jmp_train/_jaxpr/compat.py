@@ -2,8 +2,8 @@
 
 Everything here reads equations that JAX itself wrote: how a primitive is bound again, and how the
 rules that a user gave to `custom_jvp` and `custom_vjp` are stored in an equation's parameters. The
-layouts are those of JAX 0.10 and 0.11; any other layout raises `JaxLayoutError`, which
-names the installed version, so that a change in JAX is never a silent change in precision.
+layouts are those of JAX 0.10 and 0.11; any other layout raises `JaxLayoutError`, which names the
+installed version, so that a change in JAX is never a silent change in precision.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Body(NamedTuple):
         return self.jaxpr.eqns
 
     def is_constant(self, atom: Any) -> bool:
-        """Return whether an atom is a literal or a constant: it has its value before anything runs."""
+        """Return whether an atom is a literal or a constant, known before anything runs."""
         return isinstance(atom, jex_core.Literal) or any(atom is v for v in self.constvars)
 
 
@@ -75,7 +75,7 @@ def body_of(jaxpr: Any) -> Body:
 
 
 def trace(fun: Callable[..., Any], avals: Sequence[Any], name: str = "") -> Any:
-    """Return the closed jaxpr of a function of flat arrays; `avals` keep shardings and manual axes."""
+    """Return the closed jaxpr of a function of flat arrays; `avals` have shardings and axes."""
     if name:
         fun.__name__ = fun.__qualname__ = name
     return jax.make_jaxpr(fun)(*avals)
@@ -169,8 +169,10 @@ def vjp_rule(params: dict[str, Any], nonzeros: Sequence[bool]) -> VjpRule:
 def run_backward(
     params: dict[str, Any], residuals_and_cotangents: Sequence[Any]
 ) -> tuple[list[Any], dict[str, Any] | None]:
-    """Return the cotangents that a `custom_vjp` rule gives for its operands, constants left out, and
-    its logs: JAX 0.10 returns the cotangents alone, 0.11 both."""
+    """Return the cotangents that a `custom_vjp` rule gives for its operands, and its logs.
+
+    Constants are left out. JAX 0.10 returns the cotangents alone, 0.11 both.
+    """
     out = _call(params["bwd"], *residuals_and_cotangents)
     if len(out) == 2 and isinstance(out[0], (list, tuple)):  # a cotangent is never one
         return list(out[0]), out[1]
@@ -194,7 +196,7 @@ def known_primitives() -> frozenset[str]:
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """Return the numbers of constants and of carries of a scan: plain in jax 0.10, a tree's in 0.11."""
+    """Return how many constants and carries a scan has: plain in jax 0.10, a tree's in 0.11."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = map(list, params["ft_in"].unpack())

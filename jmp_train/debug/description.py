@@ -76,7 +76,7 @@ def _is_jaxpr(parameter: Any) -> bool:
 
 
 def _in_wider(origin: Origin) -> float | None:
-    """Return the largest magnitude of the result in a wider format; None where it is not finite there."""
+    """Return the largest magnitude of the result in a wider format; None if not finite there."""
     if not is_floating(origin.out.dtype):
         return None
     wide = wider_dtype(origin.out.dtype)

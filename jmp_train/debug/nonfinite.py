@@ -23,16 +23,16 @@ from jmp_train.tree import path_name
 
 
 def first_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> NonFiniteReport:
-    """Compute `fn(*args, **kwargs)` operation by operation and name what went non-finite first.
+    """Compute `fn(*args, **kwargs)` by single operations and name what went non-finite first.
 
     Pass the function whose result is not finite, gradients included, such as the
-    `jax.value_and_grad` of a loss. The replay enters jit, calls, scan, while, cond, remat, custom_jvp
-    and custom_vjp; a loop runs compiled first, and iteration by iteration only where its result is
-    not finite. It runs on concrete arrays, not under jit, and is slow: use it when something is
+    `jax.value_and_grad` of a loss. The replay enters jit, calls, scan, while, cond, remat,
+    custom_jvp and custom_vjp; a loop runs compiled first, and iteration by iteration only where its
+    result is not finite. It runs on concrete arrays, not under jit, and is slow: use it when something is
     wrong.
 
-    Compiled, XLA may keep an intermediate result in float32 that the program rounds to 16 bits; here
-    every operation is rounded as the program says. So a step that barely overflowed may be
+    Compiled, XLA may keep an intermediate result in float32 that the program rounds to 16 bits;
+    here every operation is rounded as the program says. So a step that barely overflowed may be
     finite here, and the reverse.
 
     Args:

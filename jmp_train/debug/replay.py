@@ -101,7 +101,7 @@ class Replay:
     def _caused(
         self, eqn: Any, operands: list[ReplayedValue], outs: list[ReplayedValue], place: Place
     ) -> list[ReplayedValue]:
-        """Return the results of an equation, which is the cause of non-finite values without one."""
+        """Return the results of an equation: the cause of non-finite values that have none."""
         view = eqn.primitive.name in _VIEWS
         node = None
         done = []
@@ -162,7 +162,7 @@ class Replay:
     def _iteration(
         self, jaxpr: Any, eqn: Any, place: Place
     ) -> Callable[[int, list[ReplayedValue]], list[ReplayedValue]]:
-        """Return one iteration of a loop: compiled, and entered where its results are not finite."""
+        """Return one iteration of a loop: compiled, and entered where a result is not finite."""
         compiled = jax.jit(_function_of(jaxpr))
         body = compat.body_of(jaxpr)
 

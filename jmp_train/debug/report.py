@@ -111,5 +111,5 @@ class NonFiniteReport:
 
 
 def wider_dtype(dtype: Any) -> np.dtype:
-    """Return the format that tells an overflow from an infinity: float32, float64 from float32 on."""
+    """Return the format that tells an overflow from an infinity: float32 for 16 bits or fewer."""
     return np.dtype(np.float32 if jnp.finfo(dtype).bits < 32 else np.float64)

@@ -23,7 +23,7 @@ class Cause:
 
 
 class Origin(NamedTuple):
-    """An operation that made non-finite values, to be described if a chain of causes begins at it."""
+    """An operation that made non-finite values, described where a chain of causes begins at it."""
 
     eqn: Any
     operands: list[ReplayedValue]

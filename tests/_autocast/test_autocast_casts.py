@@ -65,7 +65,7 @@ def test_back_to_back_casts_vanish():
     assert casts(jt.autocast(f), x, dtype="float32") == 1  # the output
 
 
-def test_autocast_adds_noproduct_dtypes():
+def test_autocast_adds_no_products():
     w, x = jnp.ones((8, 8)), jnp.ones((4, 8))
     for construct in ("scan", "remat", "custom_vjp", "jit"):
         count = lambda f: jax.jit(f).lower(w, x).as_text().count("stablehlo.dot_general")
@@ -145,7 +145,7 @@ def test_shard_map_on_four_devices():
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import AxisType, PartitionSpec as P
         import jmp_train as jt
-        from helpers.programs import casts, operand_dtypes, product_dtypes, result_dtypes, equations
+        from helpers.programs import product_dtypes
         mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
         def f(w, x):
             def body(c, _):

@@ -9,7 +9,7 @@ F32_EPS = 2.0**-23
 
 
 def rounded(shape, seed=0, low=-2.0, high=2.0):
-    """Return float32 numbers that bfloat16 represents exactly, so that a cast to it loses nothing."""
+    """Return float32 numbers that bfloat16 represents exactly: a cast to it loses nothing."""
     x = np.random.default_rng(seed).uniform(low, high, shape)
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
 
