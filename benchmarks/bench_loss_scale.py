@@ -24,8 +24,8 @@ from jmp_train.config.find import find_experiment
 from jmp_train.data.batches import iterate, train_batches
 from jmp_train.numerics.histograms import EXPONENTS
 from jmp_train.optim import make_optimizer
-from jmp_train.policy.rules import NO_RULES
 from jmp_train.runs.plots import plot_exponents
+from jmp_train.tasks import make_task
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     experiment = dataclasses.replace(find_experiment(options.experiment), steps=options.steps)
     dataset = experiment.data.load()
     tasks = {
-        name: experiment.model.task(dataset.spec, jt.get_policy(name), NO_RULES)
+        name: make_task(experiment.model, dataset.spec, name)
         for name in ("float32", "mixed_float16")
     }
     stepper = jt.make_step(
@@ -49,14 +49,7 @@ def main() -> None:
         loss_scale=jt.DynamicLossScale(2.0**16, period=options.growth_interval),
     )
     state = stepper.init(jax.jit(tasks["float32"].init)(jax.random.key(0)))
-    batches = iterate(
-        train_batches(
-            dataset.train,
-            experiment.batch_size,
-            seed=0,
-            augment=dataset.augment,
-        )
-    )
+    batches = iterate(train_batches(dataset.train, experiment.batch_size, seed=0))
     count = jax.jit(lambda *given: counted(tasks, *given))
     rows, infos = [], []
     for step in range(options.steps):

@@ -20,9 +20,10 @@ import optax
 from record import interleaved, keep
 
 import jmp_train as jt
-from jmp_train.data import DigitsConfig
+from jmp_train.data import Arrays, DigitsConfig
 from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
+from jmp_train.tasks import make_task
 
 WAYS = ("float32", "direct", "master", "remainder", "stochastic", "kahan")
 RATES = {"adamw": 5e-5, "lion": 2e-5, "sgd": 1e-3, "muon": 2e-4}
@@ -78,15 +79,17 @@ def optimizer_of(name: Any, way: Any, steps: int) -> optax.GradientTransformatio
 def trained(name: str, way: str, steps: int, batch_size: int) -> dict[str, float]:
     """Loss over the training set and accuracy on the held-out one, after equal training."""
     data, policy = DigitsConfig().load(), policy_of(way)
-    task = MlpConfig(hidden=(256,)).task(data.spec, policy)
+    task = make_task(MlpConfig(hidden=(256,)), data.spec, policy)
     stepper = jt.make_step(task.loss_fn, optimizer_of(name, way, steps), policy)
-    first = MlpConfig(hidden=(256,)).task(data.spec, jt.get_policy("float32")).init
+    first = make_task(MlpConfig(hidden=(256,)), data.spec, "float32").init
+    assert isinstance(data.train, Arrays)
+    train = data.train.arrays
     state = stepper.init(first(jax.random.key(0)), key=jax.random.key(1))
     rng = np.random.default_rng(0)  # the same batches for all
     for _ in range(steps // 500):
-        chosen = rng.integers(0, len(data.train["label"]), (500, batch_size))
-        state, _ = stepper.scan(state, {k: jnp.asarray(v[chosen]) for k, v in data.train.items()})
-    loss, _ = jax.jit(task.loss_fn)(state.params, data.train, key=None)
+        chosen = rng.integers(0, len(data.train), (500, batch_size))
+        state, _ = stepper.scan(state, {k: jnp.asarray(v[chosen]) for k, v in train.items()})
+    loss, _ = jax.jit(task.loss_fn)(state.params, train, key=None)
     metrics = jax.jit(task.metrics_fn)(state.params, data.eval)
     return {"train_loss": float(loss), "accuracy": float(jnp.mean(metrics["accuracy"]))}
 

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
-from jmp_train.data.spec import DataSpec
 from record import device_for, keep
 
 import jmp_train as jt
 from jmp_train.models import MlpConfig
+from jmp_train.spec import DataSpec
+from jmp_train.tasks import make_task
 
 WAYS = ("never", "select", "cond", "unnamed", "jmp_train")
 SIZES = {"small": ((256, 256), 128), "10 M": ((2240, 2240, 2240), 16)}
@@ -126,12 +127,12 @@ def compiled(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Callab
 
 def way_to_step(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Any, Any, Any]:
     """The first state, a batch, and the jitted step of one way."""
-    task = MlpConfig(hidden=hidden).task(DataSpec(64, 10), jt.get_policy("float32"))
-    params = task.init(jax.random.key(0))
     batch = {
         "image": jax.random.normal(jax.random.key(1), (batch_size, 64)),
         "label": jnp.arange(batch_size) % 10,
     }
+    task = make_task(MlpConfig(hidden=hidden), DataSpec.of(batch, classes=10), "float32")
+    params = task.init(jax.random.key(0))
     optimizer = optax.adamw(1e-6)
     if way in ("unnamed", "jmp_train"):
         stepper = jt.make_step(task.loss_fn, optimizer, "float32", skip_nonfinite=True)

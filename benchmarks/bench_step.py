@@ -19,8 +19,9 @@ import optax
 from record import interleaved, keep
 
 import jmp_train as jt
-from jmp_train.data import DigitsConfig
+from jmp_train.data import Arrays, DigitsConfig
 from jmp_train.models import MlpConfig
+from jmp_train.tasks import make_task
 
 Loop = Callable[[], Any]
 
@@ -53,12 +54,13 @@ def main() -> None:
 def make_loops(policy: str, width: int, batch_size: int, steps: int) -> dict[str, Loop]:
     """The loops, each from fresh parameters over the same batch on the device."""
     data = DigitsConfig().load()
-    task = MlpConfig(hidden=(width, width)).task(data.spec, jt.get_policy(policy))
+    task = make_task(MlpConfig(hidden=(width, width)), data.spec, policy)
     params = task.init(jax.random.key(0))
-    repeats = -(-batch_size // len(data.train["label"]))
+    assert isinstance(data.train, Arrays)
+    repeats = -(-batch_size // len(data.train))
     batch = {
         k: jnp.asarray(jnp.concatenate([jnp.asarray(v)] * repeats)[:batch_size])
-        for k, v in data.train.items()
+        for k, v in data.train.arrays.items()
     }
     optimizer = optax.adamw(1e-3)
     stepper = jt.make_step(task.loss_fn, optimizer, policy)

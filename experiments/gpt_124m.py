@@ -1,19 +1,15 @@
-"""A byte-level language model of 124 M parameters, for a GPU; the precisions share it."""
+"""A byte-level language model of 124 M parameters, for a GPU and a larger `--data.path`."""
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config import Experiment
 from jmp_train.data import TextConfig
 from jmp_train.models import GptConfig
 from jmp_train.optim import OptimizerConfig
 
-
-def experiment(policy: str) -> Experiment[GptConfig, TextConfig]:
-    """The family's settings under a policy; a model of this size wants a larger --data.path."""
-    return Experiment(
-        model=GptConfig(width=896, depth=13, heads=14, remat="dots"),
-        data=TextConfig(length=1024),
-        policy=policy,
-        steps=5000,
-        batch_size=32,
-        log_every=50,
-        optimizer=OptimizerConfig(learning_rate=6e-4, weight_decay=0.1, warmup_steps=500, b2=0.95),
-    )
+FAMILY = Experiment(
+    model=GptConfig(width=896, depth=13, heads=14, remat="dots"),
+    data=TextConfig(length=1024),
+    steps=5000,
+    batch_size=32,
+    log_every=50,
+    optimizer=OptimizerConfig(learning_rate=6e-4, weight_decay=0.1, warmup_steps=500, b2=0.95),
+)

@@ -1,19 +1,15 @@
-"""A byte-level language model of 1.3 B parameters, for a GPU; the precisions share it."""
+"""A byte-level language model of 1.3 B parameters, for a GPU and a larger `--data.path`."""
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config import Experiment
 from jmp_train.data import TextConfig
 from jmp_train.models import GptConfig
 from jmp_train.optim import OptimizerConfig
 
-
-def experiment(policy: str) -> Experiment[GptConfig, TextConfig]:
-    """The family's settings under a policy; a model of this size wants a larger --data.path."""
-    return Experiment(
-        model=GptConfig(width=2048, depth=26, heads=16, remat="dots"),
-        data=TextConfig(length=2048),
-        policy=policy,
-        steps=5000,
-        batch_size=16,
-        log_every=50,
-        optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.1, warmup_steps=500, b2=0.95),
-    )
+FAMILY = Experiment(
+    model=GptConfig(width=2048, depth=26, heads=16, remat="dots"),
+    data=TextConfig(length=2048),
+    steps=5000,
+    batch_size=16,
+    log_every=50,
+    optimizer=OptimizerConfig(learning_rate=2e-4, weight_decay=0.1, warmup_steps=500, b2=0.95),
+)

@@ -1,18 +1,14 @@
-"""A linear classifier of handwritten digits; the precisions share it."""
+"""A linear classifier of handwritten digits."""
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config import Experiment
 from jmp_train.data import DigitsConfig
 from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig
 
-
-def experiment(policy: str) -> Experiment[MlpConfig, DigitsConfig]:
-    """The family's settings under a policy."""
-    return Experiment(
-        model=MlpConfig(hidden=()),
-        data=DigitsConfig(),
-        policy=policy,
-        steps=1000,
-        batch_size=128,
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
-    )
+FAMILY = Experiment(
+    model=MlpConfig(hidden=()),
+    data=DigitsConfig(),
+    steps=1000,
+    batch_size=128,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=50),
+)

@@ -1,6 +1,6 @@
 """`python -m jmp_train`: the command line."""
 
-from jmp_train.cli.main import run
+from jmp_train.cli.main import console_script
 
 if __name__ == "__main__":
-    run()
+    console_script()

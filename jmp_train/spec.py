@@ -24,7 +24,7 @@ class DataSpec(NamedTuple):
     """Labels, or tokens of a text, are 0 to classes - 1."""
 
     @classmethod
-    def of(cls, batch: Mapping[str, np.ndarray], classes: int) -> DataSpec:
+    def of(cls, batch: Mapping[str, np.ndarray | jax.Array], classes: int) -> DataSpec:
         """Return the spec of a batch, whose leading axis counts examples."""
         example = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in batch.items()}
         return cls(example, classes)

@@ -30,7 +30,7 @@ def cache_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_once(cache_folder):
-    """Keeps what XLA compiles, so that a run that goes on does not compile its step anew."""
+    """Keeps what XLA compiles, so that a resumed run does not compile its step again."""
     settings = {
         "jax_compilation_cache_dir": str(cache_folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -49,7 +49,7 @@ def compiled_once(cache_folder):
 def quick_runs(request, compiled_once, monkeypatch):
     """Runs that share what is compiled and draw no plots, but where a test asks for `plots`."""
     if "plots" not in request.fixturenames:
-        monkeypatch.setattr("jmp_train.runs.train.plot_run", lambda *_, **__: None)
+        monkeypatch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The files of tests that need several devices, which test_several_devices.py simulates."""
 
 NEED_DEVICES = {
-    "training/four_devices.py": 4,
-    "training/sharded_steps.py": 8,
+    "step/four_devices.py": 4,
+    "step/sharded_steps.py": 8,
     "optim/sharded_state.py": 8,
 }

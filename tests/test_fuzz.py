@@ -24,8 +24,8 @@ from jmp_train.data import NpzConfig
 from jmp_train.errors import UsageError
 from jmp_train.policy.policy import Policy, get_policy
 from jmp_train.policy.rules import Rules
+from jmp_train.runs.directory import read_config
 from jmp_train.runs.metrics import MetricsWriter, read_metrics, strict_json
-from jmp_train.runs.train import read_config
 
 
 def of_tokens(*tokens, most=12):
@@ -254,7 +254,7 @@ def check_npz(data):
     if loaded is not None:  # the damage lies where no number does, in a time stamp, say
         assert loaded.spec == WHOLE.spec
         for name in ("image", "label"):
-            np.testing.assert_array_equal(loaded.train[name], WHOLE.train[name])
+            np.testing.assert_array_equal(loaded.train.arrays[name], WHOLE.train.arrays[name])
             np.testing.assert_array_equal(loaded.eval[name], WHOLE.eval[name])
 
 
@@ -275,8 +275,8 @@ def check_arrays_in_a_sound_archive(arrays):
             file.writestr(name, data)
     loaded = load(stream.getvalue())
     if loaded is not None:
-        assert np.isfinite(loaded.train["image"]).all()
-        for part in (loaded.train, loaded.eval):
+        assert np.isfinite(loaded.train.arrays["image"]).all()
+        for part in (loaded.train.arrays, loaded.eval):
             assert part["image"].dtype == np.float32 and part["label"].dtype == np.int32
             assert 0 <= part["label"].min() <= part["label"].max() < loaded.spec.classes
 
@@ -298,8 +298,8 @@ def test_nothing_but_what_is_documented_is_raised(tmp_path, monkeypatch, name, c
     def reached(*_, **__):
         raise UsageError("nothing is trained here")
 
-    monkeypatch.setattr("jmp_train.runs.train.train", reached)
-    monkeypatch.setattr("jmp_train.runs.train.evaluate_run", reached)
+    monkeypatch.setattr("jmp_train.cli.train.train", reached)
+    monkeypatch.setattr("jmp_train.cli.eval.evaluate_run", reached)
     monkeypatch.setattr("jmp_train.runs.compare.compare", reached)
     monkeypatch.chdir(tmp_path)
     strategy, check = CHECKS[name]

@@ -14,11 +14,12 @@ import optax
 import pytest
 from hlo import all_reduced, custom_calls, products
 from jax.sharding import Mesh
-from jmp_train.data.spec import DataSpec
 
 import jmp_train as jt
 from jmp_train.models.gpt import GptConfig
-from jmp_train.policy.rules import NO_RULES, Rules
+from jmp_train.policy.precision import get_precision
+from jmp_train.spec import DataSpec
+from jmp_train.tasks import make_task
 
 pytestmark = pytest.mark.gpu_first
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -36,16 +37,16 @@ WAYS = ["policy", "rules", "autocast"]
 
 def stepper_of(way, policy, **options):
     """A train step of a small language model: under a policy, `apply_policy`'s rules or `autocast`."""
-    rules = Rules([("**", policy)]) if way == "rules" else NO_RULES
     own = policy if way == "policy" else "float32"
-    config = GptConfig(width=64, depth=2, heads=1)
-    task = config.task(DataSpec(features=LENGTH, classes=256), jt.get_policy(own), rules)
+    precision = get_precision(own, [("**", policy)] if way == "rules" else ())
+    example = {"tokens": jax.ShapeDtypeStruct((LENGTH + 1,), jnp.uint8)}
+    task = make_task(GptConfig(width=64, depth=2, heads=1), DataSpec(example, 256), precision)
     loss_fn = task.loss_fn
     if way == "autocast":
         loss_fn = jt.autocast(loss_fn, jt.get_policy(policy).compute_dtype)
-    scale = jt.default_loss_scale(jt.get_policy(policy))
+    scale = jt.default_loss_scale(policy)
     optimizer = optax.adamw(1e-3, eps=1e-8)
-    inside = own if way == "policy" else None  # rules and autocast cast for themselves
+    inside = None if way == "autocast" else precision  # autocast casts by itself
     return jt.make_step(loss_fn, optimizer, inside, loss_scale=scale, **options), task
 
 

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jmp_train.data.spec import DataSpec
 
 import jmp_train as jt
 from benchmarks.gpu import hand_written, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, Workload
 from jmp_train.models import GptConfig, MlpConfig
-from jmp_train.policy.rules import NO_RULES, Rules
+from jmp_train.policy.precision import get_precision
+from jmp_train.policy.rules import Rules
+from jmp_train.spec import DataSpec
+from jmp_train.tasks import make_task
 from jmp_train.tasks.task import Task
 
 POLICIES = {
@@ -67,11 +69,15 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> Task:
       **changes: to the fields of a `GptConfig`.
     """
     plain = row.program in ("autocast", "apply_policy")
-    policy = jt.get_policy("float32" if plain else POLICIES[row.precision])
-    rules = Rules(POLICIES[row.precision]) if row.program == "apply_policy" else NO_RULES
+    rules = Rules(POLICIES[row.precision] if row.program == "apply_policy" else ())
+    precision = get_precision("float32" if plain else POLICIES[row.precision], rules)
     if workload.kind == "mlp":
-        spec = DataSpec(workload.features, workload.classes)
-        return MlpConfig((workload.width,) * workload.depth).task(spec, policy, rules)
+        example = {
+            "image": jax.ShapeDtypeStruct((workload.features,), jnp.float32),
+            "label": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        model = MlpConfig((workload.width,) * workload.depth)
+        return make_task(model, DataSpec(example, workload.classes), precision)
     sizes: Any = {
         "width": workload.width,
         "depth": workload.depth,
@@ -80,7 +86,8 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> Task:
         "loss_chunk": workload.loss_chunk,
         **changes,
     }
-    return GptConfig(**sizes).task(DataSpec(workload.length, workload.classes), policy, rules)
+    example = {"tokens": jax.ShapeDtypeStruct((workload.length + 1,), jnp.uint8)}
+    return make_task(GptConfig(**sizes), DataSpec(example, workload.classes), precision)
 
 
 def optimizer_of(workload: Workload) -> optax.GradientTransformation:

@@ -29,12 +29,13 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from jmp_train._jaxpr.bodies import CONSTRUCTS
 from jmp_train._jaxpr.compat import known_primitives
 from jmp_train.errors import nearest
 
 
-def _names(words: str) -> frozenset[str]:
-    return frozenset(words.split())
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 _COMPUTE = frozenset({"conv_general_dilated", "dot_general", "ragged_dot_general"})
@@ -47,8 +48,8 @@ _FLOAT32 = _names(
     "zeta"
 )
 
-#: Operations that only move or select values: their result is held exactly by the widest of the
-#: dtypes that hold their operands, so they run in that dtype.
+#: Operations that only move or select values: the widest of the dtypes that represent their operands
+#: exactly represents their result, so they run in that dtype.
 MOVES = _names(
     "abs all_gather all_gather_invariant all_to_all broadcast_in_dim clamp concatenate copy cummax "
     "cummin dynamic_slice dynamic_update_slice gather max min name neg pad ppermute reduce_max "
@@ -56,7 +57,7 @@ MOVES = _names(
     "select_n sharding_constraint slice split squeeze stop_gradient tile top_k transpose"
 )
 
-#: Operations on several arrays that need not share a dtype: each result keeps its operand's.
+#: Operations on several arrays that need not share a dtype: each result has its operand's.
 INDEPENDENT = _names(
     "device_put optimization_barrier pmax pmin psum psum_invariant pvary reduce_scatter reshard "
     "sort unreduced_psum"
@@ -65,21 +66,21 @@ INDEPENDENT = _names(
 #: Squares and the like: `x**3`, not `x**y`. float16 cannot hold 256**2, so they are float32 there.
 POWERS = _names("integer_pow square")
 
-#: What is formed in float32 where float32 operations alone read it: the `x - max(x)` of a softmax,
+#: Operations that run in float32 where float32 operations alone read them: the `x - max(x)` of a softmax,
 #: the squares of a variance or of a loss.
 RAISED = _names("add add_any sub") | POWERS
 
-#: What leaves the elements of an array as they are, so that a bias stays a bias.
+#: Operations that leave the elements of an array as they are, so that a bias stays a bias.
 LAYOUT = _names(
     "broadcast_in_dim copy dynamic_slice gather name optimization_barrier reshape "
     "sharding_constraint slice squeeze transpose"
 )
 
-#: What makes logarithms, and what keeps sums of them, and multiples by a number, such.
+#: Operations that make logarithms, and those whose results are linear in logarithms.
 LOGS = _names("log log1p")
 LINEAR = MOVES | _names("add add_any cumsum div mul reduce_sum sub")
 
-#: What makes zeros and ones of zeros and ones.
+#: Operations that make zeros and ones of zeros and ones.
 BINARY = MOVES | _names("mul")
 
 _ARITHMETIC = _names(
@@ -97,10 +98,7 @@ _OTHER = _names(
 )
 
 #: Primitives that autocast enters, or reads as the author's own casts: no rule can name them.
-CONTROL = _names(
-    "call closed_call cond convert_element_type custom_jvp_call custom_vjp_call jit pjit remat "
-    "remat2 checkpoint scan shard_map while"
-)
+CONTROL = frozenset(CONSTRUCTS) | {"convert_element_type"}
 
 
 def _valid_names() -> frozenset[str]:
@@ -115,7 +113,7 @@ class OpRules:
     dtypes that it was traced with. The names are those that a printed jaxpr shows.
 
     Attributes:
-      compute: run in the compute dtype ("allow" in torch's words).
+      compute: run in the compute dtype ("allow" in torch).
       float32: run in float32, whatever half dtype their operands arrive in ("deny").
       promote: run in the widest floating dtype among their operands.
       custom: names of primitives that JAX does not define, taken as they are spelt. `extend`

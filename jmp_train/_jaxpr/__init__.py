@@ -1,1 +1,1 @@
-"""What this package needs of JAX beyond its public interface, and one walker over programs."""
+"""Programs as JAX traces them: reading equations, their bodies and source lines, and one walk over them."""

@@ -1,8 +1,8 @@
-"""What `autocast` needs of JAX beyond its public API, in one place.
+"""Reads and binds equations beyond the public API of JAX, in one place.
 
 Everything here reads equations that JAX itself wrote: how a primitive is bound again, and how the
-rules that a user gave to `custom_jvp` and `custom_vjp` are kept in an equation's parameters. The
-layouts are those of JAX 0.10 and 0.11; what does not look like them raises `JaxLayoutError`, which
+rules that a user gave to `custom_jvp` and `custom_vjp` are stored in an equation's parameters. The
+layouts are those of JAX 0.10 and 0.11; any other layout raises `JaxLayoutError`, which
 names the installed version, so that a change in JAX is never a silent change in precision.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import re
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +23,7 @@ OLDEST = (0, 10)
 
 
 class JaxLayoutError(RuntimeError):
-    """The installed JAX keeps something where `autocast` does not know to look."""
+    """The installed JAX stores a derivative rule in a layout that `autocast` does not know."""
 
     def __init__(self, what: str):
         super().__init__(
@@ -46,7 +44,7 @@ class Body(NamedTuple):
 
     @property
     def all_invars(self) -> Sequence[Any]:
-        """Constants, then inputs. JAX 0.11 keeps them in one list, 0.10 in two."""
+        """Constants, then inputs. JAX 0.11 has them in one list, 0.10 in two."""
         both = getattr(self.jaxpr, "all_invars", None)
         return (*self.jaxpr.constvars, *self.jaxpr.invars) if both is None else both
 
@@ -67,24 +65,24 @@ class Body(NamedTuple):
         return self.jaxpr.eqns
 
     def is_constant(self, atom: Any) -> bool:
-        """Whether an atom is a literal or a constant: it has its value before anything runs."""
+        """Return whether an atom is a literal or a constant: it has its value before anything runs."""
         return isinstance(atom, jex_core.Literal) or any(atom is v for v in self.constvars)
 
 
 def body_of(jaxpr: Any) -> Body:
-    """The body of an open or a closed jaxpr."""
+    """Return the body of an open or a closed jaxpr."""
     return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
 
 
 def trace(fun: Callable[..., Any], avals: Sequence[Any], name: str = "") -> Any:
-    """The closed jaxpr of a function of flat arrays; `avals` keep shardings and manual axes."""
+    """Return the closed jaxpr of a function of flat arrays; `avals` keep shardings and manual axes."""
     if name:
         fun.__name__ = fun.__qualname__ = name
     return jax.make_jaxpr(fun)(*avals)
 
 
 def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr without constants, and the values that it now takes first."""
+    """Return a jaxpr without constants, and the values that it now takes first."""
     body = body_of(closed)
     if not body.consts:
         return body.jaxpr, ()
@@ -98,24 +96,19 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def aval_like(aval: Any, dtype: Any) -> Any:
-    """The same array type with another dtype, strongly typed."""
+    """Return the same array type with another dtype, strongly typed."""
     return aval.update(dtype=dtype, weak_type=False)
 
 
 def bind(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
-    """Applies a primitive with the parameters of one of its equations."""
-    bind_params = primitive.get_bind_params(params)
-    if isinstance(bind_params, tuple):  # before 0.10: positional functions beside the parameters
-        functions, bind_params = bind_params
-        out = primitive.bind(*functions, *args, **bind_params)
-    else:
-        out = primitive.bind(*args, **bind_params)
+    """Apply a primitive with the parameters of one of its equations."""
+    out = primitive.bind(*args, **primitive.get_bind_params(params))
     return list(out) if primitive.multiple_results else [out]
 
 
 @contextlib.contextmanager
 def context_of(eqn: Any) -> Iterator[None]:
-    """Re-emits under the name stack, source line and settings that an equation was written in."""
+    """Re-emit under the name stack, source line and settings that an equation was written in."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     settings = getattr(getattr(eqn, "ctx", None), "manager", contextlib.nullcontext())
@@ -123,40 +116,14 @@ def context_of(eqn: Any) -> Iterator[None]:
         yield
 
 
-def source_line(eqn: Any) -> str:
-    """Where an equation was written: `path/file.py:12:4 (function)`, as JAX prints it."""
-    return source_info_util.summarize(eqn.source_info)
-
-
-def user_line(eqn: Any) -> str:
-    """`path/file.py:12 (function)` of the innermost frame outside Python's own library, JAX, Flax,
-    Optax and this package's machinery; as `source_line` where there is none."""
-    for frame in getattr(eqn.source_info.traceback, "frames", ()):
-        if not _is_library(frame.file_name.replace("\\", "/")):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return source_line(eqn)
-
-
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib").replace("\\", "/")
-
-
-def _is_library(file: str) -> bool:
-    if re.search(r"/jmp_train/(flax|precision|training)/", file):
-        return True
-    _, installed, inside = file.rpartition("/site-packages/")
-    if installed:
-        return inside.split("/")[0] in ("jax", "jaxlib", "flax", "optax")
-    return file.startswith((_STANDARD_LIBRARY, "<"))
-
-
 def function_name(jaxpr: Any) -> str:
-    """The name of the function that a jaxpr was traced from, '' where JAX kept none."""
+    """Return the name of the function that a jaxpr was traced from, '' where JAX stores none."""
     info = getattr(body_of(jaxpr).jaxpr, "debug_info", None)
     return str(getattr(info, "func_name", "") or "").split(" ")[0]
 
 
 def is_symbolic_zero(x: Any) -> bool:
-    """Whether a (co)tangent is one of JAX's stand-ins for zeros, which hold no array."""
+    """Return whether a (co)tangent is a symbolic zero, which has no array."""
     return isinstance(x, SymbolicZero) or type(x).__name__ == "Zero"
 
 
@@ -165,7 +132,7 @@ def _call(fun: Any, *args: Any) -> Any:
 
 
 def jvp_rule(params: dict[str, Any], zeros: Sequence[bool]) -> tuple[Body, Sequence[bool]]:
-    """A `custom_jvp` rule as a body: `(primals, non-zero tangents) -> (primals, tangents)`.
+    """Return a `custom_jvp` rule as a body: `(primals, non-zero tangents) -> (primals, tangents)`.
 
     Args:
       params: those of a `custom_jvp_call` equation.
@@ -190,7 +157,7 @@ class VjpRule(NamedTuple):
 
 
 def vjp_rule(params: dict[str, Any], nonzeros: Sequence[bool]) -> VjpRule:
-    """The forward rule of a `custom_vjp_call` equation, for perturbed inputs `nonzeros`."""
+    """Return the forward rule of a `custom_vjp_call` equation, for perturbed inputs `nonzeros`."""
     try:
         jaxpr, consts = _call(params["fwd_jaxpr_thunk"], *nonzeros)
         _, _, inputs = params["out_trees"]()
@@ -202,8 +169,8 @@ def vjp_rule(params: dict[str, Any], nonzeros: Sequence[bool]) -> VjpRule:
 def run_backward(
     params: dict[str, Any], residuals_and_cotangents: Sequence[Any]
 ) -> tuple[list[Any], dict[str, Any] | None]:
-    """The cotangents that a `custom_vjp` rule gives for its operands, constants left out, and what
-    it logs: JAX 0.10 returns the cotangents alone, 0.11 both."""
+    """Return the cotangents that a `custom_vjp` rule gives for its operands, constants left out, and
+    its logs: JAX 0.10 returns the cotangents alone, 0.11 both."""
     out = _call(params["bwd"], *residuals_and_cotangents)
     if len(out) == 2 and isinstance(out[0], (list, tuple)):  # a cotangent is never one
         return list(out[0]), out[1]
@@ -213,7 +180,7 @@ def run_backward(
 def define_vjp(
     function: Any, forward: Callable[..., Any], backward: Callable[..., Any], symbolic_zeros: bool
 ) -> None:
-    """Gives a `custom_vjp` its rules, `backward` one that returns `(cotangents, logs)`."""
+    """Give a `custom_vjp` its rules; `backward` returns `(cotangents, logs)`."""
     if hasattr(function, "defvjp_with_logs"):
         function.defvjp_with_logs(forward, backward, symbolic_zeros=symbolic_zeros)
     else:
@@ -221,13 +188,13 @@ def define_vjp(
 
 
 def known_primitives() -> frozenset[str]:
-    """The names of the primitives that JAX publishes in `jax.extend.core.primitives`."""
+    """Return the names of the primitives that JAX publishes in `jax.extend.core.primitives`."""
     primitives = vars(jex_core.primitives).values()
     return frozenset(p.name for p in primitives if isinstance(p, jex_core.Primitive))
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
-    """The numbers of constants and of carries of a scan: plain in jax 0.10, a tree's in 0.11."""
+    """Return the numbers of constants and of carries of a scan: plain in jax 0.10, a tree's in 0.11."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = map(list, params["ft_in"].unpack())
@@ -235,7 +202,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
-    """A scan's parameters with another number of constants."""
+    """Return a scan's parameters with another number of constants."""
     if "num_consts" in params:
         return {**params, "num_consts": count}
     # The trees of jax 0.11 have no public maker; their own module has, wherever it lies.

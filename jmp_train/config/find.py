@@ -12,46 +12,50 @@ from pathlib import Path
 from typing import Any
 
 from jmp_train.config.experiment import Experiment
+from jmp_train.config.family import member, names_in
 from jmp_train.errors import UsageError, nearest
 
 
 def experiment_folders() -> list[Path]:
-    """Where experiments are looked for: `experiments/` here, then the one beside the package."""
+    """Return the folders with experiments: `experiments/` here, then the one beside the package."""
     roots = [Path.cwd(), Path(__file__).resolve().parents[2]]
     folders = [root / "experiments" for root in dict.fromkeys(roots)]
     return [folder for folder in folders if folder.is_dir()]
 
 
 def experiment_files() -> dict[str, Path]:
-    """The experiments by name, sorted: the files that set EXPERIMENT; nothing is run to find them.
+    """Return the file of each experiment by name, sorted; no file is run to find them.
 
-    A file beside them that does not, such as mlp.py, may hold what a family shares.
+    A file's own `EXPERIMENT` comes before a member of a family of that name, and the folder here
+    before the one beside the package.
     """
     files: dict[str, Path] = {}
     for folder in experiment_folders():
-        for path in folder.glob("[a-z]*.py"):
-            if path.stem not in files and _sets_experiment(path):
-                files[path.stem] = path
+        paths = sorted(folder.glob("[a-z]*.py"))
+        found = [(name, path) for path in paths for name in _names(path)]
+        for name, path in sorted(found, key=lambda pair: pair[0] != pair[1].stem):
+            files.setdefault(name, path)
     return dict(sorted(files.items()))
 
 
-def _sets_experiment(path: Path) -> bool:
+def _names(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return names_in(path)
     except OSError:
-        return path.is_file()  # so that running it says what is wrong; a folder is passed over
-    return re.search(r"^EXPERIMENT\b.*=", text, re.MULTILINE) is not None
+        # One that cannot be read is tried, so that running it says why; a folder is passed over.
+        return [path.stem] if path.is_file() else []
 
 
 def find_experiment(name: str) -> Experiment[Any, Any]:
-    """The experiment of a name.
+    """Return the experiment of a name.
 
     Args:
-      name: a file of an `experiments/` folder, without its folder and ending.
+      name: a file of an `experiments/` folder, without its folder and ending, that sets
+        `EXPERIMENT`; or the name of one that sets `FAMILY`, `_` and a precision.
 
     Raises:
-      UsageError: for a name that is none, with the nearest that is; for a file that cannot be run
-        or sets EXPERIMENT to something else.
+      UsageError: for an unknown name, with the nearest known one; for a file that cannot be run or
+        that sets something else than an Experiment.
     """
     files = experiment_files()
     if name not in files:
@@ -60,21 +64,35 @@ def find_experiment(name: str) -> Experiment[Any, Any]:
             raise UsageError(f"{name!r} is a family; its experiments are {', '.join(family)}")
         hint = nearest(name, files) if files else "there is no experiments/ folder here"
         raise UsageError(f"unknown experiment {name!r}; {hint} (jmp-train list shows all)")
+    path = files[name]
+    whole = path.stem == name
+    module = _run(path)
+    variable = "EXPERIMENT" if whole else "FAMILY"
+    experiment = getattr(module, variable, None)
+    if not isinstance(experiment, Experiment):
+        raise UsageError(
+            f"{path} sets {variable} to {reprlib.repr(experiment)}; expected an Experiment"
+        )
+    if whole:
+        return experiment
+    try:
+        return member(experiment, getattr(module, "PRECISIONS", {}), name[len(path.stem) + 1 :])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: PRECISIONS: {error}") from None
+
+
+def _run(path: Path) -> types.ModuleType:
+    """Import an experiment file anew."""
     # One package over all the folders, whether or not one of them is a package of its own.
     package = types.ModuleType("experiments")
     package.__path__ = [str(folder) for folder in experiment_folders()]
     sys.modules["experiments"] = package
-    sys.modules.pop(f"experiments.{name}", None)
+    sys.modules.pop(f"experiments.{path.stem}", None)
     try:
-        experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+        return importlib.import_module(f"experiments.{path.stem}")
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(files[name])]
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
-        raise UsageError(f"{files[name]} cannot be run: {what}{where}") from error
-    if not isinstance(experiment, Experiment):
-        raise UsageError(
-            f"{files[name]} sets EXPERIMENT to {reprlib.repr(experiment)}; expected an Experiment"
-        )
-    return experiment
+        raise UsageError(f"{path} cannot be run: {what}{where}") from error

@@ -40,7 +40,7 @@ _lock = threading.Lock()
 _replacements: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def mark(module: nnx.Module, region: _region.Region) -> None:
+def mark(module: nnx.Module, region: _region.ModuleRegion) -> None:
     """Make the methods of a module run in a region from now on."""
     object.__setattr__(module, _REGION, region)
     for owner in type(module).__mro__:

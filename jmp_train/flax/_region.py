@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jmp_train._autocast.transform import compute_in, hold
+from jmp_train._autocast.regions import compute_in, store_as
 from jmp_train.policy.rules import Rules
 
 _FLOAT32 = np.dtype(np.float32)
 HALF = (np.dtype(np.float16), np.dtype(jax.numpy.bfloat16))
 
 
-class Region(NamedTuple):
+class ModuleRegion(NamedTuple):
     """Dtypes of one module; hashable, so it may be a static field of the module."""
 
     compute: np.dtype
@@ -23,35 +23,35 @@ class Region(NamedTuple):
     output: np.dtype | None  # dtype of the outputs; None does not cast them
 
 
-def region_of(rules: Rules, path: str) -> Region:
+def region_of(rules: Rules, path: str) -> ModuleRegion:
     """Return the region of the module at a path.
 
     The inputs of the model itself are not cast. Its caller casts its outputs.
     """
     policy = rules.policy_of(path)
     if not path:
-        return Region(policy.compute_dtype, widen=False, output=None)
+        return ModuleRegion(policy.compute_dtype, widen=False, output=None)
     parent = rules.policy_of(path.rpartition("/")[0])
     output = policy.compute_dtype if policy == parent else policy.output_dtype
-    return Region(
+    return ModuleRegion(
         policy.compute_dtype,
         widen=policy.compute_dtype == _FLOAT32 and parent.compute_dtype != _FLOAT32,
         output=None if policy == parent and output == _FLOAT32 else output,
     )
 
 
-def run(region: Region, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run(region: ModuleRegion, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call a module's method in its region."""
     with compute_in(region.compute):
         if region.widen:
-            args, kwargs = _cast_arrays((args, kwargs), _FLOAT32)
+            args, kwargs = _stored_as((args, kwargs), _FLOAT32)
         out = method(*args, **kwargs)
-        return out if region.output is None else _cast_arrays(out, region.output)
+        return out if region.output is None else _stored_as(out, region.output)
 
 
-def _cast_arrays(tree: Any, dtype: np.dtype) -> Any:
-    """Cast the arrays of a tree, so that autocast keeps the dtype; scalars may be losses."""
-    return jax.tree.map(lambda x: hold(x, dtype) if _is_array(x) and x.ndim else x, tree)
+def _stored_as(tree: Any, dtype: np.dtype) -> Any:
+    """Store the arrays of a tree in a dtype; scalars, which may be losses, are not cast."""
+    return jax.tree.map(lambda x: store_as(x, dtype) if _is_array(x) and x.ndim else x, tree)
 
 
 def _is_array(x: Any) -> bool:

@@ -25,11 +25,11 @@ class NoUsableCheckpoint(Exception):
 
 
 class DoesNotFit(Exception):
-    """A whole checkpoint, of a state with other arrays than the one that is asked for."""
+    """A whole checkpoint holds other arrays than the state asks for."""
 
 
 class NotSaved(Exception):
-    """What training made could not be written."""
+    """A result of training could not be written."""
 
 
 class Restored(NamedTuple):
@@ -44,10 +44,10 @@ class Checkpoints:
     """The checkpoints under one folder.
 
     Args:
-      directory: made where there is none.
-      keep: how many of the newest to keep.
-      best: the metric by which the best one is kept too; None keeps none for that.
-      highest: whether the best is the one with the highest value.
+      directory: created if it does not exist.
+      keep: number of newest checkpoints to keep.
+      best: metric by which the best checkpoint is kept too; None keeps no best one.
+      highest: whether the highest value of the metric is the best.
       clean: whether to remove what a killed process left half written; only for the one process
         that saves here.
     """
@@ -109,29 +109,29 @@ class Checkpoints:
         metrics: dict[str, float] | None,
         wait: bool = False,
     ) -> None:
-        """Saves in the background; the state may be donated as soon as this returns.
+        """Save in the background; the state may be donated as soon as this returns.
 
-        It first waits for the save before it. A save that failed, for want of room say, leaves a
-        warning; the checkpoints before it stay, and what it left half done is removed, at the
+        Waits for the previous save first. A failed save, on a full disk for example, leaves a
+        warning; the checkpoints before it stay, and what it left half written is removed, at the
         latest by the next start.
 
         Args:
           step: steps taken.
           state: a pytree of JAX arrays.
-          extra: JSON values to keep beside it, such as where the data stands.
-          metrics: evaluation results at this step, where there are any.
+          extra: JSON values to save beside it, such as the position in the data.
+          metrics: evaluation results at this step, if any.
           wait: whether to return only when it is on the disk, or has failed.
         """
         metrics = metrics if metrics and self._best in metrics else None
         arrays = {name: [digest, *_kind(x)] for name, digest, x in _named(state)}
-        kept = {"extra": extra, "arrays": arrays}
+        metadata = {"extra": extra, "arrays": arrays}
         self._settle_before(step)
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
                 {"state": state},
                 metrics=metrics,
-                custom_metadata={**kept, "digest": json_digest(kept)},
+                custom_metadata={**metadata, "digest": json_digest(metadata)},
                 force=True,
             )
         except Exception as error:  # noqa: BLE001  # as in restore_latest
@@ -142,7 +142,7 @@ class Checkpoints:
             self._settle()
 
     def give_up(self, step: int, error: Exception) -> None:
-        """Takes a step as one whose save failed."""
+        """Treat a step as one whose save failed."""
         self._settle_before(step)
         self._failed(step, error)
 
@@ -153,7 +153,7 @@ class Checkpoints:
         self._unsaved = ""
 
     def _settle(self) -> None:
-        """Waits for the save under way."""
+        """Wait for the save under way."""
         step, self._saving = self._saving, None
         if step is None:
             return
@@ -169,18 +169,18 @@ class Checkpoints:
         self._checkpointer = self._open(cleanup_tmp_directories=True)
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, ascending."""
+        """Return the steps of the checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def restore_latest(
         self, like: Any, *, check: Callable[[int, dict[str, Any]], None] | None = None
     ) -> Restored | None:
-        """The newest checkpoint that can be loaded; None where there is none at all.
+        """Return the newest checkpoint that can be loaded; None where there is no checkpoint.
 
         Args:
           like: a state of the same structure, shapes and dtypes; its values are not used.
-          check: gets the step, and what was saved beside the state, before the state is loaded; may
-            raise an exception of its own.
+          check: called with the step and with what was saved beside the state, before the state is
+            loaded; may raise.
 
         Raises:
           NoUsableCheckpoint: if there are some but none can be loaded.
@@ -190,15 +190,15 @@ class Checkpoints:
         for step in reversed(steps):
             # Orbax raises what the damage happens to cause: KeyError, ValueError, OSError and more.
             try:
-                kept = self._kept(step)
+                metadata = self._metadata(step)
             except Exception as error:  # noqa: BLE001
                 log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
                 continue
             if check is not None:
-                check(step, kept["extra"])
-            _check_same(step, kept["arrays"], like)
+                check(step, metadata["extra"])
+            _check_same(step, metadata["arrays"], like)
             try:
-                return Restored(step, self._load(step, kept["arrays"], like), kept["extra"])
+                return Restored(step, self._load(step, metadata["arrays"], like), metadata["extra"])
             except Exception as error:  # noqa: BLE001
                 log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
         if steps:
@@ -209,7 +209,7 @@ class Checkpoints:
         return None
 
     def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps, which could not be loaded, to `damaged-STEP`, so
+        """Rename the checkpoints of later steps, which could not be loaded, to `damaged-STEP`, so
         that training can save those steps again and nothing is lost."""
         later = [n for n in self.steps() if n > step]
         for n in later:
@@ -222,12 +222,12 @@ class Checkpoints:
         free = (self._directory / f"damaged-{name}{end}" for end in ends)
         path.rename(next(target for target in free if not target.exists()))
 
-    def _kept(self, step: int) -> dict[str, Any]:
-        """What was saved beside the state."""
-        kept = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
-        if kept.pop("digest", None) != json_digest(kept):
+    def _metadata(self, step: int) -> dict[str, Any]:
+        """Return what was saved beside the state."""
+        metadata = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+        if metadata.pop("digest", None) != json_digest(metadata):
             raise ValueError("what was saved beside the state is damaged: its digest differs")
-        return kept
+        return metadata
 
     def _load(self, step: int, arrays: dict[str, list[str]], like: Any) -> Any:
         abstract = jax.tree.map(_abstract, like)
@@ -238,7 +238,7 @@ class Checkpoints:
         return state
 
     def wait(self) -> None:
-        """Waits until what was saved is on the disk.
+        """Wait until the last save is on the disk.
 
         Raises:
           NotSaved: if the last save failed.
@@ -252,7 +252,7 @@ class Checkpoints:
             raise NotSaved(f"{self._unsaved}; {newest}")
 
     def close(self) -> None:
-        """Waits, then lets go of the folder."""
+        """Wait for the save under way, then close the folder."""
         saving = self._saving is not None
         self._settle()
         if saving and self._unsaved:
@@ -261,12 +261,12 @@ class Checkpoints:
 
 
 def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of a failed save in every thread that meets it; we say it in a line."""
+    """Drop tracebacks: Orbax logs one in every thread that meets a failed save; we log one line."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _readable(metrics: Path) -> bool:
-    """Whether Orbax can read the metrics of a checkpoint."""
+    """Return whether Orbax can read the metrics of a checkpoint."""
     try:
         return isinstance(json.loads((metrics / "metrics").read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
@@ -278,7 +278,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _named(tree: Any) -> list[tuple[str, str, Any]]:
-    """The path, digest and array of each leaf."""
+    """Return the path, digest and array of each leaf."""
     return [
         (name, digest, x)
         for (name, digest), x in zip(
@@ -292,7 +292,7 @@ def _kind(x: Any) -> tuple[str, str]:
 
 
 def _check_same(step: int, saved: dict[str, list[str]], like: Any) -> None:
-    """Orbax casts an array to whatever dtype it is asked for; a changed dtype is an error here."""
+    """Raise DoesNotFit for a changed shape or dtype: Orbax casts to any dtype that it is asked for."""
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     wanted = {name(path): _kind(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
     for key in {**wanted, **saved}:

@@ -14,38 +14,39 @@ from rich.table import Table
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.warmup import fit_warmup
-from jmp_train.errors import UsageError
-from jmp_train.errors import nearest
-from jmp_train.runs.plots import plot_comparison
-from jmp_train.runs.train import devices_line, train, where
+from jmp_train.errors import UsageError, nearest
 from jmp_train.runs.loop import Diverged
 from jmp_train.runs.metrics import write_json
+from jmp_train.runs.plots import plot_comparison
+from jmp_train.runs.progress import display_name, print_line
+from jmp_train.runs.provenance import device_and_versions, unused_devices_line
+from jmp_train.runs.train import train
 
 _MATMUL = typing.get_args(typing.get_type_hints(Experiment)["matmul_precision"])
 
 
 def families() -> list[str]:
-    """The names of all families: what stands before the precision in an experiment's name."""
+    """Return the names of all families: an experiment's name without its precision."""
     return sorted({name.rpartition("_")[0] for name in experiment_files()} - {""})
 
 
 def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]:
-    """The experiments to compare, by label, the first being what the others are compared with.
+    """Return the experiments to compare by label; the others are compared with the first.
 
     Args:
-      family: such as `mlp`.
+      family: the name of a family, such as `mlp`.
       precisions: comma-separated: `fp32` is the experiment `<family>_fp32`, and `fp32@highest` the
         same with `matmul_precision` highest.
 
     Raises:
-      UsageError: for a family or a precision that does not exist, with the nearest that does.
+      UsageError: for an unknown family or precision, with the nearest one that exists.
     """
     names = list(experiment_files())
     there = [name.removeprefix(family + "_") for name in names if name.startswith(family + "_")]
     if not there:
         raise UsageError(f"unknown family {family!r}; {nearest(family, families())}")
     variants = {}
-    for label in filter(None, (word.strip() for word in precisions.split(","))):
+    for label in filter(None, (part.strip() for part in precisions.split(","))):
         precision, _, matmul = label.partition("@")
         if precision not in there:
             raise UsageError(
@@ -70,34 +71,34 @@ def compare(
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Trains each variant with each seed, then prints, writes and draws the comparison.
+    """Train each variant with each seed, then print, write and draw the comparison.
 
-    The seeds go outermost, so that a machine that slows down slows all variants alike. A run that
-    diverges is counted, and left out of its row's means.
+    The loop over seeds is the outer one, so that a machine that slows down slows all variants alike.
+    A run that diverges is counted, and left out of its row's means.
 
     Args:
-      family: its name.
-      variants: by label; the first is what speed-ups are against.
-      seeds: runs of each, at least 1.
-      out: gets the runs, compare.json, compare.md and compare.png.
+      family: the name of the family.
+      variants: experiments by label; speed-ups are relative to the first.
+      seeds: number of runs of each variant, at least 1.
+      out: folder of the runs, compare.json, compare.md and compare.png.
       console: where to print.
 
     Returns:
-      What compare.json holds.
+      The content of compare.json.
 
     Raises:
       UsageError: for a folder that cannot be written.
-      Diverged: if every run did, after writing that down as well.
-      Stopped: as `run.train`.
+      Diverged: if every run diverged; the results are written before.
+      Stopped: as `jmp_train.runs.train.train`.
     """
     summaries: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
     diverged: dict[str, list[int]] = {label: [] for label in variants}  # their seeds
     quiet = Console(quiet=True)
     fitted = {label: fit_warmup(experiment) for label, experiment in variants.items()}
     variants = {label: experiment for label, (experiment, _) in fitted.items()}
-    for line in dict.fromkeys([devices_line(), *(line for _, line in fitted.values())]):
+    for line in dict.fromkeys([unused_devices_line(), *(line for _, line in fitted.values())]):
         if line:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_line(console, line)
     for seed in range(seeds):
         for label, experiment in variants.items():
             run_dir = out / "runs" / f"{label}-seed{seed}"
@@ -107,14 +108,14 @@ def compare(
             except Diverged as error:
                 diverged[label].append(seed)
                 message = f"{label} seed {seed} diverged: {str(error).splitlines()[0]}"
-                console.print(message, highlight=False, markup=False, soft_wrap=True)
+                print_line(console, message)
                 continue
             summaries[label].append(summary)
-            console.print(
-                f"{label} seed {seed}: {experiment.metric.replace('_', ' ')} "
-                f"{summary['eval'][experiment.metric]:.4f} in {summary['train_time_s']:.1f} s",
-                highlight=False,
-                markup=False,
+            value = f"{summary['eval'][experiment.metric]:.4f}"
+            print_line(
+                console,
+                f"{label} seed {seed}: {display_name(experiment.metric)} {value} "
+                f"in {summary['train_time_s']:.1f} s",
             )
     metric = next(iter(variants.values())).metric
     rows = {
@@ -130,7 +131,7 @@ def compare(
         "family": family,
         "metric": metric,
         "seeds": seeds,
-        **where(),
+        **device_and_versions(),
         "rows": rows,
     }
     write_json(out / "compare.json", result)
@@ -146,7 +147,7 @@ def compare(
         title=f"{family}, {seeds} seed{'s' * (seeds > 1)}, {result['device']['kind']}",
     )
     console.print(_rich_table(result))
-    console.print(f"{out}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"{out}")
     if not any(summaries.values()):
         raise Diverged(f"every run of {family} diverged")
     return result
@@ -173,7 +174,7 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "precision",
         "time (s)",
         "speed-up",
-        metric.replace("_", " "),
+        display_name(metric),
         "loss scale",
         "skipped",
         "peak memory (MiB)",
@@ -202,10 +203,10 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown_table(result: dict[str, Any]) -> str:
-    """A comparison as a Markdown table.
+    """Return a comparison as a Markdown table.
 
     Args:
-      result: what `compare` returns.
+      result: the value that `compare` returned.
     """
     header, rows = _cells(result)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]

@@ -1,4 +1,4 @@
-"""A digest of arrays, computed where they lie, to notice a flipped bit in what a disk gave back."""
+"""Digests of arrays, computed on their device, to notice damage on the disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))  # MurmurHash3's 32-bit fin
 
 
 def array_digests(tree: Any) -> dict[str, str]:
-    """A digest of each array of a pytree, by its path.
+    """Return a digest of each array of a pytree, by its path.
 
     The words of an array, each mixed with its position by MurmurHash3's finaliser, are summed modulo
     2^32, twice with other starts. Integer sums do not depend on their order, so the digest is the
     same on every device and under every sharding, and the arrays need not come to the host. The
     finaliser is one to one, so a change within any one word always shows; other damage goes unseen
-    with a chance of about 2^-64. It is no defence against forgery.
+    with a chance of about 2^-64. The digest does not protect against forgery.
 
     Args:
       tree: arrays of any dtype, PRNG keys too.
@@ -48,7 +48,7 @@ def _sums(leaves: list[Any]) -> list[jax.Array]:
 
 
 def _words(x: Any) -> jax.Array:
-    """The bits of an array as uint32; shape=(words,)."""
+    """Return the bits of an array as uint32; shape=(words,)."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     x = jnp.asarray(x)
@@ -73,7 +73,7 @@ def _sum(words: jax.Array) -> jax.Array:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys.
+    """Return the SHA-256 of a JSON value; the order of keys does not matter.
 
     >>> json_digest({"a": 1, "b": 2}) == json_digest({"b": 2, "a": 1})
     True

@@ -1,4 +1,4 @@
-"""The loop around the step: it hands batches over, and looks at the device at log points only."""
+"""The loop around the step: it waits for the device at events only."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import jax
 import numpy as np
 
 from jmp_train.loss_scales.states import DynamicLossScale
-from jmp_train.tree import all_finite
-from jmp_train.tree import path_names
 from jmp_train.step.state import StepInfo, TrainState
+from jmp_train.tree import all_finite, path_names
 
 _all_finite = jax.jit(all_finite)
-
 
 #: So many skipped steps in a row end the run when the scale can go no lower. From 65,536 to 1 it
 #: takes 16, so this is DeepSpeed's rule (an overflow at the minimum is an error), but a run that lives
 #: at the minimum survives a few bad batches.
 SKIPS_AT_MINIMUM = 10
 
-#: How many names of tensors a train record holds at most.
+#: Largest number of tensor names in a train record.
 _NAMES = 8
 
 
@@ -33,13 +31,13 @@ class LastCall(NamedTuple):
     step: int  # steps taken
     state: TrainState
     batch: Any  # of the last step alone
-    loss_scale: float  # that the last step was taken under
+    loss_scale: float  # of the last step
     skipped: bool  # whether the last step was skipped, and so can be replayed
     bad: int  # the first step known to have gone wrong; of skipped ones, the last
 
 
 class Diverged(Exception):
-    """Training has diverged and cannot go on; `last` tells where the loop stood."""
+    """Training has diverged and cannot continue; `last` says where the loop stood."""
 
     def __init__(self, message: str, last: LastCall | None = None):
         super().__init__(message)
@@ -51,11 +49,11 @@ class LoopResult(NamedTuple):
 
     state: TrainState
     step: int  # steps taken, those before a resume included
-    seconds: float  # spent in training steps, evaluation and checkpoints apart
+    seconds: float  # spent in training steps, without evaluation and checkpoints
 
 
 class Every(NamedTuple):
-    """How many steps lie between two events of a kind; the last step is one of each."""
+    """Steps between two events of a kind; the last step has an event of each kind."""
 
     log: int
     evaluate: int
@@ -78,13 +76,13 @@ def run_loop(
     skips_nonfinite: bool = False,
     max_skipped_in_row: int = 100,
 ) -> LoopResult:
-    """Runs the steps from `start` to `stop`.
+    """Run the steps from `start` to `stop`.
 
     Nothing waits for the device between two events, so the host can run ahead of it.
 
     Args:
       step_fn: takes `steps_per_call` steps; the state is donated to it.
-      state: at `start`.
+      state: the state at `start`.
       batches: one item for each call of `step_fn`.
       start: steps already taken.
       stop: steps at the end.
@@ -95,9 +93,9 @@ def run_loop(
       checkpoint: gets the step, the state and the seconds spent in steps so far; it must have
         copied what it needs on return.
       should_stop: asked between calls; true ends the loop after a checkpoint.
-      skips_nonfinite: whether `step_fn` skips steps that are not finite, so that a loss which is
-        not finite can mend.
-      max_skipped_in_row: so many skipped steps in a row end the run.
+      skips_nonfinite: whether `step_fn` skips steps that are not finite, so that a loss
+        that is not finite can recover.
+      max_skipped_in_row: number of skipped steps in a row that ends the run.
 
     Raises:
       Diverged: at an event, before it saves: if the loss is not finite and such steps are not
@@ -147,7 +145,7 @@ def run_loop(
 def _train_values(
     info: StepInfo, state: TrainState, steps_per_call: int, logged: int
 ) -> dict[str, Any]:
-    """The last step's numbers, on the host, and the last skip's if it came after step `logged`."""
+    """Return the last step's values on the host, and the last skip's if it came after `logged`."""
     info, skipped, in_row, last_skip = jax.device_get(
         (info, state.skipped, state.skipped_in_row, state.last_skip)
     )
@@ -168,8 +166,8 @@ def _train_values(
 
 
 def nonfinite_gradients(state: TrainState) -> list[str]:
-    """The paths of what was not finite in the last skipped step: parameters, for their gradients, and
-    leaves of the model state, under `model_state/`."""
+    """Return the paths that were not finite in the last skipped step: parameters, for their gradients,
+    and leaves of the model state, under `model_state/`."""
     if state.last_skip is None:
         return []
     names = path_names(state.params)
@@ -181,7 +179,7 @@ def nonfinite_gradients(state: TrainState) -> list[str]:
 def _diverged(
     at: int, values: dict[str, Any], state: TrainState, skips_nonfinite: bool, limit: int
 ) -> str:
-    """Why the run cannot go on; '' where it can."""
+    """Return why the run cannot continue; '' where it can."""
     in_row, scale = values["skipped_in_row"], values["loss_scale"]
     lowest = state.loss_scale.lowest if isinstance(state.loss_scale, DynamicLossScale) else 0.0
     at_minimum = scale <= lowest and in_row >= min(limit, SKIPS_AT_MINIMUM)
@@ -199,7 +197,7 @@ def _diverged(
 
 
 def _first_bad(at: int, losses: list[Any]) -> int:
-    """The first of the steps up to `at` whose loss or gradients' norm is not finite; else `at`.
+    """Return the first step up to `at` whose loss or gradient norm is not finite; else `at`.
 
     Args:
       at: the last step.

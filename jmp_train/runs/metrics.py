@@ -16,7 +16,7 @@ _EVENTS_FLUSHED_EVERY = 10.0  # seconds; it waits for the disk
 
 
 def strict_json(value: Any) -> Any:
-    """A value that standard JSON can hold: arrays to numbers and lists, a NaN to "nan".
+    """Return a value as standard JSON can hold it: arrays as numbers and lists, a NaN as "nan".
 
     >>> import numpy as np
     >>> strict_json({"loss": np.float32("nan"), "n": np.int32(3), "x": (1.5, float("-inf"))})
@@ -36,7 +36,7 @@ def strict_json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON, all of it or nothing: a reader never sees half a file."""
+    """Write strict JSON, all of it or nothing: a reader never sees half a file."""
     _replace(path, json.dumps(strict_json(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -50,7 +50,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; a torn last line is left out.
+    """Return the records of a metrics.jsonl in order; a torn last line is left out.
 
     Raises:
       ValueError: for a line before the last that is not a record, by its number.
@@ -71,7 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no strict JSON")
+    raise ValueError(f"{name} is not strict JSON")
 
 
 def _start(line: bytes) -> str:
@@ -82,9 +82,9 @@ class MetricsWriter:
     """Appends records to metrics.jsonl and to TensorBoard's events.
 
     Args:
-      run_dir: holds metrics.jsonl and tensorboard/.
-      resume_step: where a run goes on; records of later steps are dropped, because they will be
-        written again.
+      run_dir: the directory of metrics.jsonl and tensorboard/.
+      resume_step: the step that a run resumes from; records of later steps are dropped, because
+        they will be written again.
 
     Raises:
       ValueError: if a record there is damaged.
@@ -98,7 +98,7 @@ class MetricsWriter:
             kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
         _replace(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._lines = path.open("ab", buffering=0)
-        self._pending = b""  # what the disk has not taken yet
+        self._pending = b""  # lines that the disk has not taken yet
         self._events: _Events | None = None
         try:
             self._events = _Events(run_dir / "tensorboard", resume_step)
@@ -106,12 +106,12 @@ class MetricsWriter:
             self._end_events(error)
 
     def write(self, step: int, split: str, values: dict[str, Any]) -> None:
-        """Writes one record. On a full disk there is a warning, and the record waits for room.
+        """Write one record. On a full disk there is a warning, and the record waits for room.
 
         Args:
           step: steps taken.
           split: "train" or "eval".
-          values: numbers by name, or lists of words, which TensorBoard does not get.
+          values: numbers by name, or lists of names, which TensorBoard does not get.
         """
         values = {k: v for k, v in values.items() if k not in ("step", "split")}
         record = strict_json({"step": step, "split": split, **values})
@@ -129,7 +129,7 @@ class MetricsWriter:
                 self._end_events(error)
 
     def flush(self) -> None:
-        """Writes what waits.
+        """Write the waiting records.
 
         Raises:
           OSError: if metrics.jsonl still cannot be written.
@@ -142,7 +142,7 @@ class MetricsWriter:
                 self._end_events(error)
 
     def close(self) -> None:
-        """Flushes and closes both, as far as the disk takes them."""
+        """Flush and close both files, as far as the disk takes them."""
         try:
             self.flush()
         except OSError as error:
@@ -164,7 +164,7 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard's events, written at once: tensorboardX's own SummaryWriter has a thread for it, and
+    """TensorBoard's events, written without a thread: tensorboardX's own SummaryWriter has one, and
     hangs for ever when that thread has died of a full disk."""
 
     def __init__(self, directory: Path, resume_step: int):

@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_train.runs.progress import display_name
+
 
 def _pyplot() -> Any:
     import matplotlib as mpl  # 0.8 s to import, so only where used
@@ -26,12 +28,12 @@ def _series(records: Sequence[dict[str, Any]], split: str, name: str) -> tuple[l
 
 
 def plot_run(records: Sequence[dict[str, Any]], directory: Path, *, title: str) -> list[Path]:
-    """Draws the curves of one run.
+    """Draw the curves of one run.
 
     Args:
-      records: those of its metrics.jsonl.
-      directory: where the PNG files go.
-      title: stands above each.
+      records: the records of its metrics.jsonl.
+      directory: folder of the PNG files.
+      title: title of each plot.
 
     Returns:
       The files: one per metric, and the loss scale where it is not 1 throughout.
@@ -55,7 +57,7 @@ def plot_run(records: Sequence[dict[str, Any]], directory: Path, *, title: str) 
                 axes.plot(steps, values, style, markersize=4, label=label)
         if name == "loss_scale":
             axes.set_yscale("log", base=2)
-        axes.set(xlabel="step", ylabel=name.replace("_", " "), title=title)
+        axes.set(xlabel="step", ylabel=display_name(name), title=title)
         axes.grid(alpha=0.3)
         if len([1 for steps, _ in curves.values() if steps]) > 1:
             axes.legend()
@@ -68,14 +70,14 @@ def plot_run(records: Sequence[dict[str, Any]], directory: Path, *, title: str) 
 def plot_comparison(
     rows: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, metric: str, title: str
 ) -> None:
-    """Draws a comparison of precisions: the metric of every seed, and the time.
+    """Draw a comparison of precisions: the metric of every seed, and the time.
 
     Args:
       rows: by precision, `{"metric": one value per seed, "seconds": one value per seed}`, both
         empty where every seed diverged.
       path: the PNG file.
-      metric: its name, for the axis.
-      title: stands above.
+      metric: the name of the metric, for the axis.
+      title: title of the plot.
     """
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
@@ -100,7 +102,7 @@ def plot_comparison(
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.6, len(names) - 0.4)
         axes.grid(axis="y", alpha=0.3)
-    metric = metric.replace("_", " ")
+    metric = display_name(metric)
     left.set(ylabel=f"held-out {metric}", title=f"{metric}: each seed, mean and deviation")
     right.set(ylabel="seconds", title="training time, mean over seeds")
     figure.suptitle(title)
@@ -111,7 +113,7 @@ def plot_comparison(
 def plot_exponents(
     exponents: Mapping[int, int], dtype: Any, path: Path, *, scale: float, title: str
 ) -> None:
-    """Draws how many numbers have which exponent, as they are and times a scale, over a format's range.
+    """Draw how many numbers have which exponent, unscaled and scaled, over the range of a format.
 
     Figure 3 of Micikevicius et al. 2018, "Mixed Precision Training", with the scale's effect.
 
@@ -120,7 +122,7 @@ def plot_exponents(
       dtype: the format.
       path: the PNG file.
       scale: what they are multiplied by.
-      title: stands above.
+      title: title of the plot.
     """
     plt = _pyplot()
     info = jnp.finfo(dtype)
@@ -129,13 +131,13 @@ def plot_exponents(
         for x in (info.smallest_subnormal, info.smallest_normal, info.max)
     )
     total = max(sum(exponents.values()), 1)
-    where = np.array(sorted(exponents))
-    share = np.array([100 * exponents[e] / total for e in where])
+    places = np.array(sorted(exponents))
+    share = np.array([100 * exponents[e] / total for e in places])
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.bar(where, share, width=1.0, alpha=0.6, label="as they are")
+    axes.bar(places, share, width=1.0, alpha=0.6, label="as they are")
     shift = math.log2(scale)
     if shift:
-        axes.bar(where + shift, share, width=1.0, alpha=0.6, label=f"times {scale:g}")
+        axes.bar(places + shift, share, width=1.0, alpha=0.6, label=f"times {scale:g}")
     axes.axvspan(
         normal - 0.5, end + 0.5, alpha=0.12, zorder=0, color="C2", label=f"normal in {info.dtype}"
     )

@@ -1,4 +1,4 @@
-"""How a run shows itself: a live bar on a terminal, plain lines elsewhere."""
+"""The progress of a run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,34 +17,48 @@ from rich.progress import (
 _SHOWN = ("loss", "accuracy", "bits_per_byte", "loss_scale", "skipped_steps", "steps_per_second")
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print a line as it is: no markup, no highlighting, no line breaks added."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def display_name(name: str) -> str:
+    """Return the name of a value with spaces for underscores.
+
+    >>> display_name("bits_per_byte")
+    'bits per byte'
+    """
+    return name.replace("_", " ")
+
+
 def format_values(values: dict[str, Any]) -> str:
-    """The numbers worth a place on one line.
+    """Return the most important values as one line.
 
     >>> format_values({"loss": 0.12345, "loss_scale": 65536.0, "steps_per_second": 812.3})
     'loss 0.1235  loss scale 65536  812 steps/s'
     """
-    words = []
+    shown = []
     for name in _SHOWN:
         if name not in values or (name == "skipped_steps" and not values[name]):
             continue
         value = values[name]
         if name == "steps_per_second":
-            words.append(f"{value:.3g} steps/s" if value < 100 else f"{value:.0f} steps/s")
+            shown.append(f"{value:.3g} steps/s" if value < 100 else f"{value:.0f} steps/s")
         elif name in ("loss_scale", "skipped_steps"):
-            words.append(f"{name.replace('_steps', '').replace('_', ' ')} {value:.6g}")
+            shown.append(f"{display_name(name.removesuffix('_steps'))} {value:.6g}")
         else:
-            words.append(f"{name.replace('_', ' ')} {value:.4f}")
-    return "  ".join(words)
+            shown.append(f"{display_name(name)} {value:.4f}")
+    return "  ".join(shown)
 
 
 class RunProgress:
     """Shows steps, loss, rate, loss scale and the time left.
 
     Args:
-      console: where to; a live bar if it is a terminal.
+      console: gets a live bar if it is a terminal, else lines.
       start: steps already taken.
       total: steps in the run.
-      name: what is being trained.
+      name: the name of the experiment.
     """
 
     def __init__(self, console: Console, *, start: int, total: int, name: str):
@@ -66,25 +80,23 @@ class RunProgress:
             self._bar.start()
 
     def train(self, step: int, values: dict[str, Any]) -> None:
-        """Shows where training stands."""
+        """Show the values of a step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=format_values(values))
             return
         rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
         left = (self._total - step) / rate if rate > 0 else 0.0
         line = f"step {step:>{len(str(self._total))}}/{self._total}  {format_values(values)}"
-        self._console.print(
-            f"{line}  {left:.0f} s left", highlight=False, markup=False, soft_wrap=True
-        )
+        print_line(self._console, f"{line}  {left:.0f} s left")
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
-        """Shows an evaluation."""
+        """Show an evaluation."""
         line = f"eval at step {step}  " + "  ".join(
-            f"{k.replace('_', ' ')} {v:.4f}" for k, v in values.items()
+            f"{display_name(k)} {v:.4f}" for k, v in values.items()
         )
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._console, line)
 
     def close(self) -> None:
-        """Ends the live bar."""
+        """End the live bar."""
         if self._bar is not None:
             self._bar.stop()

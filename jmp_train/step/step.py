@@ -253,7 +253,7 @@ def make_step(
 
 def step_gradients(
     loss_fn: Callable[..., Any],
-    precision: Precision,
+    policy: str | Policy | Rules | Precision | None,
     *,
     cast_batch: bool = True,
     micro_batches: int = 1,
@@ -266,7 +266,7 @@ def step_gradients(
     """
     grad_fn = value_and_grad(
         _loss_and_rest(loss_fn),
-        precision,
+        policy,
         has_aux=True,
         cast_batch=cast_batch,
         micro_batches=micro_batches,

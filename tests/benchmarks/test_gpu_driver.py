@@ -63,7 +63,7 @@ def test_a_hanging_child_is_stopped_with_what_it_started(drive, tmp_path):
     row = drive(code, CEILINGS[0], limit=1.5)[CEILINGS[0]]
     assert (row["status"], row["reason"]) == ("timeout", "stopped after 2 s")
     assert row["seconds"] < 30
-    assert gone(int(pid.read_text()))
+    wait_for(lambda: gone(int(pid.read_text())))  # the kernel takes a moment under load
 
 
 def test_a_dead_child_failed_for_its_last_line(drive):
@@ -153,7 +153,7 @@ def test_a_signal_ends_the_run_and_its_child(tmp_path, number):
     run.send_signal(number)
     assert run.wait(20) == 128 + number
     assert len(rows_of(out)) == 1
-    assert gone(int(pid.read_text()))
+    wait_for(lambda: gone(int(pid.read_text())))  # the kernel takes a moment under load
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own way is Linux's")

@@ -1,4 +1,4 @@
-"""Arrays of one's own: what is read is what was saved, and no more memory than there is."""
+"""Arrays from a file: read as they were saved, within the memory that is free."""
 
 import numpy as np
 import pytest
@@ -19,28 +19,32 @@ def saved(tmp_path):
 def rows(*parts):
     """Examples with their labels as a sorted list, whatever their order."""
     return sorted(
-        (tuple(map(float, x)), int(y))
+        (tuple(map(float, np.ravel(x))), int(y))
         for part in parts
         for x, y in zip(part["image"], part["label"], strict=True)
     )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
-def test_every_example_comes_once_flattened_in_float32_with_its_label(saved, dtype):
+def test_every_example_comes_once_in_float32_with_its_label(saved, dtype):
     x = (np.arange(50 * 2 * 3).reshape(50, 2, 3) / 8).astype(dtype)  # exact in float16
     y = np.arange(50) % 7
     data = NpzConfig(saved(x=x, y=y), eval_share=0.3).load()
-    assert (len(data.train["label"]), len(data.eval["label"])) == (35, 15)
-    assert rows(data.train, data.eval) == sorted(
+    assert (len(data.train.arrays["label"]), len(data.eval["label"])) == (35, 15)
+    assert rows(data.train.arrays, data.eval) == sorted(
         (tuple(a.ravel().tolist()), int(b)) for a, b in zip(x, y, strict=True)
     )
-    assert data.train["image"].dtype == np.float32 and data.train["label"].dtype == np.int32
-    assert data.spec == (6, 7) and data.augment is None
+    assert (
+        data.train.arrays["image"].dtype == np.float32
+        and data.train.arrays["label"].dtype == np.int32
+    )
+    assert data.spec.example["image"].shape == (2, 3) and data.spec.classes == 7
+    assert data.train.augment is None
 
 
 def test_uint8_goes_from_0_to_1(saved):
     x = np.array([[0, 51, 255]] * 10, np.uint8)
-    image = NpzConfig(saved(x=x, y=np.arange(10) % 2)).load().train["image"]
+    image = NpzConfig(saved(x=x, y=np.arange(10) % 2)).load().train.arrays["image"]
     np.testing.assert_array_equal(image, np.tile(np.float32([0, 0.2, 1]), (8, 1)))
 
 
@@ -55,7 +59,7 @@ def test_a_second_file_is_held_out_in_its_order(saved):
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 4
     train, held = saved(images=x, classes=y), saved("held", images=x[:5] + 0.5, classes=y[:5])
     data = NpzConfig(train, held, x="images", y="classes").load()
-    np.testing.assert_array_equal(data.train["image"], x)
+    np.testing.assert_array_equal(data.train.arrays["image"], x)
     np.testing.assert_array_equal(data.eval["image"], x[:5] + 0.5)
     np.testing.assert_array_equal(data.eval["label"], y[:5])
 
@@ -93,7 +97,7 @@ def test_a_class_may_be_held_out_whole(saved):
     y = np.array([0, 1] * 20 + [2])
     path = saved(x=np.ones((41, 1)), y=y)
     data = NpzConfig(path, eval_share=0.97).load()
-    assert data.spec.classes == 3 and len(set(data.train["label"].tolist())) < 3
+    assert data.spec.classes == 3 and len(set(data.train.arrays["label"].tolist())) < 3
 
 
 def test_an_array_that_the_memory_does_not_hold_is_refused_unread(saved, monkeypatch):

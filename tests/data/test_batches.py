@@ -7,12 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmp_train.data import eval_batches, iterate, train_batches
+from jmp_train.data import Arrays, eval_batches, iterate, train_batches
 from jmp_train.data.batches import _ShuffledBatches, state_at
 
 
 def arrays(size):
     return {"x": np.arange(size), "y": np.arange(size) * 10.0}
+
+
+def source(size, augment=None):
+    return Arrays(arrays(size), augment)
 
 
 def take(batches, n):
@@ -25,7 +29,7 @@ def take(batches, n):
 def test_each_epoch_holds_every_example_once(size, batch_size, seed):
     epochs = 3
     steps = -(-epochs * size // batch_size)
-    seen = take(train_batches(arrays(size), batch_size, seed=seed), steps)
+    seen = take(train_batches(source(size), batch_size, seed=seed), steps)
     assert all(batch["x"].shape == (batch_size,) for batch in seen)
     order = np.concatenate([batch["x"] for batch in seen])[: epochs * size].reshape(epochs, size)
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(size), (epochs, 1)))
@@ -34,7 +38,7 @@ def test_each_epoch_holds_every_example_once(size, batch_size, seed):
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    runs = [take(train_batches(arrays(100), 100, seed=s), 2) for s in (0, 0, 1)]
+    runs = [take(train_batches(source(100), 100, seed=s), 2) for s in (0, 0, 1)]
     orders = [[tuple(batch["x"]) for batch in run] for run in runs]
     assert orders[0] == orders[1]
     assert len({orders[0][0], orders[0][1], orders[2][0], orders[2][1]}) == 4
@@ -47,9 +51,7 @@ def test_a_restored_iterator_goes_on_bitwise_noise_included(at, per_call):
         return {**batch, "y": batch["y"] + rng.normal(size=batch["y"].shape)}
 
     def make():
-        return iterate(
-            train_batches(arrays(10), 4, seed=5, steps_per_call=per_call, augment=augment)
-        )
+        return iterate(train_batches(source(10, augment), 4, seed=5, steps_per_call=per_call))
 
     first = make()
     take(first, at)
@@ -62,8 +64,8 @@ def test_a_restored_iterator_goes_on_bitwise_noise_included(at, per_call):
 
 
 def test_several_steps_a_call_are_the_same_batches_stacked():
-    one = take(train_batches(arrays(10), 4, seed=1), 6)
-    stacked = take(train_batches(arrays(10), 4, seed=1, steps_per_call=3), 2)
+    one = take(train_batches(source(10), 4, seed=1), 6)
+    stacked = take(train_batches(source(10), 4, seed=1, steps_per_call=3), 2)
     got = list(itertools.chain(*(batch["x"] for batch in stacked)))
     np.testing.assert_array_equal(got, [batch["x"] for batch in one])
 
@@ -82,7 +84,7 @@ def noise_of(seed, index):
     def augment(batch, rng):
         return {**batch, "noise": rng.normal(size=3)}
 
-    return tuple(train_batches(arrays(6), 2, seed=seed, augment=augment)[index]["noise"])
+    return tuple(train_batches(source(6, augment), 2, seed=seed)[index]["noise"])
 
 
 def test_each_batch_and_each_seed_has_noise_of_its_own():
@@ -99,20 +101,20 @@ def test_the_noise_is_not_the_stream_that_the_order_was_drawn_from():
         orders.append(tuple(rng.permutation(50)))
         return batch
 
-    batch = train_batches(arrays(50), 50, seed=3, augment=augment)[0]
+    batch = train_batches(source(50, augment), 50, seed=3)[0]
     assert tuple(batch["x"]) != orders[0]
 
 
 def test_only_the_epochs_at_hand_are_kept_in_memory():
-    source = _ShuffledBatches(arrays(10), 10, seed=0, augment=None)
+    batches = _ShuffledBatches(source(10), 10, seed=0)
     for i in range(100):
-        source[i]
-    assert len(source._orders) <= 3
+        batches[i]
+    assert len(batches._orders) <= 3
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_an_iterator_is_where_state_at_puts_it(steps_per_call):
-    made = train_batches(arrays(10), 3, seed=0, steps_per_call=steps_per_call)
+    made = train_batches(source(10), 3, seed=0, steps_per_call=steps_per_call)
     walked, put = iterate(made), iterate(made)
     take(walked, 4)
     put.set_state(state_at(4))

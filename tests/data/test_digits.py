@@ -11,13 +11,15 @@ from jmp_train.data import DigitsConfig
 
 def test_training_and_held_out_images_are_the_bundled_ones_and_disjoint():
     data = DigitsConfig().load()
-    assert len(data.train["image"]) + len(data.eval["image"]) == 1797
+    assert len(data.train) + len(data.eval["image"]) == 1797
     assert len(data.eval["image"]) == round(0.2 * 1797)
     images, labels = load_digits(return_X_y=True)
-    rows = lambda x, y: sorted(zip(map(bytes, np.asarray(x, np.float32)), map(int, y), strict=True))
+    rows = lambda x, y: sorted(
+        zip(map(bytes, np.asarray(x, np.float32).reshape(-1, 64)), map(int, y), strict=True)
+    )
     both = rows(
-        np.concatenate([data.train["image"], data.eval["image"]]) * 16,
-        np.concatenate([data.train["label"], data.eval["label"]]),
+        np.concatenate([data.train.arrays["image"], data.eval["image"]]) * 16,
+        np.concatenate([data.train.arrays["label"], data.eval["label"]]),
     )
     assert both == rows(images, labels)
 
@@ -30,19 +32,22 @@ def test_the_held_out_images_never_change():
 
 def test_arrays_are_float32_from_0_to_1_and_int32():
     data = DigitsConfig().load()
-    assert data.train["image"].dtype == np.float32 and data.train["label"].dtype == np.int32
-    assert data.train["image"].min() == 0.0 and data.train["image"].max() == 1.0
-    assert data.spec.features == 64 and data.spec.classes == 10
+    assert (
+        data.train.arrays["image"].dtype == np.float32
+        and data.train.arrays["label"].dtype == np.int32
+    )
+    assert data.train.arrays["image"].min() == 0.0 and data.train.arrays["image"].max() == 1.0
+    assert data.spec.example["image"].shape == (8, 8) and data.spec.classes == 10
 
 
 def test_noise_has_its_deviation_and_touches_training_images_only():
     data = DigitsConfig(noise=0.3).load()
     batch = {"image": np.zeros((500, 64), np.float32), "label": np.zeros(500, np.int32)}
-    noisy = data.augment(batch, np.random.default_rng(0))
+    noisy = data.train.augment(batch, np.random.default_rng(0))
     # 32,000 draws: the deviation's standard error is 0.3 / sqrt(64,000) = 0.0012; five of them.
     assert abs(noisy["image"].std() - 0.3) < 0.006
     assert noisy["image"].dtype == np.float32 and noisy["label"] is batch["label"]
-    assert DigitsConfig(noise=0.0).load().augment is None
+    assert DigitsConfig(noise=0.0).load().train.augment is None
 
 
 @pytest.mark.parametrize("field,value", [("eval_share", 0.0), ("eval_share", 1.0), ("noise", -1.0)])

@@ -25,7 +25,7 @@ def test_the_text_is_every_topic_in_order_and_its_end_is_held_out():
     assert facts["training_bytes"] + facts["held_out_bytes"] == len(text)
     scored = data.eval["tokens"][:, 1:][data.eval["mask"]]
     assert scored.tobytes() == text[facts["training_bytes"] :]
-    assert data.spec == (64, 256)
+    assert data.spec.example["tokens"].shape == (65,) and data.spec.classes == 256
 
 
 @settings(deadline=None, max_examples=50)
@@ -53,10 +53,10 @@ def write(tmp_path, size):
 def test_training_windows_cover_the_training_text_evenly_and_nothing_else(tmp_path):
     config = TextConfig(path=write(tmp_path, 200), length=10, eval_share=0.25)
     data = config.load()
-    parts = len(data.train["part"])
+    parts = len(data.train)
     assert parts == 14  # 150 bytes, of which 140 begin a window
     draws = 500
-    batches = train_batches(data.train, parts, seed=0, augment=data.augment)
+    batches = train_batches(data.train, parts, seed=0)
     tokens = np.stack([batches[i]["tokens"] for i in range(draws)])
     assert tokens.dtype == np.uint8
     np.testing.assert_array_equal(np.diff(tokens.astype(int), axis=-1), 1)
@@ -72,7 +72,7 @@ def test_a_restored_iterator_goes_on_with_the_same_windows():
     data = TextConfig(length=16).load()
 
     def make():
-        return iterate(train_batches(data.train, 4, seed=1, augment=data.augment))
+        return iterate(train_batches(data.train, 4, seed=1))
 
     first, second = make(), make()
     for _ in range(7):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jaxprs import ran_in
+from helpers.programs import result_dtypes
 
 from jmp_train.flax import apply_policy
 
@@ -68,13 +68,15 @@ def test_nnx_code_sees_its_own_classes_and_methods():
     under = apply_policy(net, "mixed_bfloat16")
     # Three tanh of products of order 1, each rounded: a few units of 2^-8.
     np.testing.assert_allclose(under(X), net(X), atol=16 * 2**-8)
-    assert ran_in(jaxpr_of(under)) == {"bfloat16": sum(ran_in(jaxpr_of(net)).values())}
+    assert result_dtypes(jaxpr_of(under)) == {
+        "bfloat16": sum(result_dtypes(jaxpr_of(net)).values())
+    }
 
 
 def test_nnx_methods_called_from_outside_follow_their_rule():
     rules = [("children/1", "float32"), ("**", "mixed_bfloat16")]
     under = apply_policy(ByClass(nnx.Rngs(0)), rules)
-    counts = ran_in(jax.make_jaxpr(lambda x: under(x))(X))
+    counts = result_dtypes(jax.make_jaxpr(lambda x: under(x))(X))
     assert counts == {"float32": 1, "bfloat16": 2}
 
 
@@ -90,7 +92,7 @@ class Waves(Wave):
 
 def test_nnx_super_calls_round_nothing_inside_the_module():
     under = apply_policy(nnx.Sequential(Waves()), "mixed_bfloat16")
-    assert ran_in(jax.make_jaxpr(lambda x: under(x))(X), "sin") == {"float32": 1}
+    assert result_dtypes(jax.make_jaxpr(lambda x: under(x))(X), "sin") == {"float32": 1}
 
 
 @nnx.custom_vjp
@@ -124,7 +126,7 @@ def test_nnx_modules_in_derivative_rules_follow_their_policy():
     )
     # JAX traces both rules after the model's call: two forward products and one backward.
     jaxpr = jax.make_jaxpr(jax.grad(lambda x: under(x).sum()))(X)
-    assert ran_in(jaxpr) == {"float16": 3}
+    assert result_dtypes(jaxpr) == {"float16": 3}
 
 
 def test_nnx_models_without_a_policy_run_as_before():
@@ -156,15 +158,15 @@ def test_nnx_calls_of_two_threads_leave_each_other_alone():
     slow = apply_policy(Waits(nnx.Rngs(0), pause), "mixed_bfloat16")
     found = {}
     thread = threading.Thread(
-        target=lambda: found.update(slow=ran_in(jax.make_jaxpr(lambda x: slow(x))(X)))
+        target=lambda: found.update(slow=result_dtypes(jax.make_jaxpr(lambda x: slow(x))(X)))
     )
     thread.start()
     try:
         assert inside.wait(60)
         plain = Waits(nnx.Rngs(0), lambda: None)
         half = apply_policy(plain, "mixed_float16")
-        found["plain"] = ran_in(jax.make_jaxpr(lambda x: plain(x))(X))
-        found["half"] = ran_in(jax.make_jaxpr(lambda x: half(x))(X))
+        found["plain"] = result_dtypes(jax.make_jaxpr(lambda x: plain(x))(X))
+        found["half"] = result_dtypes(jax.make_jaxpr(lambda x: half(x))(X))
     finally:
         over.set()
         thread.join()
@@ -207,7 +209,7 @@ def test_linen_code_sees_its_own_classes_and_methods():
     under = apply_policy(net, "mixed_bfloat16")
     variables = under.init(KEY, X)
     np.testing.assert_allclose(under.apply(variables, X), net.apply(variables, X), atol=16 * 2**-8)
-    assert ran_in(jax.make_jaxpr(under.apply)(variables, X)) == {"bfloat16": 3}
+    assert result_dtypes(jax.make_jaxpr(under.apply)(variables, X)) == {"bfloat16": 3}
 
 
 def test_jraphx_chooses_the_message_path_that_its_author_meant():
@@ -216,7 +218,7 @@ def test_jraphx_chooses_the_message_path_that_its_author_meant():
     edges = jnp.array([[0, 1, 2], [1, 2, 0]])
     under = apply_policy(gin, "mixed_bfloat16")
     np.testing.assert_allclose(under(X, edges), gin(X, edges), atol=16 * 2**-8)
-    assert ran_in(jax.make_jaxpr(lambda x: under(x, edges))(X)) == {"bfloat16": 1}
+    assert result_dtypes(jax.make_jaxpr(lambda x: under(x, edges))(X)) == {"bfloat16": 1}
 
 
 class Odd(nnx.Module):
@@ -253,7 +255,7 @@ def test_nnx_containers_leave_the_standard_library_alone():
 def test_nnx_a_method_that_is_replaced_later_follows_the_policy(monkeypatch):
     def products():
         under = apply_policy(Plain(nnx.Rngs(0)), "mixed_bfloat16")
-        return ran_in(jax.make_jaxpr(lambda x: under(x))(X))
+        return result_dtypes(jax.make_jaxpr(lambda x: under(x))(X))
 
     with monkeypatch.context() as patch:
         patch.setattr(Plain, "__call__", lambda self, x: x @ self.kernel)
@@ -280,14 +282,14 @@ def test_the_policy_applied_last_holds(library):
         variables = net.init(KEY, X)
         again = apply_policy(apply_policy(net, "mixed_bfloat16"), "float32")
         jaxpr = jax.make_jaxpr(again.apply)(variables, X)
-    assert ran_in(jaxpr) == {"float32": 2}
+    assert result_dtypes(jaxpr) == {"float32": 2}
 
 
 def test_a_policy_on_the_whole_model_holds_over_one_on_a_part():
     net = Halves(nnx.Rngs(0))
     net.b = apply_policy(net.b, "mixed_float16")
-    assert ran_in(jax.make_jaxpr(lambda x: net(x))(X)) == {"float32": 1, "float16": 1}
+    assert result_dtypes(jax.make_jaxpr(lambda x: net(x))(X)) == {"float32": 1, "float16": 1}
     under = apply_policy(net, "mixed_bfloat16")
-    assert ran_in(jax.make_jaxpr(lambda x: under(x))(X)) == {"bfloat16": 2}
+    assert result_dtypes(jax.make_jaxpr(lambda x: under(x))(X)) == {"bfloat16": 2}
     under.a = apply_policy(under.a, "mixed_float16")  # put in afterwards
-    assert ran_in(jax.make_jaxpr(lambda x: under(x))(X)) == {"bfloat16": 2}
+    assert result_dtypes(jax.make_jaxpr(lambda x: under(x))(X)) == {"bfloat16": 2}

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jaxprs import ran_in
+from helpers.programs import result_dtypes
 
 import jmp_train as jt
 from jmp_train.flax import apply_policy, explain
@@ -54,9 +54,9 @@ def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     net = Net()
     variables = net.init(KEY, TOKENS)
     jaxpr = jaxpr_of(apply_policy(net, policy), variables, TOKENS)
-    want = sum(ran_in(jaxpr_of(net, variables, TOKENS)).values())
-    assert ran_in(jaxpr) == {HALVES[policy].__name__: want}
-    assert set(ran_in(jaxpr, "exp", "reduce_sum", "rsqrt")) == {"float32"}
+    want = sum(result_dtypes(jaxpr_of(net, variables, TOKENS)).values())
+    assert result_dtypes(jaxpr) == {HALVES[policy].__name__: want}
+    assert set(result_dtypes(jaxpr, "exp", "reduce_sum", "rsqrt")) == {"float32"}
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
@@ -84,8 +84,8 @@ def test_rules_give_each_module_its_dtype():
     rules = [("head", "float32"), ("block1/**", "mixed_float16"), ("**", "mixed_bfloat16")]
     net = Net()
     variables = net.init(KEY, TOKENS)
-    per_block = sum(ran_in(jaxpr_of(net, variables, TOKENS)).values()) // 2
-    counts = ran_in(jaxpr_of(apply_policy(net, rules), variables, TOKENS))
+    per_block = sum(result_dtypes(jaxpr_of(net, variables, TOKENS)).values()) // 2
+    counts = result_dtypes(jaxpr_of(apply_policy(net, rules), variables, TOKENS))
     assert counts == {"float32": 1, "float16": per_block, "bfloat16": per_block}
 
 
@@ -138,7 +138,7 @@ def test_a_rule_takes_the_place_of_the_dtype_that_an_author_gave_a_layer():
 
     under = apply_policy(Half(), [("out", "float32"), ("**", "mixed_float16")])
     variables = under.init(KEY, jnp.ones((2, 4)))
-    counts = ran_in(jaxpr_of(under, variables, jnp.ones((2, 4))))
+    counts = result_dtypes(jaxpr_of(under, variables, jnp.ones((2, 4))))
     assert counts == {"float32": 1, "float16": 1}
 
 
@@ -171,7 +171,7 @@ def test_layers_under_scan_and_remat(policy):
     np.testing.assert_allclose(
         under.apply(variables, x), net.apply(variables, x), atol=2 * TOLERANCE[policy]
     )
-    counts = ran_in(jaxpr_of(under, variables, x))
+    counts = result_dtypes(jaxpr_of(under, variables, x))
     assert counts == {"float32": 1, HALVES[policy].__name__: 1}
 
 
@@ -187,7 +187,7 @@ def test_recurrent_cells_run_in_half():
     variables = under.init(KEY, x)
     want = Recurrent().apply(variables, x)
     np.testing.assert_allclose(under.apply(variables, x), want, atol=2**-4)
-    assert set(ran_in(jaxpr_of(under, variables, x))) == {"bfloat16"}
+    assert set(result_dtypes(jaxpr_of(under, variables, x))) == {"bfloat16"}
 
 
 def test_a_shared_module_has_one_parameter():
@@ -201,7 +201,7 @@ def test_a_shared_module_has_one_parameter():
     under = apply_policy(Tied(), "mixed_bfloat16")
     variables = under.init(KEY, TOKENS)
     assert len(jax.tree.leaves(variables)) == 1
-    assert ran_in(jaxpr_of(under, variables, TOKENS)) == {"bfloat16": 1}
+    assert result_dtypes(jaxpr_of(under, variables, TOKENS)) == {"bfloat16": 1}
 
 
 def test_an_nnx_module_inside_by_the_bridge():
@@ -212,7 +212,7 @@ def test_an_nnx_module_inside_by_the_bridge():
 
     under = apply_policy(Outer(), "mixed_bfloat16")
     variables = under.init(KEY, jnp.ones((2, 4)))
-    assert ran_in(jaxpr_of(under, variables, jnp.ones((2, 4)))) == {"bfloat16": 1}
+    assert result_dtypes(jaxpr_of(under, variables, jnp.ones((2, 4)))) == {"bfloat16": 1}
 
 
 def test_it_trains_with_make_step():
@@ -257,7 +257,7 @@ def test_a_published_model_runs_unedited():
         np.testing.assert_allclose(got, want, atol=TOLERANCE[policy])
         assert {str(x.dtype) for x in jax.tree.leaves(changed)} == {"float32"}
         grad = jax.make_jaxpr(jax.grad(lambda p, m=under: loss(p, m)[0]))(variables["params"])
-        assert set(ran_in(grad)) == {half.__name__}
+        assert set(result_dtypes(grad)) == {half.__name__}
     assert len(explain(net, "mixed_bfloat16", images).rows) > 40
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jaxprs import ran_in
+from helpers.programs import result_dtypes
 
 import jmp_train as jt
 from jmp_train.flax import apply_policy, explain
@@ -63,8 +63,10 @@ def jaxpr_of(model, *args):
 def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     net = Net(nnx.Rngs(0))
     jaxpr = jaxpr_of(apply_policy(net, policy), TOKENS)
-    assert ran_in(jaxpr) == {HALVES[policy].__name__: sum(ran_in(jaxpr_of(net, TOKENS)).values())}
-    assert set(ran_in(jaxpr, "exp", "reduce_sum", "rsqrt")) == {"float32"}
+    assert result_dtypes(jaxpr) == {
+        HALVES[policy].__name__: sum(result_dtypes(jaxpr_of(net, TOKENS)).values())
+    }
+    assert set(result_dtypes(jaxpr, "exp", "reduce_sum", "rsqrt")) == {"float32"}
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
@@ -90,8 +92,8 @@ def test_values_and_gradients_are_those_of_float32_but_for_rounding(policy):
 def test_rules_give_each_module_its_dtype():
     rules = [("head", "float32"), ("blocks/1/**", "mixed_float16"), ("**", "mixed_bfloat16")]
     net = Net(nnx.Rngs(0))
-    per_block = sum(ran_in(jaxpr_of(net, TOKENS)).values()) // 2
-    counts = ran_in(jaxpr_of(apply_policy(net, rules), TOKENS))
+    per_block = sum(result_dtypes(jaxpr_of(net, TOKENS)).values()) // 2
+    counts = result_dtypes(jaxpr_of(apply_policy(net, rules), TOKENS))
     assert counts == {"float32": 1, "float16": per_block, "bfloat16": per_block}
 
 
@@ -133,7 +135,7 @@ def test_it_is_a_model_of_the_same_type_with_all_its_methods():
     net = Net(nnx.Rngs(0))
     under = apply_policy(net, "mixed_bfloat16")
     assert isinstance(under, Net) and type(under).__name__ == "Net"
-    assert set(ran_in(jax.make_jaxpr(lambda t: under.encode(t))(TOKENS))) == {"bfloat16"}
+    assert set(result_dtypes(jax.make_jaxpr(lambda t: under.encode(t))(TOKENS))) == {"bfloat16"}
 
 
 def test_equal_rules_compile_once():
@@ -188,7 +190,7 @@ def test_random_streams_that_are_passed_in_move_on():
 
 def test_a_rule_takes_the_place_of_the_dtype_that_an_author_gave_a_layer():
     under = apply_policy(Noisy(nnx.Rngs(0)), [("out", "float32"), ("**", "mixed_bfloat16")])
-    assert ran_in(jaxpr_of(under, IMAGES)) == {"bfloat16": 1, "float32": 1}
+    assert result_dtypes(jaxpr_of(under, IMAGES)) == {"bfloat16": 1, "float32": 1}
 
 
 @pytest.mark.parametrize("kind", [nnx.LSTMCell, nnx.GRUCell, nnx.SimpleCell])
@@ -204,7 +206,7 @@ def test_recurrent_cells_run_in_half(kind):
     x = jax.random.normal(jax.random.key(0), (2, 5, 4))
     under = apply_policy(net, "mixed_bfloat16")
     np.testing.assert_allclose(under(x), net(x), atol=2**-4)
-    assert set(ran_in(jaxpr_of(under, x))) == {"bfloat16"}
+    assert set(result_dtypes(jaxpr_of(under, x))) == {"bfloat16"}
 
 
 class Stacked(nnx.Module):
@@ -236,7 +238,7 @@ def test_layers_under_scan_and_remat(policy):
     x = jax.random.normal(jax.random.key(0), (2, 5, 16))
     forward = nnx.jit(lambda model: model(x))
     np.testing.assert_allclose(forward(under), forward(net), atol=2 * TOLERANCE[policy])
-    counts = ran_in(jaxpr_of(under, x))
+    counts = result_dtypes(jaxpr_of(under, x))
     assert counts["float32"] == 1 and counts[HALVES[policy].__name__] >= 6
     ours, theirs = (
         nnx.jit(nnx.grad(lambda model: (model(x) ** 2).mean()))(model).layers.up.kernel[...]
@@ -258,14 +260,14 @@ def test_a_shared_module_has_one_policy_and_one_parameter():
 
     under = apply_policy(Tied(nnx.Rngs(0)), "mixed_bfloat16")
     assert under.first is under.again
-    assert ran_in(jaxpr_of(under, jnp.ones((2, 4)))) == {"bfloat16": 2}
+    assert result_dtypes(jaxpr_of(under, jnp.ones((2, 4)))) == {"bfloat16": 2}
     assert len(jax.tree.leaves(nnx.state(under, nnx.Param))) == 2
 
 
 def test_a_linen_module_inside_by_the_bridge():
     net = nnx.bridge.ToNNX(nn.Dense(3), nnx.Rngs(0)).lazy_init(jnp.ones((2, 4)))
     under = apply_policy(net, "mixed_bfloat16")
-    assert ran_in(jaxpr_of(under, jnp.ones((2, 4)))) == {"bfloat16": 1}
+    assert result_dtypes(jaxpr_of(under, jnp.ones((2, 4)))) == {"bfloat16": 1}
 
 
 def test_it_trains_with_make_step_and_with_nnx_optimizer():
@@ -319,7 +321,7 @@ def test_a_published_model_runs_unedited():
         np.testing.assert_allclose(got, want, atol=4 * TOLERANCE[policy])  # logits reach 3
         graph, params = nnx.split(under)
         grad = jax.grad(lambda p, g=graph: nnx.merge(g, p)(tokens)["logits"].sum())
-        assert set(ran_in(jax.make_jaxpr(grad)(params))) == {half.__name__}
+        assert set(result_dtypes(jax.make_jaxpr(grad)(params))) == {half.__name__}
     paths = [row.path for row in explain(net, "mixed_bfloat16").rows]
     assert paths[0] == "" and any("mixer" in path for path in paths)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jaxprs import ran_in
+from helpers.programs import result_dtypes
 
 from jmp_train.flax import apply_policy, explain
 
@@ -58,8 +58,8 @@ def test_calls_and_generate_run_under_the_rules():
         # Two layers of order 1, three times at the most: a few units of 2^-8.
         np.testing.assert_allclose(run(under)(X), run(model)(X), atol=16 * 2**-8)
         jaxpr = jax.make_jaxpr(run(under))(X)
-        assert ran_in(jaxpr) == {"bfloat16": 1, "float32": 1}
-    assert ran_in(jax.make_jaxpr(model)(X)) == {"float32": 2}
+        assert result_dtypes(jaxpr) == {"bfloat16": 1, "float32": 1}
+    assert result_dtypes(jax.make_jaxpr(model)(X)) == {"float32": 2}
 
 
 @pytest.mark.parametrize("stats", [False, True])
@@ -80,7 +80,7 @@ def test_a_wrapper_without_parameters_and_with_a_public_module():
 
     variables = Net().init(jax.random.key(1), X)
     under = apply_policy(copy.copy(Bare()), "mixed_bfloat16")
-    assert ran_in(jax.make_jaxpr(under.module.apply)(variables, X)) == {"bfloat16": 2}
+    assert result_dtypes(jax.make_jaxpr(under.module.apply)(variables, X)) == {"bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)

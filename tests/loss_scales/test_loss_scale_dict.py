@@ -49,7 +49,9 @@ def test_the_dict_holds_every_field_in_plain_numbers():
     assert list(entries) == ["kind", *names]
     assert {type(value) for value in entries.values()} <= {str, int, float, bool, type(None)}
     assert (entries["loss_scale"], entries["counter"], entries["hysteresis_left"]) == (48.0, 2, 2)
-    with pytest.raises(TypeError, match="3 is not a loss scale; expected one of NoOpLossScale, Sta"):
+    with pytest.raises(
+        TypeError, match="3 is not a loss scale; expected one of NoOpLossScale, Sta"
+    ):
         jt.loss_scale_to_dict(3)  # pyright: ignore[reportArgumentType]
 
 

@@ -9,26 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jmp_train.data.spec import DataSpec
+from helpers.programs import equations
 
 import jmp_train as jt
 from jmp_train.config.find import find_experiment
 from jmp_train.models import Gpt, GptConfig
 from jmp_train.optim.optimizers import make_optimizer
-from jmp_train.policy.rules import Rules
-from tests.flax.jaxprs import equations
+from jmp_train.policy.precision import get_precision
+from jmp_train.spec import DataSpec
+from jmp_train.tasks import make_task
 from tests.models.test_attention import attention_in_float64, rotary_by_complex_numbers
 
 CONFIG = GptConfig(width=16, depth=3, heads=2, loss_chunk=8)
 LENGTH = 10
-SPEC = DataSpec(features=LENGTH, classes=256)
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, LENGTH + 1)).astype(np.uint8)
 BATCH = {"tokens": TOKENS}
+SPEC = DataSpec.of(BATCH, classes=256)
 QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile
 
 
 def task_of(policy="float32", config=CONFIG, rules=()):
-    return config.task(SPEC, jt.get_policy(policy), Rules(rules))
+    return make_task(config, SPEC, get_precision(policy, rules))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def model():
-    make = lambda: Gpt(CONFIG, 256, jt.get_policy("float32"), rngs=nnx.Rngs(0))
+    make = lambda: Gpt(CONFIG, 256, rngs=nnx.Rngs(0))
     return nnx.split(nnx.eval_shape(make))[0]
 
 
@@ -212,7 +213,7 @@ def test_drawn_bytes_follow_the_seed_and_the_temperature(params, generate):
 
 
 def test_drawn_bytes_have_the_softmaxs_frequencies():
-    from jmp_train.models.gpt import _draw
+    from jmp_train.tasks.language_modelling import _draw
 
     logits = jnp.array([0.0, 1.0, 2.0])
     draws = jax.vmap(lambda key: _draw(logits, key, 2.0))(jax.random.split(jax.random.key(0), 4096))
@@ -239,7 +240,8 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
     # By shapes alone: nothing of that size is allocated.
     experiment = find_experiment(name)
     config, length = experiment.model, experiment.data.length
-    task = config.task(DataSpec(length, 256), jt.get_policy(experiment.policy))
+    example = {"tokens": jax.ShapeDtypeStruct((length + 1,), jnp.uint8)}
+    task = experiment.task(DataSpec(example, 256))
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(shapes))
     # The closed form: two kernels of attention, three gated ones, two norms; a table, a norm.

@@ -12,6 +12,7 @@ from flax import nnx
 import jmp_train as jt
 from jmp_train.data import DigitsConfig
 from jmp_train.models import Mlp, MlpConfig
+from jmp_train.tasks import make_task
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16")
 
@@ -19,13 +20,14 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16")
 @pytest.mark.parametrize("policy", POLICIES)
 def test_parameters_and_output_have_the_policys_dtypes(policy):
     policy = jt.get_policy(policy)
-    model = Mlp((64, 32, 10), policy, rngs=nnx.Rngs(0))
+    dtypes = {"dtype": policy.compute_dtype, "param_dtype": policy.param_dtype}
+    model = Mlp((64, 32, 10), **dtypes, rngs=nnx.Rngs(0))
     assert all(x.dtype == policy.param_dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert model(jnp.ones((2, 64))).dtype == policy.compute_dtype
 
 
 def test_no_hidden_layer_is_a_linear_map():
-    model = Mlp((4, 3), jt.get_policy("float32"), rngs=nnx.Rngs(0))
+    model = Mlp((4, 3), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     kernel, bias = (
         np.asarray(p[...], np.float64) for p in (model.layers[0].kernel, model.layers[0].bias)
@@ -34,9 +36,7 @@ def test_no_hidden_layer_is_a_linear_map():
 
 
 def test_dropout_drops_in_training_alone():
-    task = MlpConfig(hidden=(64,), dropout=0.5).task(
-        DigitsConfig().load().spec, jt.get_policy("f32")
-    )
+    task = make_task(MlpConfig(hidden=(64,), dropout=0.5), DigitsConfig().load().spec, "f32")
     params = task.init(jax.random.key(0))
     batch = {"image": jnp.ones((8, 64)), "label": jnp.zeros(8, jnp.int32)}
     losses = [float(task.loss_fn(params, batch, key=jax.random.key(n))[0]) for n in (1, 1, 2)]
@@ -66,18 +66,19 @@ def test_the_same_mlp_in_linen_trains_to_the_same_parameters(name):
     # One policy, imported into both libraries; both compile to the same arithmetic.
     policy = jt.get_policy(name)
     linen = LinenMlp(policy)
-    task = MlpConfig(hidden=(32,)).task(DigitsConfig().load().spec, policy)
+    task = make_task(MlpConfig(hidden=(32,)), DigitsConfig().load().spec, policy)
     params = task.init(jax.random.key(0))
     theirs = {f"Dense_{i}": dict(params["layers"][i]) for i in (0, 1)}
     reference = linen.init(jax.random.key(0), jnp.ones((1, 64)))["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(theirs, reference)
 
     def linen_loss(params, batch):
-        logits = policy.cast_to_output(linen.apply({"params": params}, batch["image"]))
+        logits = policy.cast_to_output(
+            linen.apply({"params": params}, batch["image"].reshape(-1, 64))
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    data = DigitsConfig().load().train
-    batch = {k: v[:128] for k, v in data.items()}
+    batch = DigitsConfig(noise=0.0).load().train.draw(np.arange(128), np.random.default_rng(0))
     results = []
     for loss_fn, start in ((task.loss_fn, params), (linen_loss, theirs)):
         stepper = jt.make_step(loss_fn, optax.adam(1e-2), policy)

@@ -1,0 +1,69 @@
+"""Where an equation was written: the user's line, outside JAX, Flax and this package's machinery.
+
+Libraries are known by where they are installed, and this package by where this file lies, so that
+neither the name of a room nor the kind of installation matters.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sysconfig
+from typing import Any
+
+from jax.extend import source_info_util
+
+#: Rooms of this package that contain networks and losses, as a user's code does. Every other room
+#: is machinery, whose lines say nothing about the network that it runs.
+NETWORK_ROOMS = frozenset({"models", "tasks"})
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+
+
+def source_line(eqn: Any) -> str:
+    """Return where an equation was written: `path/file.py:12:4 (function)`, as JAX prints it."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def user_line(eqn: Any) -> str:
+    """Return `path/file.py:12 (function)` of the innermost frame that is the user's.
+
+    Frames of Python's standard library, JAX, Flax, Optax and this package's machinery are passed
+    over. Where no other frame exists, the line is that of `source_line`.
+    """
+    for frame in getattr(eqn.source_info.traceback, "frames", ()):
+        if not is_library(frame.file_name):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
+    return source_line(eqn)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_library(file: str) -> bool:
+    """Return whether a file belongs to a library or to this package's machinery."""
+    if file.startswith("<"):  # generated code, such as `<string>`
+        return True
+    inside = _parts_below(_PACKAGE, file)
+    if inside:
+        return inside[0] not in NETWORK_ROOMS
+    if any(_parts_below(root, file) for root in _library_roots()):
+        return True
+    inside = _parts_below(_STANDARD_LIBRARY, file)
+    return bool(inside) and inside[0] not in ("site-packages", "dist-packages")
+
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+
+
+@functools.cache
+def _library_roots() -> tuple[str, ...]:
+    """Return the folders that the libraries are imported from."""
+    specs = [importlib.util.find_spec(name) for name in _LIBRARIES]
+    return tuple(root for spec in specs if spec for root in spec.submodule_search_locations or ())
+
+
+def _parts_below(root: str, file: str) -> list[str]:
+    """Return the parts of a file's path below a folder, [] where it lies elsewhere."""
+    root, file = os.path.normcase(os.path.normpath(root)), os.path.normcase(os.path.normpath(file))
+    prefix = root + os.sep
+    return file[len(prefix) :].split(os.sep) if file.startswith(prefix) else []

@@ -1,0 +1,105 @@
+"""Options that tyro makes of a dataclass: their order in the help, and their help texts."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
+
+from jmp_train.config.experiment import Experiment
+
+#: The options that the help of an experiment shows first.
+COMMON = (
+    "policy",
+    "steps",
+    "batch_size",
+    "lr",
+    "seed",
+    "run_dir",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "micro_batches",
+)
+#: Short options. They are here and not aliases of tyro, which the optimizers' file would import.
+SHORT = {"--lr": "--optimizer.learning-rate"}
+
+registry = ConstructorRegistry()
+
+
+@registry.struct_rule
+def dataclass_options(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Rule of tyro: a dataclass with the types and the values of its default.
+
+    A field `experiment` does not become a group of options: the fields of the experiment stand beside
+    the others, the common ones first.
+    """
+    if not dataclasses.is_dataclass(info.default):
+        return None
+    specs = list(_field_specs(info.default))
+    experiment = getattr(info.default, "experiment", None)
+    if not isinstance(experiment, Experiment):
+        return StructConstructorSpec(type(info.default), tuple(specs))
+    own = {spec.name: spec for spec in specs if spec.name != "experiment"}
+    fields = {spec.name: spec for spec in _field_specs(experiment)}
+    short = _short_learning_rate(experiment)
+    every = {**fields, short.name: short, **own}
+    ordered = {name: every[name] for name in COMMON if name in every} | every
+
+    def instantiate(**values: Any) -> Any:
+        changed = dataclasses.replace(experiment, **{name: values[name] for name in fields})
+        return type(info.default)(experiment=changed, **{name: values[name] for name in own})
+
+    instantiate.__doc__ = type(info.default).__doc__  # the first line of the help
+    return StructConstructorSpec(instantiate, tuple(ordered.values()))
+
+
+def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
+    """Return the options of a dataclass; types come from the default where it is a dataclass."""
+    kinds = typing.get_type_hints(type(default), include_extras=True)
+    texts = help_texts(type(default))
+    for field in dataclasses.fields(default):
+        value = getattr(default, field.name)
+        kind = type(value) if dataclasses.is_dataclass(value) else kinds[field.name]
+        if isinstance(default, Experiment):
+            kind = Annotated[kind, tyro.conf.FlagConversionOff]
+        yield StructFieldSpec(field.name, kind, value, helptext=texts.get(field.name))
+
+
+def _short_learning_rate(experiment: Experiment[Any, Any]) -> StructFieldSpec:
+    """Return an option for the help alone: `parse` writes --lr out in full."""
+    (option,) = SHORT.values()
+    text = f"Peak learning rate; short for {option}."
+    return StructFieldSpec("lr", float, experiment.optimizer.learning_rate, helptext=text)
+
+
+def help_texts(kind: type) -> dict[str, str]:
+    """Return the docstrings of the fields of a dataclass, each in one line.
+
+    tyro reads them too, but breaks a text at the line breaks of its source.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        except (OSError, TypeError, ValueError, SyntaxError):  # no source, as in a notebook
+            continue
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                docstring = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+                if docstring and isinstance(text.value.value, str):
+                    texts[field.target.id] = " ".join(text.value.value.split())
+    return texts

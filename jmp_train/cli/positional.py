@@ -1,0 +1,82 @@
+"""The first argument of a command: the name of an experiment or of a family, or a run's directory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.find import experiment_files, find_experiment
+from jmp_train.config.settings import with_settings
+from jmp_train.errors import UsageError
+from jmp_train.runs.directory import read_config
+
+
+def take_positional(
+    arguments: list[str], form: str, what: str, choices: Callable[[], str]
+) -> tuple[str, list[str]]:
+    """Return the first argument and the rest.
+
+    Args:
+      arguments: those of the command.
+      form: the command with its argument, such as "train NAME".
+      what: what the argument is.
+      choices: returns the valid choices, for the message.
+
+    Raises:
+      UsageError: if the first argument is missing or an option.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise UsageError(f"expected {what}: jmp-train {form}; {choices()}")
+    return arguments[0], arguments[1:]
+
+
+def take_experiment(arguments: list[str], command: str) -> tuple[str, list[str]]:
+    """Return the name of an experiment and the other arguments, as `take_positional` does."""
+
+    def choices() -> str:
+        return f"experiments are {', '.join(experiment_files())}"
+
+    return take_positional(arguments, f"{command} NAME", "the name of an experiment", choices)
+
+
+def take_run_dir(arguments: list[str], command: str) -> tuple[Path, list[str]]:
+    """Return the directory of a run and the other arguments, as `take_positional` does."""
+    what = "the directory of a run"
+    folder, rest = take_positional(arguments, f"{command} RUN_DIR", what, _newest_runs)
+    return Path(folder), rest
+
+
+def stored_experiment(run_dir: Path) -> Experiment[Any, Any]:
+    """Return the experiment that a run was trained as.
+
+    Raises:
+      UsageError: if the directory holds no run, or settings that its experiment does not take.
+    """
+    name, values = read_config(run_dir)
+    default = find_experiment(name)
+    try:
+        return with_settings(default, values)
+    except ValueError as error:
+        raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
+
+
+def _newest_runs() -> str:
+    """Return the end of a message that names the newest runs."""
+    configs = [
+        path
+        for form in ("*/*/config.json", "compare/*/*/runs/*/config.json")
+        for path in Path("runs").glob(form)
+    ]
+    found = []
+    for config in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(UsageError):  # skips a run that cannot be read
+            found.append(f"{config.parent} ({read_config(config.parent)[0]})")
+        if len(found) == 3:
+            break
+    if not found:
+        return "runs/ holds no run; make one: jmp-train train NAME"
+    newest = "run is" if len(found) == 1 else "runs are"
+    return f"the newest {newest} {', '.join(found)}"

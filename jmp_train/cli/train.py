@@ -1,0 +1,79 @@
+"""`jmp-train train NAME`: train an experiment, or resume a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from jmp_train.cli.compilation_cache import keep_compiled
+from jmp_train.cli.folders import results_folder
+from jmp_train.cli.options import parse
+from jmp_train.cli.positional import take_experiment
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.find import experiment_files, find_experiment
+from jmp_train.runs.progress import display_name
+from jmp_train.runs.train import train
+
+_USAGE = """\
+usage: jmp-train train NAME [--run-dir DIR] [--force] [--lr RATE]
+                            [--FIELD VALUE ...]
+
+Train an experiment, or resume the run in --run-dir.
+
+The fields depend on the experiment; its own help shows each with its value:
+
+  jmp-train train mlp_bf16 --help
+
+Experiments:
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArguments:
+    """Train an experiment, or resume the run in --run-dir."""
+
+    experiment: Experiment[Any, Any]
+    run_dir: Annotated[
+        Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME/TIME)")
+    ] = None
+    """Directory of the run; resumes if it holds one."""
+    compilation_cache: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Resume a run of other settings, as far as its state fits."""
+
+
+def usage() -> str:
+    """Return the help of the command without an experiment."""
+    names = textwrap.wrap(", ".join(experiment_files()), 78)
+    return _USAGE + "".join(f"  {line}\n" for line in names) + "\n"
+
+
+def command(arguments: list[str]) -> None:
+    """Train an experiment, and print its results and its directory."""
+    name, options = take_experiment(arguments, "train")
+    default = TrainArguments(find_experiment(name))
+    parsed = parse(TrainArguments, default, options, f"jmp-train train {name}")
+    if parsed.compilation_cache:
+        keep_compiled()
+    with results_folder(parsed.run_dir, Path("runs") / name) as run_dir:
+        summary = train(name, parsed.experiment, run_dir, Console(), force=parsed.force)
+    print(_results(name, summary))
+    print(run_dir)
+
+
+def _results(name: str, summary: dict[str, Any]) -> str:
+    metrics = ", ".join(f"{display_name(k)} {v:.4f}" for k, v in summary["eval"].items())
+    times = f"{summary['train_time_s']:.1f} s (and {summary['compile_time_s']:.1f} s to compile)"
+    lines = [f"{name}: {metrics} on held-out data after {summary['steps']} steps in {times}"]
+    for compressor, bits in summary["data"].get("bits_per_byte_of_compressors", {}).items():
+        lines.append(
+            f"{compressor} on the same text: {bits['alone']:.4f}, or "
+            f"{bits['after_training_text']:.4f} after the training text"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""Values under replay: arrays, and the causes of what is not finite in them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmp_train.tree import all_finite
+
+
+class Cause:
+    """A cause of non-finite values: an operation's result, an argument or a constant."""
+
+    def __init__(self, order: int, parents: tuple[Cause, ...] = ()):
+        self.order = order
+        self.parents = parents
+        self.argument = ""
+        self.constant = False
+        self.origin: Origin | None = None  # of an operation that a chain of causes may begin at
+
+
+class Origin(NamedTuple):
+    """An operation that made non-finite values, to be described if a chain of causes begins at it."""
+
+    eqn: Any
+    operands: list[ReplayedValue]
+    out: Any
+    place: Place
+    after: str
+    rank: int  # 0: out of finite numbers; 1: a NaN out of infinities; 2: it read a constant
+
+
+class ReplayedValue(NamedTuple):
+    """An array under replay."""
+
+    array: Any
+    causes: tuple[Cause, ...] = ()  # of its infinities and NaNs; none where it is finite
+    argument: str = ""  # the argument that it is, at most cast or reshaped
+
+
+class Place(NamedTuple):
+    """The place of an equation: the bodies that contain it, and its name stack."""
+
+    path: tuple[str, ...] = ()
+    stack: str = ""
+
+    def inside(self, eqn: Any, name: str) -> Place:
+        return Place((*self.path, name), self.stack_of(eqn))
+
+    def stack_of(self, eqn: Any) -> str:
+        return f"{self.stack}/{eqn.source_info.name_stack}"
+
+
+_all_finite = jax.jit(all_finite)
+
+
+def is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", np.result_type(type(x))), jnp.inexact)
+
+
+def is_finite(x: Any) -> bool:
+    if not is_inexact(x):
+        return True
+    if np.size(x) < 2**16:  # a copy to the host costs less than to compile for this shape
+        return bool(np.isfinite(np.asarray(x)).all())
+    return bool(_all_finite(x))
+
+
+def has_nan(x: Any) -> bool:
+    return is_inexact(x) and bool(np.isnan(np.asarray(x)).any())

@@ -1,0 +1,1 @@
+"""Runs of experiments: training, resuming, evaluating and comparing them in directories."""

@@ -1,0 +1,121 @@
+"""From an experiment to what a run computes with: dataset, task, stepper, batches, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jmp_train.config.experiment import Experiment
+from jmp_train.data.batches import eval_batches, train_batches
+from jmp_train.data.dataset import Dataset
+from jmp_train.errors import UsageError
+from jmp_train.optim.optimizers import make_optimizer
+from jmp_train.step.evaluation import make_evaluate
+from jmp_train.step.state import TrainState
+from jmp_train.step.step import Stepper, make_step
+from jmp_train.tasks.task import Task
+
+
+class Parts(NamedTuple):
+    """The parts that an experiment is built into."""
+
+    dataset: Dataset
+    task: Task
+    stepper: Stepper
+    batches: Any  # a Grain dataset: one item for each call of the step
+    evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
+
+
+def build(experiment: Experiment[Any, Any]) -> Parts:
+    """Build the parts of an experiment.
+
+    Raises:
+      UsageError: if the data cannot be read, or a rule matches no module.
+    """
+    dataset = _load_dataset(experiment)
+    task = make_task_of(experiment, dataset)
+    evaluate = make_evaluate(task.metrics_fn, experiment.precision)
+    size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
+    batches = train_batches(
+        dataset.train,
+        experiment.batch_size,
+        seed=experiment.seed,
+        steps_per_call=experiment.steps_per_call,
+    )
+    return Parts(
+        dataset,
+        task,
+        _make_stepper(experiment, task),
+        batches,
+        lambda params: evaluate(params, eval_batches(dataset.eval, size)),
+    )
+
+
+def _load_dataset(experiment: Experiment[Any, Any]) -> Dataset:
+    try:
+        return experiment.data.load()
+    except (OSError, ValueError) as error:  # a missing or damaged file
+        raise UsageError(str(error)) from None
+
+
+def make_task_of(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
+    """Return the task of an experiment on its dataset.
+
+    Raises:
+      UsageError: for a rule that matches no module, and for data without what the task reads.
+    """
+    try:
+        return experiment.task(dataset.spec)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _make_stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
+    return make_step(
+        task.loss_fn,
+        make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
+        experiment.precision,
+        loss_scale=experiment.loss_scale.make(experiment.precision.default_loss_scale()),
+        skip_nonfinite=True if experiment.nonfinite == "skip" else None,
+        grad_norm=True,
+        ema_decay=experiment.ema_decay,
+        micro_batches=experiment.micro_batches,
+    )
+
+
+def check_batch_size(experiment: Experiment[Any, Any], dataset: Dataset) -> None:
+    """Raise UsageError for a batch of more examples than the dataset has."""
+    examples = len(dataset.train)
+    if experiment.batch_size > examples:
+        raise UsageError(
+            f"batch_size is {experiment.batch_size}; expected --batch-size of at most {examples}, the "
+            "number of examples to train on"
+        )
+
+
+def first_state(experiment: Experiment[Any, Any], parts: Parts) -> TrainState:
+    """Return the state before the first step."""
+    init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
+    return parts.stepper.init(jax.jit(parts.task.init)(init_key), key=step_key)
+
+
+def compile_step(
+    experiment: Experiment[Any, Any], parts: Parts, state: TrainState
+) -> tuple[jax.stages.Compiled, float]:
+    """Return the compiled step for the shapes of a run, and the seconds that compiling took."""
+    step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan
+    batch = parts.batches[0]
+    began = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    return compiled, time.perf_counter() - began
+
+
+def matmul_precision(precision: str) -> contextlib.AbstractContextManager[None]:
+    """Set JAX's precision of float32 matrix products, as a context; "default" leaves it."""
+    if precision == "default":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(precision)

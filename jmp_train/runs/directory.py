@@ -1,0 +1,139 @@
+"""The directory of a run: its config.json, its checkpoints, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.settings import flatten
+from jmp_train.errors import UsageError
+from jmp_train.runs.changes import differences, refused
+from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.runs.metrics import strict_json, write_json
+
+# Left by a process that was killed before its run began, or written by `profile`.
+_NO_RUN = {"lock", "config.json.partial", "profile"}
+
+
+def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Return the name of a run's experiment, and its settings by dotted path.
+
+    Raises:
+      UsageError: if the directory holds no run, or its config.json cannot be read.
+    """
+    path = run_dir / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        name = values.pop("experiment")
+        if not isinstance(name, str):
+            raise UsageError(
+                f"{path} cannot be read: experiment is {name!r}; expected the name of one"
+            )
+        return name, flatten(values)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{run_dir} holds no run; expected a directory with config.json") from None
+    except KeyError:
+        raise UsageError(f"{path} cannot be read: it names no experiment") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def config_json(name: str, experiment: Experiment[Any, Any]) -> dict[str, Any]:
+    """Return the content of config.json."""
+    return strict_json({"experiment": name, **dataclasses.asdict(experiment)})
+
+
+def write_config(run_dir: Path, name: str, experiment: Experiment[Any, Any]) -> None:
+    """Write config.json.
+
+    Raises:
+      UsageError: if the directory cannot be written.
+    """
+    try:
+        write_json(run_dir / "config.json", config_json(name, experiment))
+    except OSError as error:
+        raise not_writable(run_dir, error) from None
+
+
+def check_directory(
+    run_dir: Path, name: str, experiment: Experiment[Any, Any], asked_warmup: int, force: bool
+) -> list[str]:
+    """Return the texts of the settings that changed since the run of a directory began.
+
+    Nothing is written.
+
+    Args:
+      run_dir: the directory.
+      name: the name of the experiment.
+      experiment: the experiment to train.
+      asked_warmup: the warm-up steps that the experiment asked for, before they were fitted.
+      force: allow every change.
+
+    Raises:
+      UsageError: if this run must not use the directory.
+    """
+    check_path(run_dir)
+    try:
+        if not (run_dir / "config.json").exists():
+            if run_dir.exists() and {path.name for path in run_dir.iterdir()} - _NO_RUN:
+                raise UsageError(
+                    f"{run_dir} is not empty and holds no run; expected a new folder, or a run's"
+                )
+            return []
+    except OSError as error:
+        raise UsageError(f"{run_dir} cannot be read: {error.strerror}") from None
+    saved_name, saved = read_config(run_dir)
+    if saved_name != name and not force:
+        raise UsageError(f"{run_dir} holds a run of {saved_name!r}; expected one of {name!r}")
+    changed = differences(
+        {"experiment": saved_name, **saved}, flatten(config_json(name, experiment))
+    )
+    refusals = refused(changed, saved, asked_warmup)
+    if refusals and not force:
+        raise UsageError(
+            f"{run_dir} holds a run with other settings: {', '.join(refusals)}; expected the same "
+            "ones, another --run-dir, or --force to resume with these"
+        )
+    return list(changed.values())
+
+
+def check_path(run_dir: Path) -> None:
+    """Raise UsageError for a path that cannot be shown, or that Orbax reads as a pattern."""
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(run_dir)):
+        raise UsageError(
+            f"{str(run_dir)!r} holds characters that cannot be shown; choose another folder"
+        )
+    if set("[]*?") & set(str(run_dir.resolve())):
+        raise UsageError(
+            f"{str(run_dir)!r} holds one of the characters []*?; choose another folder"
+        )
+
+
+def open_checkpoints(
+    run_dir: Path, experiment: Experiment[Any, Any], *, clean: bool = False
+) -> Checkpoints:
+    """Open the checkpoints of a run; `clean` as in `Checkpoints`.
+
+    Raises:
+      UsageError: if the directory cannot be written.
+    """
+    try:
+        return Checkpoints(
+            run_dir / "checkpoints",
+            best=experiment.metric,
+            highest=experiment.highest,
+            clean=clean,
+        )
+    except OSError as error:
+        raise not_writable(run_dir, error) from None
+
+
+def not_writable(run_dir: Path, error: OSError) -> UsageError:
+    """Return the error for a directory that cannot be written."""
+    return UsageError(f"{run_dir} cannot be written: {error.strerror}")

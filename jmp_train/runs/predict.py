@@ -1,0 +1,62 @@
+"""Texts continued by a run of a language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.warmup import fit_warmup
+from jmp_train.errors import UsageError
+from jmp_train.runs.build import build, matmul_precision
+from jmp_train.runs.resume import restore_newest
+
+
+def predict_run(
+    run_dir: Path,
+    experiment: Experiment[Any, Any],
+    prompt: bytes,
+    *,
+    length: int,
+    temperature: float,
+    seed: int,
+) -> bytes:
+    """Continue a text with the newest checkpoint of a run.
+
+    Args:
+      run_dir: the directory of the run.
+      experiment: what was trained, with the settings that `read_config` returns.
+      prompt: at least one byte.
+      length: bytes to add.
+      temperature: divisor of the logits before a byte is drawn; 0 takes the likeliest byte.
+      seed: random seed of the draws.
+
+    Returns:
+      The bytes that follow the prompt.
+
+    Raises:
+      UsageError: if there is no checkpoint, or the experiment's model does not continue texts.
+      NoUsableCheckpoint: if none can be loaded.
+    """
+    experiment, _ = fit_warmup(experiment)
+    with matmul_precision(experiment.matmul_precision):
+        parts = build(experiment)
+        if parts.task.generate is None:
+            raise UsageError(
+                f"{run_dir} holds a run on {experiment.data.name}, whose model does not continue "
+                "texts; expected a run of a language model, such as gpt_bf16"
+            )
+        params = restore_newest(run_dir, experiment, parts).state.eval_params
+        params = experiment.precision.cast_to_compute(params)
+        generate = jax.jit(parts.task.generate, static_argnames="length")
+        tokens = generate(
+            params,
+            np.frombuffer(prompt, np.uint8),
+            jax.random.key(seed),
+            length=length,
+            temperature=temperature,
+        )
+        return bytes(np.asarray(tokens, np.uint8))

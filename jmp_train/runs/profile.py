@@ -1,0 +1,100 @@
+"""A trace of some training steps, for Perfetto."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.warmup import fit_warmup
+from jmp_train.data.batches import iterate
+from jmp_train.runs.build import (
+    build,
+    check_batch_size,
+    compile_step,
+    first_state,
+    matmul_precision,
+)
+from jmp_train.runs.directory import check_path, not_writable
+from jmp_train.runs.loop import Every, run_loop
+from jmp_train.step.state import StepInfo, TrainState
+
+_WARM_UP = 3  # calls before the trace: the first ones allocate memory and choose algorithms
+
+
+def profile_experiment(experiment: Experiment[Any, Any], run_dir: Path, *, steps: int) -> Path:
+    """Trace training steps from the beginning of an experiment, in the loop of `train`.
+
+    Nothing is saved but the trace. A run in the directory is neither read nor changed.
+
+    Args:
+      experiment: what to train.
+      run_dir: directory of the trace, which lies in its folder `profile`.
+      steps: number of steps to trace; rounded up to a multiple of `steps_per_call`.
+
+    Returns:
+      The path of the trace, gzip-compressed JSON in Chrome's trace format. Each call of the step is
+      an event named "train".
+
+    Raises:
+      UsageError: if the data cannot be read, or the directory cannot be written.
+      Diverged: if a traced step is not finite, and such steps are not skipped.
+    """
+    check_path(run_dir)
+    experiment, _ = fit_warmup(experiment)
+    with matmul_precision(experiment.matmul_precision):
+        parts = build(experiment)
+        check_batch_size(experiment, parts.dataset)
+        folder = _make_folder(run_dir)
+        state = first_state(experiment, parts)
+        compiled, _ = compile_step(experiment, parts, state)
+        calls = itertools.count()
+
+        def annotated(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+            with jax.profiler.StepTraceAnnotation("train", step_num=next(calls)):
+                return compiled(state, batch)
+
+        def take_steps(
+            state: TrainState, batches: Iterator[Any], start: int, stop: int
+        ) -> TrainState:
+            return run_loop(
+                annotated,
+                state,
+                batches,
+                start=start,
+                stop=stop,
+                steps_per_call=experiment.steps_per_call,
+                every=Every(stop, stop, stop),
+                log=lambda step, values: None,
+                evaluate=lambda step, state: None,
+                checkpoint=lambda step, state, seconds: None,
+                skips_nonfinite=state.last_skip is not None,
+                max_skipped_in_row=experiment.max_skipped_in_row,
+            ).state
+
+        batches = iterate(parts.batches)
+        begin = _WARM_UP * experiment.steps_per_call
+        end = begin + -(-steps // experiment.steps_per_call) * experiment.steps_per_call
+        state = take_steps(state, batches, 0, begin)
+        before = set(folder.rglob("*"))
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would slow the host, and widen the gaps between steps
+        with jax.profiler.trace(
+            str(folder), create_perfetto_trace=True, profiler_options=options
+        ):
+            take_steps(state, batches, begin, end)
+        (trace,) = (path for path in set(folder.rglob("perfetto_trace.json.gz")) - before)
+        return trace
+
+
+def _make_folder(run_dir: Path) -> Path:
+    folder = run_dir / "profile"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_writable(run_dir, error) from None
+    return folder

@@ -1,0 +1,149 @@
+"""The state that a run starts from: its newest checkpoint, or the first state."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jmp_train.config.experiment import Experiment
+from jmp_train.config.settings import flatten
+from jmp_train.data.batches import state_at
+from jmp_train.errors import UsageError
+from jmp_train.runs.build import Parts, first_state
+from jmp_train.runs.changes import differences, refused, reordering
+from jmp_train.runs.checkpoints import DoesNotFit, Restored
+from jmp_train.runs.context import RunContext
+from jmp_train.runs.directory import config_json, open_checkpoints
+from jmp_train.runs.progress import print_line
+from jmp_train.runs.provenance import package_versions
+from jmp_train.step.state import TrainState
+from jmp_train.step.step import no_skip
+
+
+class Start(NamedTuple):
+    """The point that a run starts from."""
+
+    step: int
+    state: TrainState
+    data: dict[str, Any] | None  # state of the data's iterator; None at the beginning
+    wall_time_s: float  # spent before
+    train_time_s: float
+    rollbacks: int = 0  # so far
+    calls_left_out: int = 0  # calls of the step whose batches are passed over
+
+
+def find_start(context: RunContext) -> Start:
+    """Return the newest checkpoint that can be loaded, else the beginning.
+
+    Raises:
+      UsageError: if that checkpoint was saved with settings that only --force changes, or holds
+        another state.
+      NoUsableCheckpoint: if there are checkpoints and none can be loaded.
+    """
+    experiment, run_dir = context.experiment, context.run_dir
+    now = flatten(config_json(context.name, experiment))
+    changed: dict[str, str] = {}
+
+    def check(step: int, extra: dict[str, Any]) -> None:
+        nonlocal changed
+        before = flatten(extra["config"])
+        changed = differences(before, now)
+        refusals = refused(changed, before, context.asked_warmup)
+        if refusals and not context.force:
+            raise UsageError(
+                f"{run_dir / 'checkpoints' / str(step)} was saved with other settings: "
+                f"{', '.join(refusals)}; move it away, or give --force to resume from it"
+            )
+
+    state = first_state(experiment, context.parts)
+    try:
+        restored = context.checkpoints.restore_latest(state, check=check)
+    except DoesNotFit as error:
+        restored = _restore_with_other_skips(context, state, check)
+        if restored is None:
+            raise UsageError(f"{run_dir}: {error}") from None
+    if restored is None:
+        return Start(0, state, None, 0.0, 0.0)
+    step, extra = restored.step, restored.extra
+    versions = differences(extra["versions"], package_versions())
+    if versions:
+        print_line(context.console, f"saved by other versions: {', '.join(versions.values())}")
+    return Start(
+        step,
+        restored.state,
+        _data_position(context, step, extra["data"], reordering(changed)),
+        extra["wall_time_s"],
+        extra["train_time_s"],
+        extra["rollbacks"],
+    )
+
+
+def _data_position(
+    context: RunContext, step: int, saved: dict[str, Any], changed: list[str]
+) -> dict[str, Any]:
+    """Return the saved state of the data's iterator, or one for batches in another order."""
+    if not changed:
+        return saved
+    calls, rest = divmod(step, context.experiment.steps_per_call)
+    if rest:
+        raise UsageError(
+            f"{context.run_dir} is at step {step}; expected --steps-per-call that divides it"
+        )
+    names = ", ".join(changed)
+    print_line(context.console, f"other batches from step {step} on, for {names} changed")
+    return state_at(calls)
+
+
+def _restore_with_other_skips(
+    context: RunContext, state: TrainState, check: Callable[[int, dict[str, Any]], None]
+) -> Restored | None:
+    """Restore a checkpoint of a run that skipped steps for one that does not, or vice versa."""
+    other = no_skip(state.params, state.model_state) if state.last_skip is None else None
+    try:
+        restored = context.checkpoints.restore_latest(state._replace(last_skip=other), check=check)
+    except DoesNotFit:
+        return None
+    if restored is None:
+        return None
+    return restored._replace(state=restored.state._replace(last_skip=state.last_skip))
+
+
+def finished_summary(run_dir: Path, step: int, steps: int) -> dict[str, Any] | None:
+    """Return the summary of a run that has nothing left to do; None for any other."""
+    if step < steps:
+        return None
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["steps"] == steps and summary["eval"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def restore_newest(run_dir: Path, experiment: Experiment[Any, Any], parts: Parts) -> Restored:
+    """Restore the newest checkpoint of a run, to use its parameters.
+
+    Raises:
+      UsageError: if there is no checkpoint, or the newest holds another state.
+      NoUsableCheckpoint: if none can be loaded.
+    """
+    restored = None
+    if (run_dir / "checkpoints").is_dir():
+        # By shapes alone: to compute a first state would take as much memory again, and time.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            jax.eval_shape(lambda: first_state(experiment, parts)),
+        )
+        with contextlib.closing(open_checkpoints(run_dir, experiment)) as checkpoints:
+            try:
+                restored = checkpoints.restore_latest(like)
+            except DoesNotFit as error:
+                raise UsageError(f"{run_dir}: {error}") from None
+    if restored is None:
+        raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
+    return restored

@@ -1,0 +1,46 @@
+"""Signals that end a run after its state is saved."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_ENDING = ("SIGTERM", "SIGINT", "SIGUSR1")  # SLURM sends the last before it takes a node back
+
+
+class Stopped(Exception):
+    """A signal ended the run; its state is saved."""
+
+    def __init__(self, signum: int, step: int, run_dir: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}; {run_dir}")
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Collect the first ending signal in a list; a second signal has its usual effect."""
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for signum, previous in before.items():
+            signal.signal(signum, previous or signal.SIG_DFL)
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        restore()
+
+    try:
+        for signum in (getattr(signal, name, None) for name in _ENDING):
+            if signum is not None:  # Windows has no SIGUSR1
+                before[signum] = signal.signal(signum, handle)
+    except ValueError:  # only the main thread may handle signals
+        pass
+    try:
+        yield caught
+    finally:
+        restore()

@@ -1,0 +1,376 @@
+"""Runs that are interrupted: locks, signals, other settings, damage and full disks."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from saved_arrays import assert_same_arrays, final_arrays
+
+from jmp_train.cli.main import main
+from jmp_train.config.find import find_experiment
+from jmp_train.data.batches import train_batches
+from jmp_train.errors import UsageError
+from jmp_train.runs.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
+from jmp_train.runs.metrics import read_metrics
+from jmp_train.runs.progress import RunProgress
+from jmp_train.runs.provenance import package_versions
+from jmp_train.runs.signals import collect_signals
+from jmp_train.runs.train import iterate, train
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = Console(quiet=True)
+NAME = "linear_bf16"
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+def small(**fields):
+    """Checkpoints at the steps 4, 8 and 12, the last."""
+    experiment = find_experiment(NAME)
+    optimizer = dataclasses.replace(experiment.optimizer, warmup_steps=2)
+    optimizer = fields.pop("optimizer", optimizer)
+    fields = {"steps": 12, "log_every": 2, "eval_every": 6, "checkpoint_every": 4, **fields}
+    return dataclasses.replace(experiment, optimizer=optimizer, **fields)
+
+
+@pytest.fixture(scope="module")
+def finished(compiled_once, tmp_path_factory):
+    """A finished run, to copy."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
+        train(NAME, small(), folder, QUIET)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def at_step(monkeypatch, actions):
+    """Does something when the record of a step is shown."""
+    shown = RunProgress.train
+
+    def then(self, step, values):
+        shown(self, step, values)
+        actions.get(step, lambda: None)()
+
+    monkeypatch.setattr(RunProgress, "train", then)
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def losses(run):
+    return [(r["step"], r["split"], r["loss"]) for r in read_metrics(run / "metrics.jsonl")]
+
+
+# Two processes
+
+
+def test_a_directory_in_use_is_refused_with_its_holder_and_left_alone(run):
+    (run / "lock").write_text("process 123 on node4\n")
+    before = files_of(run)
+    with (run / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="run is in use by process 123 on node4; wait"):
+            train(NAME, small(steps=16), run, QUIET)
+    assert files_of(run) == before
+    assert train(NAME, small(steps=16), run, QUIET)["steps"] == 16
+
+
+def test_where_locks_do_not_work_a_line_says_so(run, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    assert train(NAME, small(), run, console)["steps"] == 12
+    assert "cannot be locked ([Errno 37] No locks available); make sure" in console.export_text()
+
+
+def test_a_run_holds_its_lock_until_its_end(tmp_path, monkeypatch):
+    seen = []
+
+    def look():
+        seen.append((tmp_path / "lock").read_text())
+        with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "):
+            train(NAME, small(), tmp_path, QUIET)
+
+    at_step(monkeypatch, {4: look})
+    train(NAME, small(), tmp_path, QUIET)
+    assert seen and (tmp_path / "lock").read_text() == ""
+
+
+def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise SystemExit
+
+    for function in ("write_config", "open_checkpoints", "compile_step"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"jmp_train.runs.train.{function}", killed)
+            with pytest.raises(SystemExit):
+                train(NAME, small(), tmp_path, QUIET)
+        (tmp_path / "config.json.partial").write_text('{"exp')
+    assert train(NAME, small(), tmp_path, QUIET)["steps"] == 12
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signum,status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_signal_ends_a_run_with_its_status_and_the_state_saved(
+    tmp_path, monkeypatch, capsys, signum, status
+):
+    at_step(monkeypatch, {6: lambda: os.kill(os.getpid(), getattr(signal, signum))})
+    words = ["--steps", "12", "--log-every", "2", "--checkpoint-every", "4", "--eval-every", "6"]
+    more = ["--optimizer.warmup-steps", "2", "--run-dir", str(tmp_path)]
+    assert main(["train", NAME, *words, *more]) == status
+    assert f"stopped by {signum} at step 7" in capsys.readouterr().err
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 7
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 7]
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_a_second_signal_of_any_kind_has_its_usual_effect(monkeypatch):
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("usual"))
+    try:
+        with collect_signals() as stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stopped, seen) == ([signal.SIGTERM], [])
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert (stopped, seen) == ([signal.SIGTERM], ["usual"])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+# Other settings, versions and checkpoints
+
+
+def test_other_versions_are_told(run, monkeypatch):
+    there = package_versions()["jax"]
+    now = {**package_versions(), "jax": "99.0"}
+    monkeypatch.setattr("jmp_train.runs.resume.package_versions", lambda: now)
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    train(NAME, small(), run, console)
+    assert f"saved by other versions: jax {there} -> 99.0\n" in console.export_text()
+
+
+def test_a_checkpoint_of_another_experiment_is_refused_and_nothing_is_lost(run, tmp_path):
+    train(NAME, small(seed=1), tmp_path / "other", QUIET)
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "12", run / "checkpoints" / "16")
+    before = files_of(run)
+    with pytest.raises(UsageError, match=r"checkpoints/16 was saved .*: seed 1 -> 0; move it away"):
+        train(NAME, small(steps=20), run, QUIET)
+    assert files_of(run) == before
+
+
+def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_of_its_own_order(
+    run, monkeypatch
+):
+    experiment = small(batch_size=64, steps=16)
+    with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
+        train(NAME, experiment, run, QUIET)
+    seen = []
+
+    def spy(batches):
+        iterator = iterate(batches)
+        take = type(iterator).__next__
+
+        class Spied:
+            get_state, set_state = iterator.get_state, iterator.set_state
+
+            def __next__(self):
+                seen.append(take(iterator))
+                return seen[-1]
+
+        return Spied()
+
+    monkeypatch.setattr("jmp_train.runs.train.iterate", spy)
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    train(NAME, experiment, run, console, force=True)
+    said = console.export_text()
+    assert "changed: batch_size 128 -> 64, steps 12 -> 16\n" in said
+    assert "other batches from step 12 on, for batch_size changed\n" in said
+    batches = train_batches(experiment.data.load().train, 64, seed=0)
+    assert len(seen) == 4
+    for n, batch in enumerate(seen):
+        for name, array in batches[12 + n].items():
+            np.testing.assert_array_equal(batch[name], array)
+    assert train(NAME, dataclasses.replace(experiment, steps=20), run, QUIET)["steps"] == 20
+
+
+def test_a_forced_policy_of_the_same_state_goes_on_and_one_of_another_state_is_refused(run):
+    assert train(NAME, small(policy="float32", steps=14), run, QUIET, force=True)["steps"] == 14
+    before = files_of(run)
+    with pytest.raises(UsageError, match="does not fit: 'params/.* is float32 .*; expected bfl"):
+        optimizer = dataclasses.replace(small().optimizer, parameters="kahan")
+        train(NAME, small(policy="bf16", steps=16, optimizer=optimizer), run, QUIET, force=True)
+    assert files_of(run) == before
+
+
+# Damage
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def replace_by_a_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        lambda file: os.truncate(file, file.stat().st_size // 2),
+        lambda file: os.truncate(file, 0),
+        Path.unlink,
+        replace_by_a_folder,
+    ],
+    ids=["flipped", "truncated", "emptied", "missing", "a folder"],
+)
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(run, finished, caplog, damage):
+    newest = run / "checkpoints" / "12"
+    damage(max((newest / "state" / "d").iterdir(), key=lambda file: file.stat().st_size))
+    assert train(NAME, small(), run, QUIET)["steps"] == 12
+    assert "checkpoint 12 cannot be loaded: " in caplog.text
+    assert_same_arrays(final_arrays(run), final_arrays(finished))
+    assert losses(run) == losses(finished)
+    assert (run / "checkpoints" / "damaged-12").is_dir()
+
+
+def test_damaged_metrics_of_a_checkpoint_cost_no_state(run, caplog):
+    (run / "checkpoints" / "12" / "metrics" / "metrics").write_text("")
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    assert train(NAME, small(steps=16), run, console)["steps"] == 16
+    assert "the metrics of checkpoint 12 are damaged" in caplog.text
+    assert "run is at step 12\n" in console.export_text()
+    assert (run / "checkpoints" / "damaged-12-metrics").is_dir()
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_changed(run):
+    for file in (run / "checkpoints").rglob("*"):
+        if file.is_file() and file.name != "metrics":
+            file.write_bytes(b"")
+    before = files_of(run)
+    with pytest.raises(NoUsableCheckpoint, match="steps 8, 12 in .* are left as they are"):
+        train(NAME, small(), run, QUIET)
+    assert files_of(run) == before
+
+
+# A full disk
+
+
+@contextlib.contextmanager
+def full_disk(run_dir, after=4):
+    """From when a checkpoint is whole: no file may grow, every write beyond a byte fails."""
+    while not (run_dir / "checkpoints" / str(after)).exists():
+        time.sleep(0.01)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_record(
+    tmp_path, finished, monkeypatch, caplog, capfd
+):
+    with contextlib.ExitStack() as full:
+        at_step(monkeypatch, {6: lambda: full.enter_context(full_disk(tmp_path)), 10: full.close})
+        assert train(NAME, small(), tmp_path, QUIET)["steps"] == 12
+    assert "checkpoint 8 could not be saved: " in caplog.text
+    assert "metrics.jsonl cannot be written, and waits: File too large" in caplog.text
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 12]
+    assert losses(tmp_path) == losses(finished)
+    assert_same_arrays(final_arrays(tmp_path), final_arrays(finished))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_disk_that_is_full_to_the_end_names_what_is_left_to_go_on_from(
+    tmp_path, finished, monkeypatch
+):
+    with contextlib.ExitStack() as full, monkeypatch.context() as patch:
+        at_step(patch, {6: lambda: full.enter_context(full_disk(tmp_path))})
+        with pytest.raises(NotSaved, match="^checkpoint 12 could .* checkpoint is that of step 4$"):
+            train(NAME, small(), tmp_path, QUIET)
+        with pytest.raises(UsageError, match="cannot be written: File too large"):
+            train(NAME, small(), tmp_path, QUIET)
+    assert train(NAME, small(), tmp_path, QUIET)["steps"] == 12
+    assert losses(tmp_path) == losses(finished)
+    assert_same_arrays(final_arrays(tmp_path), final_arrays(finished))
+
+
+def test_a_summary_that_cannot_be_written_is_written_by_the_next_call(run, monkeypatch):
+
+    waited = Checkpoints.wait
+    with contextlib.ExitStack() as full:
+
+        def then_full(self):
+            waited(self)
+            full.enter_context(full_disk(run, after=16))
+
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(NotSaved, match="summary.json .* step 16"),
+        ):
+            patch.setattr(Checkpoints, "wait", then_full)
+            train(NAME, small(steps=16), run, QUIET)
+    assert not (run / "summary.json").exists()
+    assert train(NAME, small(steps=16), run, QUIET)["steps"] == 16
+    assert json.loads((run / "summary.json").read_text())["steps"] == 16
+
+
+@pytest.mark.slow
+def test_the_command_on_a_full_disk_says_a_line_for_each_failure_and_exits_with_4(tmp_path):
+    code = (
+        "import resource, sys; from jmp_train.cli.main import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (6000, resource.RLIM_INFINITY));"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["train", NAME, "--run-dir", tmp_path / "run", "--steps", "60", "--log-every", "1"]
+    words += ["--checkpoint-every", "10", "--optimizer.warmup-steps", "2", "--eval-every", "30"]
+    words += ["--compilation-cache", "False"]  # it lies elsewhere
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 4, lines
+    ours = ("jmp-train: ", "WARNING:jmp_train.")
+    assert [line for line in lines if not line.startswith(ours)] == []
+    assert lines[-1].startswith("jmp-train: checkpoint 60 could not be saved")
+    done = subprocess.run(
+        [sys.executable, "-m", "jmp_train", *words],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0
+    steps = [r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sorted({*steps}) == [*range(1, 61)]
