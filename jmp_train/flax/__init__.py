@@ -1,4 +1,4 @@
-"""Policies on Flax models that were not written for them, Linen and NNX."""
+"""Precision policies on Flax models, Linen and NNX, without changes to the models."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ __all__ = ["apply_policy", "explain"]
 
 
 def apply_policy(module: M, rules: Any) -> M:
-    """A Flax model that computes in the dtypes that rules give, without a change to its code.
+    """Return a Flax model that computes in the dtypes of rules, without changes to its code.
 
-    Every module runs with the matrix products and convolutions of its own code in its policy's
-    compute dtype, and with softmax, normalisation statistics, sums and losses in float32, by
-    `autocast`; what it returns is handed on in its compute dtype, so that activations between
-    modules take half the memory (numbers without a shape, such as an auxiliary loss, excepted).
-    Where a module's policy is not its parent's, its output is cast to its output dtype. Parameters
-    are stored in the parameter dtype, under the names and shapes that they had, so checkpoints fit
-    with and without rules. A half-precision `dtype` that the author gave a layer gives way to the
-    rule.
+    Under `autocast`, the matrix products and convolutions of each module run in the compute dtype
+    of its policy; softmax, normalisation statistics, sums and losses run in float32. The outputs of
+    a module have its compute dtype, so that activations take half the memory; scalars, such as an
+    auxiliary loss, are not cast. The outputs of a module whose policy differs from its parent's are
+    cast to its output dtype.
+
+    Parameters are stored in the parameter dtype. Their names and shapes do not change, so
+    checkpoints can be loaded with and without rules. A rule replaces a half-precision `dtype` of a
+    layer.
 
     Args:
-      module: an `nnx.Module`, a `linen.Module`, or an object that carries a `linen.Module` in its
-        attribute `module`, such as a Flax model of Hugging Face.
-      rules: `Rules`, a list of pairs for it, or one policy for the whole model.
+      module: an `nnx.Module`, a `linen.Module`, or an object whose attribute `module` is a
+        `linen.Module`, such as a Flax model of Hugging Face.
+      rules: `Rules`, a list of pairs (pattern, policy), or one policy for the whole model.
 
     Returns:
-      A module of a subclass of `type(module)`, with the same fields and methods. NNX: a copy, its
-      parameters cast; it can be split, merged and trained like the one that was given. Linen:
-      `init` returns cast parameters, and `apply` runs under the rules. Both trace at every call, so
-      put `jax.jit` around the outermost function. An object with a module: a shallow copy of its
-      own type, its module under the rules and its `params` cast.
+      A module of a subclass of `type(module)`, with the same fields and methods. NNX: a copy with
+      cast parameters, which can be split, merged and trained like the original. Linen: `init`
+      returns cast parameters, and `apply` runs under the rules. Both trace at every call, so put
+      `jax.jit` around the outermost function. An object with a module: a shallow copy of the same
+      type, with its module under the rules and its `params` cast.
 
     Raises:
-      ValueError: for unknown policies; for a rule that matches no module, with the nearest paths
-        (Linen: at `init` or `apply`, where the modules are known).
-      TypeError: for what is neither, and for an object that does not store the module it carries.
+      ValueError: for unknown policies, and for a rule that matches no module, with nearest paths
+        (Linen: at `init` or `apply`, when the modules are known).
+      TypeError: for another type of module, and for an object whose `module` cannot be replaced.
 
     >>> import jax, jax.numpy as jnp
     >>> class Net(nnx.Module):
@@ -67,13 +68,13 @@ def apply_policy(module: M, rules: Any) -> M:
 
 
 def explain(module: Any, rules: Any, *args: Any, **kwargs: Any) -> RulesReport:
-    """Which rule gives which module of a model its policy: `print` it.
+    """Return a report, for `print`, of the policy and the rule of each module.
 
     Args:
       module: as for `apply_policy`.
       rules: as for `apply_policy`.
-      *args, **kwargs: Linen alone: what the model is called with (arrays or
-        `jax.ShapeDtypeStruct`s), because a Linen model has its modules only when called.
+      *args, **kwargs: arguments of a call (arrays or `jax.ShapeDtypeStruct`s), for Linen only,
+        because a Linen model creates its modules when it is called.
 
     Raises:
       ValueError: for a rule that matches no module, with the nearest paths.

@@ -1,14 +1,15 @@
-"""Intercepts the method calls of marked NNX modules, while every class and method keeps its identity.
+"""Interception of the method calls of marked NNX modules, without a change of class or identity.
 
-Model code may compare `type(child)` with a class, or `type(self).fused` with `Base.fused`. So a
-marked module must be of its own class, and a method must be one object in a class and in those
-that inherit it. Linen has `intercept_methods` for this; NNX has nothing, and Python finds
-`__call__` on the class alone. Therefore each method is replaced where it is defined by a function
-that asks the instance for its region: an instance without one, in any thread, runs the author's
-method as before. Classes of the standard library are left alone, and two names of one method stay one.
+Model code may compare `type(child)` with a class, or `type(self).fused` with `Base.fused`. A marked
+module must therefore keep its class, and a method must be the same object in a class and in its
+subclasses. Linen has `intercept_methods` for this. NNX has no such function, and Python looks up
+`__call__` on the class only. Each method is therefore replaced, in the class that defines it, by a
+function that looks for a region in the instance. An instance without a region runs the author's
+method, in every thread. Classes of the standard library are not changed. If two names refer to one
+method, they refer to one replacement.
 
-A method stays replaced. To restore it after a call would be too early: JAX traces the rules of a
-custom derivative, and the modules that they call, when the call is over.
+A method is not restored after a call, because JAX traces the rules of a custom derivative, and the
+modules that they call, after the call has returned.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from flax import nnx
 
 from jmp_train.flax import _region
 
-# In a module's attributes the region follows it through split, merge, scan and remat. NNX keeps
-# names with this prefix to itself where it lists the attributes of a module (nnx.Dict, the bridge).
+# As an attribute of the module, the region is preserved by split, merge, scan and remat. NNX does
+# not list attributes with this prefix (nnx.Dict, the bridge).
 _REGION = "_pytree__jmp_train_region"
 _MARK = "_jmp_train_replacement"
 
@@ -35,12 +36,12 @@ _LEFT_ALONE = frozenset(nnx.Module.__mro__) | {nnx.List, nnx.Dict}  # they compu
 _RESERVED = frozenset(name for base in nnx.Module.__mro__ for name in vars(base))
 _running: contextvars.ContextVar[Any] = contextvars.ContextVar("running module", default=None)
 _lock = threading.Lock()
-# By the author's function: its two names, if it has two, get one replacement.
+# By the author's function, so that two names of a method have one replacement.
 _replacements: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def mark(module: nnx.Module, region: _region.ModuleRegion) -> None:
-    """Makes the methods of a module run in a region from now on."""
+    """Make the methods of a module run in a region from now on."""
     object.__setattr__(module, _REGION, region)
     for owner in type(module).__mro__:
         if owner in _LEFT_ALONE or owner.__module__.partition(".")[0] in sys.stdlib_module_names:
@@ -54,20 +55,20 @@ def mark(module: nnx.Module, region: _region.ModuleRegion) -> None:
 
 
 def is_public(name: str, method: Any) -> bool:
-    """Whether an attribute of a class is a method that a caller may call, nnx.Module's own apart."""
+    """Return whether an attribute of a class is a public method that nnx.Module does not define."""
     public = name == "__call__" or not name.startswith("_")
     return public and name not in _RESERVED and inspect.isfunction(method)
 
 
 def _in_own_region(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that runs in its module's region, unless that module itself calls it."""
+    """Return a method that runs in its module's region, unless that module itself calls it."""
 
     @functools.wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        # A function of a class need not be called on a module.
+        # A function of a class may be called without a module.
         module = args[0] if args else None
         region = vars(module).get(_REGION) if isinstance(module, nnx.Module) else None
-        if region is None or _running.get() is module:  # super() and self.method() stay inside
+        if region is None or _running.get() is module:  # calls of super() and self.method()
             return method(*args, **kwargs)
         token = _running.set(module)
         try:

@@ -1,4 +1,4 @@
-"""Rules on a Linen model: `init` and `apply` run under autocast, each module in its own scope."""
+"""Rules on a Linen model: `init` and `apply` run under autocast, each module in a name scope."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jmp_train.tree import cast_floating, widen_to_full
 
 M = TypeVar("M", bound=nn.Module)
 
-# The classes under rules, with those that the author wrote: of two policies the last holds.
+# The author's class for each class under rules, so that a second policy replaces the first.
 _UNDER: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
 def modules_of(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """The type of every module that a call uses, by its path, the model itself first."""
+    """Return the type of each module that a call uses by its path, the model itself first."""
     found: dict[str, str] = {}
 
     def note(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -44,7 +44,7 @@ def apply_policy(module: M, rules: Rules) -> M:
 
 
 def _as(kind: Callable[..., M], module: nn.Module) -> M:
-    """A module of another class with the fields of the one given."""
+    """Construct a module of another class with the fields of the given one."""
     fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
     fields.pop("parent", None)
     return kind(**fields)
@@ -52,7 +52,7 @@ def _as(kind: Callable[..., M], module: nn.Module) -> M:
 
 @functools.lru_cache(maxsize=256)
 def _under_rules(kind: type, rules: Rules) -> type:
-    """A subclass whose `init` and `apply` run a module of the class itself under the rules."""
+    """Return a subclass whose `init` and `apply` run a module of the class under the rules."""
 
     def apply(self: Any, variables: Any, *args: Any, rngs: Any = None, **options: Any) -> Any:
         mutable = options.get("mutable", False)
@@ -65,7 +65,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
             return out
 
         variables = {**variables, "params": widen_to_full(variables.get("params", {}))}
-        # The policy's own dtypes decide; autocast's compute dtype is for what no region covers.
+        # The regions set the dtypes; autocast's compute dtype applies outside all regions.
         out = autocast(pure, "float32")(variables, args, rngs, options)
         cast = rules.policy_of("").cast_to_output
         return (cast(out[0]), *out[1:]) if mutable is not False else cast(out)
@@ -83,7 +83,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
     under = type(kind.__name__, (kind,), {"__module__": kind.__module__})
     methods: list[Any] = [apply, init, init_with_output]
     _UNDER[under] = kind
-    for method in methods:  # set late: Linen binds what a class begins with
+    for method in methods:  # set later: Linen wraps the methods of a new class
         name = method.__name__
         setattr(under, name, functools.update_wrapper(method, getattr(kind, name)))
     return under
@@ -91,7 +91,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
 
 @contextlib.contextmanager
 def _regions(rules: Rules) -> Iterator[set[str]]:
-    """Runs the methods of every module in its region; collects the paths that were called."""
+    """Run the methods of each module in its region, and collect the paths of called modules."""
     seen: set[str] = set()
 
     def enter(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -101,9 +101,9 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
         if name == "setup" or (name.startswith("_") and name != "__call__"):
             return run_next(*args, **kwargs)
         own = vars(module).get("dtype")
-        if not _region.gives_way(own):
+        if not _region.is_half(own):
             return _region.run(_region.region_of(rules, path), run_next, args, kwargs)
-        object.__setattr__(module, "dtype", None)  # this call's own copy of the module
+        object.__setattr__(module, "dtype", None)  # the module is a copy for this call
         try:
             return _region.run(_region.region_of(rules, path), run_next, args, kwargs)
         finally:
@@ -114,7 +114,7 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
 
 
 def cast_params(variables: Any, rules: Rules) -> Any:
-    """Parameters in the parameter dtype of the module that holds them."""
+    """Cast each parameter to the parameter dtype of its module."""
 
     def cast(path: Any, x: Any) -> Any:
         owner = "/".join(str(key.key) for key in path[:-1] if hasattr(key, "key"))
@@ -125,7 +125,7 @@ def cast_params(variables: Any, rules: Rules) -> Any:
 
 
 def _paths_of(params: Any, prefix: str = "") -> set[str]:
-    """The paths of the modules that own parameters."""
+    """Return the paths of the modules that have parameters."""
     found = {prefix}
     for name, value in params.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Rules on an NNX model: its methods run under autocast, each module in a scope of its own."""
+"""Rules on an NNX model: its methods run under autocast, each module in a name scope."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jmp_train.tree import cast_floating, widen_to_full
 
 M = TypeVar("M", bound=nnx.Module)
 
-#: In a class under rules: the class that the author wrote.
+#: Attribute of a class under rules that has the author's class.
 _WRITTEN = "_jmp_train_written"
 
 
 def modules_of(module: nnx.Module) -> dict[str, str]:
-    """The type of every module by its path, the model itself first."""
+    """Return the type of each module by its path, the model itself first."""
     found = {"/".join(map(str, path)): type(m).__name__ for path, m in nnx.iter_modules(module)}
     return dict(sorted(found.items(), key=lambda item: item[0].split("/") if item[0] else []))
 
@@ -32,33 +32,35 @@ def apply_policy(module: M, rules: Rules) -> M:
     rules.check(modules_of(module))
     module = nnx.clone(module)
     for path, inner in nnx.iter_modules(module):
-        _take_off(inner)
+        _restore_class(inner)
         dtype = rules.policy_of("/".join(map(str, path))).param_dtype
         for value in vars(inner).values():
             if isinstance(value, nnx.Param):
-                value[...] = value[...]  # a reference of its own
+                value[...] = value[...]  # a separate reference
                 value.set_value(cast_floating(value.get_value(), dtype))
     module.__class__ = _under_rules(type(module), rules)
     return module
 
 
-def _take_off(module: nnx.Module) -> None:
-    """Gives a module that is under rules of its own the class that its author wrote: of two policies
-    on one model the one applied last holds, and that of the whole model over that of a part."""
+def _restore_class(module: nnx.Module) -> None:
+    """Restore the author's class of a module that is under rules.
+
+    The policy that was applied last therefore replaces earlier ones, on the model or on a part.
+    """
     module.__class__ = vars(type(module)).get(_WRITTEN, type(module))
 
 
 def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
-    """The methods of a class that a caller may call, inherited ones too."""
+    """Return the public methods of a class, including inherited ones."""
     found = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
     return {name: method for name, method in found if _intercept.is_public(name, method)}
 
 
 @functools.cache
 def _under_rules(kind: type, rules: Rules) -> type:
-    """A subclass whose public methods run the model under its rules.
+    """Return a subclass whose public methods run the model under rules.
 
-    The rules lie in the class, not in the module: fields of a module are its state and checkpoints.
+    The rules are stored in the class, because the fields of a module are its state, which is saved.
     """
 
     def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +75,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
 
 
 def _run(model: Any, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
-    """One call of the model: pure in its state, traced, recast, its new state written back."""
+    """Call a method as a pure function of the model's state under autocast; update the state."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     objects = [leaf for leaf in leaves if _is_object(leaf)]
     rest = [None if _is_object(leaf) else leaf for leaf in leaves]
@@ -90,14 +92,14 @@ def _run(model: Any, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
         out = getattr(inner, name)(*args, **kwargs)
         return out, _changed(state, nnx.state((inner, objects), nnx.Not(nnx.Param)))
 
-    # The policy's own dtypes decide; autocast's compute dtype is for what no region covers.
+    # The regions set the dtypes; autocast's compute dtype applies outside all regions.
     out, state = autocast(pure, "float32")(widen_to_full(params), state, rest)
     nnx.update((model, objects), state)
     return rules.policy_of("").cast_to_output(out)
 
 
 def _changed(before: Any, after: Any) -> Any:
-    """The variables that a call wrote to; Flax refuses to write to some even what they hold."""
+    """Return the variables that a call wrote to; Flax forbids any write to some others."""
     old = {path: variable.get_raw_value() for path, variable in nnx.to_flat_state(before)}
     written = [
         (path, variable)
@@ -112,9 +114,9 @@ def _is_object(x: Any) -> bool:
 
 
 def _mark(model: nnx.Module, rules: Rules) -> None:
-    """Gives every module of a model, which is this call's own, its region."""
+    """Set the region of each module of a model, which is a copy for this call."""
     for path, module in nnx.iter_modules(model):
-        _take_off(module)  # of a part that was put in after the rules
+        _restore_class(module)  # a part may be replaced after the rules were applied
         _intercept.mark(module, _region.region_of(rules, "/".join(map(str, path))))
-        if _region.gives_way(vars(module).get("dtype")):
+        if _region.is_half(vars(module).get("dtype")):
             setattr(module, "dtype", None)  # noqa: B010  (a Module need not have one)

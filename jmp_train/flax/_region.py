@@ -1,4 +1,4 @@
-"""Casts at the border of a module, in either library."""
+"""Casts at the inputs and outputs of a module, for Linen and NNX."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ HALF = (np.dtype(np.float16), np.dtype(jax.numpy.bfloat16))
 
 
 class ModuleRegion(NamedTuple):
-    """The dtypes of one module; hashable, as a module's static fields are."""
+    """Dtypes of one module; hashable, so it may be a static field of the module."""
 
     compute: np.dtype
-    widen: bool  # its inputs are taken back to float32: it computes in it, its parent does not
-    leave: np.dtype | None  # the dtype of its outputs; None leaves them alone
+    widen: bool  # cast inputs to float32, because the module computes in it and its parent does not
+    output: np.dtype | None  # dtype of the outputs; None does not cast them
 
 
 def region_of(rules: Rules, path: str) -> ModuleRegion:
     """Return the region of the module at a path.
 
-    The model itself takes what it is given, and its output is cast by whoever calls it.
+    The inputs of the model itself are not cast. Its caller casts its outputs.
     """
     policy = rules.policy_of(path)
     if not path:
-        return ModuleRegion(policy.compute_dtype, widen=False, leave=None)
+        return ModuleRegion(policy.compute_dtype, widen=False, output=None)
     parent = rules.policy_of(path.rpartition("/")[0])
-    leave = policy.compute_dtype if policy == parent else policy.output_dtype
+    output = policy.compute_dtype if policy == parent else policy.output_dtype
     return ModuleRegion(
         policy.compute_dtype,
         widen=policy.compute_dtype == _FLOAT32 and parent.compute_dtype != _FLOAT32,
-        leave=None if policy == parent and leave == _FLOAT32 else leave,
+        output=None if policy == parent and output == _FLOAT32 else output,
     )
 
 
 def run(region: ModuleRegion, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a module's method under its region."""
+    """Call a module's method in its region."""
     with compute_in(region.compute):
         if region.widen:
             args, kwargs = _stored_as((args, kwargs), _FLOAT32)
         out = method(*args, **kwargs)
-        return out if region.leave is None else _stored_as(out, region.leave)
+        return out if region.output is None else _stored_as(out, region.output)
 
 
 def _stored_as(tree: Any, dtype: np.dtype) -> Any:
-    """Store the arrays of a tree in a dtype; scalars, which may be losses, stay as they are."""
+    """Store the arrays of a tree in a dtype; scalars, which may be losses, are not cast."""
     return jax.tree.map(lambda x: store_as(x, dtype) if _is_array(x) and x.ndim else x, tree)
 
 
@@ -58,6 +58,6 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array)
 
 
-def gives_way(dtype: Any) -> bool:
-    """Return whether a layer's own `dtype` is a half-precision one, which a rule replaces."""
+def is_half(dtype: Any) -> bool:
+    """Return whether the `dtype` of a layer is a half-precision one, which a rule replaces."""
     return dtype is not None and np.dtype(dtype) in HALF

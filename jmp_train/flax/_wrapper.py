@@ -1,4 +1,4 @@
-"""Rules on an object that carries a Linen module, such as a Flax model of Hugging Face."""
+"""Rules on an object with a Linen module as attribute, such as a Flax model of Hugging Face."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ W = TypeVar("W")
 
 
 def carries_module(wrapper: Any) -> bool:
-    """Whether an object that is no Flax module itself has a Linen module as its `module`."""
+    """Return whether an object is not a Flax module and its `module` is a Linen module."""
     if isinstance(wrapper, (nnx.Module, linen.Module)):
         return False
     return isinstance(getattr(wrapper, "module", None), linen.Module)
 
 
 def apply_policy(wrapper: W, rules: Rules) -> W:
-    """A shallow copy whose module follows the rules and whose `params`, if it has any, are cast."""
+    """Return a shallow copy with its module under the rules and its `params`, if any, cast."""
     under: Any = copy.copy(wrapper)
     module = under.module
     names = [name for name, value in getattr(under, "__dict__", {}).items() if value is module]
@@ -42,7 +42,7 @@ def apply_policy(wrapper: W, rules: Rules) -> W:
 
 
 def _cast(params: Any, rules: Rules) -> Any:
-    """The wrapper's parameters, which stand alone or beside other collections."""
+    """Cast the wrapper's parameters, which may be one of several collections."""
     if "params" in params:
         return _linen.cast_params(params, rules)
     return _linen.cast_params({"params": params}, rules)["params"]

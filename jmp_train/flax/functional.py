@@ -1,4 +1,4 @@
-"""A Flax module as pure functions of its parameters, under a precision."""
+"""Flax modules as pure functions of their parameters, under a precision."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _FLOAT32 = Policy(np.float32, np.float32, np.float32)
 
 
 class Functional(NamedTuple):
-    """A module as functions."""
+    """Initialisation and call of a module as pure functions."""
 
     init: Callable[[jax.Array], Any]
     """`init(key) -> params`, a tree of arrays in the precision's parameter dtypes."""
     apply: Callable[..., Any]
-    """`apply(params, *args, method="__call__", **kwargs)`: calls a method of the module."""
+    """`apply(params, *args, method="__call__", **kwargs)` calls a method of the module."""
 
 
 def functional_nnx(
@@ -33,8 +33,8 @@ def functional_nnx(
     Args:
       make: `make(policy, rngs)` constructs the module with the policy's compute and parameter
         dtypes.
-      precision: a policy, which `make` is given; or rules, which `apply_policy` puts on the module
-        that `make` constructs in float32.
+      precision: its policy is passed to `make`. If it has rules, `make` constructs the module in
+        float32, and `apply_policy` puts the rules on it.
 
     Raises:
       ValueError: for a rule that matches no module.
@@ -69,10 +69,10 @@ def functional_linen(module: linen.Module, precision: Precision, *example: Any) 
     """Return a Linen module as functions.
 
     Args:
-      module: the module, which knows nothing of precision.
-      precision: rules are put on the module by `apply_policy`. Under a policy the step casts
-        parameters and inputs, and the module computes in their dtype.
-      *example: arguments of a call, as arrays or shapes, by which the parameters are initialised.
+      module: the module, without a precision.
+      precision: if it has rules, `apply_policy` puts them on the module. Under a policy the step
+        casts parameters and inputs, and the module computes in their dtype.
+      *example: arguments of a call, as arrays or shapes, for the initialisation.
 
     >>> from jmp_train.policy.precision import get_precision
     >>> example = jax.ShapeDtypeStruct((1, 2), "float32")

@@ -1,4 +1,4 @@
-"""Formats and their facts, rounding, and how many numbers a format would lose."""
+"""Floating-point formats, rounding, and the share of numbers that a format would lose."""
 
 from jmp_train.numerics.dtypes import dtype_to_names, fastest_dtype, half_dtype
 from jmp_train.numerics.histograms import (

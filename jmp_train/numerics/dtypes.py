@@ -1,7 +1,8 @@
-"""Floating-point formats by name, and which of them a device computes natively.
+"""Floating-point formats by name, and the format that a device computes fastest.
 
-A *name* is what a user types (`"bf16"`, `"float16"`, `"full"`, `"half"`); a *dtype* is always a
-`numpy.dtype`, which hashes, compares equal to `jnp.bfloat16` and friends, and is static under jit.
+A *name* is a string from the user (`"bf16"`, `"float16"`, `"full"`, `"half"`). A *dtype* is always
+a `numpy.dtype`, which is hashable, compares equal to `jnp.bfloat16` and so on, and is static under
+jit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 
 from jmp_train.errors import nearest
 
-# For Policy(...) and str(policy); spelt in full only. The fnuz pair is AMD's (CDNA 3).
+# Without short names. The two fnuz formats are those of AMD CDNA 3.
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
 _SHORT_NAMES: dict[str, tuple[str, ...]] = {
@@ -29,29 +30,29 @@ _DTYPES = {
     alias: np.dtype(getattr(jnp, name)) for name, names in _SHORT_NAMES.items() for alias in names
 }
 
-#: Every spelling of each dtype, the short one that `str(policy)` prints first. As in jmp, a key may
-#: be `jnp.float16`, `numpy.float16` or `numpy.dtype("float16")`.
+#: All names of each dtype; the first is the one that `str(policy)` prints. As in jmp, a key may be
+#: `jnp.float16`, `numpy.float16` or `numpy.dtype("float16")`.
 dtype_to_names: dict[Any, tuple[str, ...]] = {
     key: names
     for name, names in _SHORT_NAMES.items()
     for key in (getattr(jnp, name), np.dtype(getattr(jnp, name)), np.dtype(getattr(jnp, name)).type)
 }
 
-#: Every word that `parse_dtype` takes.
+#: Every name that `parse_dtype` accepts.
 DTYPE_NAMES: tuple[str, ...] = (*_DTYPES, "half")
 
 
 def half_dtype() -> np.dtype:
-    """The 16-bit dtype that `"half"` stands for: bfloat16 on a TPU, float16 elsewhere (as in jmp).
+    """Return the dtype named `"half"`, as in jmp: bfloat16 on a TPU, float16 on other devices.
 
-    float16 overflows at 65,504 and needs a loss scale; a GPU since Ampere runs bfloat16 as fast.
-    To choose by what the device does best, see `fastest_dtype` and the policy `"auto"`.
+    float16 overflows above 65,504 and needs a loss scale. GPUs since Ampere run bfloat16 as fast.
+    `fastest_dtype` and the policy `"auto"` choose by device.
     """
     return np.dtype(jnp.bfloat16 if jax.default_backend() == "tpu" else jnp.float16)
 
 
 def fastest_dtype(device: Any = None) -> np.dtype:
-    """The dtype that a device multiplies matrices in fastest without emulation.
+    """Return the dtype in which a device multiplies matrices fastest without emulation.
 
     | device | dtype |
     | --- | --- |
@@ -59,7 +60,7 @@ def fastest_dtype(device: Any = None) -> np.dtype:
     | NVIDIA GPU, compute capability 8.0 (Ampere) and later | bfloat16 |
     | NVIDIA GPU, compute capability 7.x (Volta, Turing) | float16 |
     | AMD GPU, gfx908 (CDNA) and later | bfloat16 |
-    | CPU, older GPU | float32: XLA converts 16-bit operands to float32 and gains nothing |
+    | CPU, older GPU | float32, because XLA converts 16-bit operands to float32 |
 
     Args:
       device: a `jax.Device`; the first default device when None.
@@ -84,14 +85,14 @@ def fastest_dtype(device: Any = None) -> np.dtype:
 
 
 def is_floating(dtype: Any) -> bool:
-    """Whether a dtype is a real floating one (PRNG key dtypes, integers and booleans are not)."""
+    """Return whether a dtype is real floating; PRNG key dtypes, integers and booleans are not."""
     return jnp.issubdtype(dtype, jnp.floating)
 
 
 def at_least_float32(dtype: Any) -> np.dtype:
-    """float32 for a narrower floating dtype, else the dtype itself (float64 and complex too).
+    """Return float32 for a narrower floating dtype, and any other dtype unchanged.
 
-    JAX has no implicit promotion for 8-bit floats, so `jnp.promote_types` cannot say this.
+    JAX has no implicit promotion for 8-bit floats, so `jnp.promote_types` does not work here.
 
     >>> at_least_float32(jnp.float8_e5m2), at_least_float32(jnp.complex64)
     (dtype('float32'), dtype('complex64'))
@@ -100,15 +101,15 @@ def at_least_float32(dtype: Any) -> np.dtype:
 
 
 def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
-    """The floating dtype that a name, a scalar type or a dtype stands for.
+    """Parse a name, a scalar type or a dtype as a floating dtype.
 
     Args:
-      name: one of `DTYPE_NAMES`, or what `numpy.dtype` takes for a dtype that has such a name.
-      policy: the policy string that the name came from, for the error message.
+      name: one of `DTYPE_NAMES`, or a value that `numpy.dtype` accepts for one of these dtypes.
+      policy: policy string that contains the name, for the error message.
 
     Raises:
-      ValueError: for an unknown name, with the nearest known one; for anything that is not one of
-        these dtypes, None (NumPy's float64) among it.
+      ValueError: for an unknown name, with the nearest known one, and for any value that is not one
+        of these dtypes, including None (float64 in NumPy).
 
     >>> parse_dtype("bf16"), parse_dtype(jnp.float16)
     (dtype(bfloat16), dtype('float16'))
@@ -130,7 +131,7 @@ def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
 
 
 def dtype_name(dtype: Any) -> str:
-    """The short name of a dtype, which `parse_dtype` takes back.
+    """Return the short name of a dtype, which `parse_dtype` accepts.
 
     >>> dtype_name(jnp.float32), dtype_name(jnp.bfloat16)
     ('full', 'bf16')

@@ -1,7 +1,7 @@
-"""What numbers do in a format: exponents counted, and the share that a format would lose.
+"""Histograms of exponents, and the shares of numbers that a format represents or loses.
 
-All of it works on the bits of float32, into which every narrower format embeds exactly, so nothing
-depends on how a device treats subnormal numbers.
+All functions use the bits of float32, which represents every narrower format exactly. The results
+therefore do not depend on how a device treats subnormal numbers.
 """
 
 from __future__ import annotations
@@ -14,39 +14,38 @@ import numpy as np
 
 from jmp_train.numerics.dtypes import parse_dtype
 
-#: Exponents of float32's numbers: -149 (its smallest subnormal) to 127.
+#: Exponents of float32 numbers: -149 (the smallest subnormal) to 127.
 EXPONENTS = range(-149, 128)
 
 
 class ExponentHistogram(NamedTuple):
-    """How many numbers have which exponent, floor(log2 |x|)."""
+    """Number of values with each exponent, floor(log2 |x|)."""
 
-    counts: jax.Array  # shape=(277,), uint32: counts[i] numbers have the exponent EXPONENTS[i]
+    counts: jax.Array  # shape=(277,), uint32: counts[i] values have the exponent EXPONENTS[i]
     zero: jax.Array  # shape=(), uint32
     inf: jax.Array  # shape=(), uint32
     nan: jax.Array  # shape=(), uint32
 
 
 class FormatShares(NamedTuple):
-    """What rounding to a format would make of numbers; shares of all of them, float32."""
+    """Shares of numbers by their class after rounding to a format; float32, the sum is 1."""
 
-    zero: jax.Array  # zero already
-    flushed: jax.Array  # rounded to zero
-    subnormal: jax.Array  # rounded to a subnormal number, which keeps fewer digits
-    normal: jax.Array
-    overflow: jax.Array  # finite, and too large for the format
-    inf: jax.Array  # infinite already
-    nan: jax.Array
+    zero: jax.Array  # shape=(): zero before rounding
+    flushed: jax.Array  # shape=(): rounded to zero
+    subnormal: jax.Array  # shape=(): rounded to a subnormal number, which has fewer digits
+    normal: jax.Array  # shape=(): rounded to a normal number
+    overflow: jax.Array  # shape=(): finite before rounding, and too large for the format
+    inf: jax.Array  # shape=(): infinite before rounding
+    nan: jax.Array  # shape=()
 
 
 def exponent_histogram(tree: Any) -> ExponentHistogram:
-    """Counts the exponents of all floating numbers of a pytree.
+    """Count the exponents of all floating numbers of a pytree. Can be jitted.
 
-    A subnormal number counts under its value's exponent, -149 for float32's smallest. Jittable.
+    A subnormal number has the exponent of its value, -149 for the smallest float32.
 
     Args:
-      tree: a pytree; its floating leaves are counted, at most 4,294,967,295 numbers. float64 is
-        rounded to float32 first.
+      tree: pytree with at most 4,294,967,295 floating numbers. float64 is rounded to float32 first.
 
     >>> histogram = exponent_histogram({"w": jnp.array([1.0, 1.5, -0.25, 0.0, jnp.inf])})
     >>> {e: int(n) for e, n in zip(EXPONENTS, histogram.counts) if n}, int(histogram.zero)
@@ -55,7 +54,7 @@ def exponent_histogram(tree: Any) -> ExponentHistogram:
     bins = jnp.zeros(len(EXPONENTS) + 3, jnp.uint32)
     for bits in _magnitudes(tree):
         exponent = (bits >> 23).astype(jnp.int32)  # biased by 127
-        # Below the smallest normal number the highest set bit tells.
+        # Below the smallest normal number, the highest set bit gives the exponent.
         subnormal = 31 - jax.lax.clz(bits).astype(jnp.int32)
         index = jnp.where(exponent > 0, exponent + 22, subnormal)
         special = jnp.where(bits == _INF, 1, 2)
@@ -66,15 +65,15 @@ def exponent_histogram(tree: Any) -> ExponentHistogram:
 
 
 def shares_in(tree: Any, dtype: Any, *, scale: Any = 1.0) -> FormatShares:
-    """The shares of a pytree's numbers that a format keeps and loses, rounding to nearest even.
+    """Return the shares of a pytree's numbers that a format represents and loses. Can be jitted.
 
-    With `scale`, of the numbers times that factor: what a loss scale does to gradients
-    (Micikevicius et al. 2018, "Mixed Precision Training", figure 3). Jittable, exact at the ties.
+    Rounding is to nearest even and exact at ties. `scale` shows the effect of a loss scale on
+    gradients (Micikevicius et al. 2018, "Mixed Precision Training", figure 3).
 
     Args:
-      tree: a pytree; its floating leaves count, as in `exponent_histogram`.
-      dtype: the format, a name or a dtype, no wider than float32.
-      scale: what they are multiplied by, in float32.
+      tree: pytree whose floating leaves are counted, as in `exponent_histogram`.
+      dtype: name or dtype of the format, not wider than float32.
+      scale: factor that multiplies the numbers first, in float32.
 
     Raises:
       ValueError: for an unknown format, or float64.
@@ -100,7 +99,7 @@ _INF = np.uint32(0x7F800000)
 
 
 def _magnitudes(tree: Any, scale: Any = None) -> list[jax.Array]:
-    """The bits of |x| in float32 for each floating leaf, flat; they order as the numbers do."""
+    """Return the float32 bits of |x| for each floating leaf, flat. Their order is that of |x|."""
     found = []
     for x in jax.tree.leaves(tree):
         x = jnp.asarray(x)
@@ -115,15 +114,15 @@ def _magnitudes(tree: Any, scale: Any = None) -> list[jax.Array]:
 
 
 def _float32_bits(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bfloat16:  # a conversion would flush its subnormal numbers on some devices
+    if x.dtype == jnp.bfloat16:  # some devices flush subnormal numbers in a conversion
         return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
 def _edges(dtype: np.dtype) -> np.ndarray:
-    """The float32 bits from which on a magnitude is flushed, subnormal, normal, overflow, inf, NaN.
+    """Return the first float32 bits of each class: flushed, subnormal, normal, overflow, inf, NaN.
 
-    Between two numbers of the format the middle goes to the even one.
+    The middle between two numbers of the format is rounded to the even one.
     """
     if dtype.itemsize > 4:
         raise ValueError(f"shares in {dtype.name}; expected a format no wider than float32")
@@ -136,7 +135,7 @@ def _edges(dtype: np.dtype) -> np.ndarray:
         first, normal, overflow = 1, np.float32(tiny).view(np.uint32), _INF
     else:
         bits = lambda value: int(np.float32(value).view(np.uint32))
-        first = bits(step / 2) + 1  # the middle between zero and the first goes to zero
+        first = bits(step / 2) + 1  # the middle below the first is rounded to zero
         normal = bits(tiny - step / 2)
         overflow = bits(float(largest) + last_step / 2) + (0 if odd else 1)
     return np.array([1, first, normal, overflow, _INF, _INF + 1], np.uint32)

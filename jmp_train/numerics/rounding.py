@@ -1,8 +1,8 @@
-"""Rounding float32 to narrower formats: stochastic, split with nothing lost, compensated.
+"""Rounding of float32 to narrower formats: stochastic, to nearest, split, compensated.
 
-Everything here works on bit patterns. XLA may drop a float32 -> bfloat16 -> float32 pair of
-conversions inside a compiled program (`xla_allow_excess_precision`), which would undo a rounding
-whose error is needed, and flushes subnormal operands on some devices; integers know neither.
+All functions compute on bit patterns, for two reasons. XLA may remove a conversion from float32 to
+bfloat16 and back inside a compiled program (`xla_allow_excess_precision`), which would undo a
+rounding. Some devices flush subnormal operands. Neither affects integers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 def stochastic_round(x: Any, dtype: Any, key: Any) -> jax.Array:
-    """Rounds float32 to one of its two neighbours in a narrower format, unbiased.
+    """Round float32 to one of its two neighbours in a narrower format, without bias.
 
-    A value between neighbours `below` and `above` goes to `above` with probability
-    `(x - below) / (above - below)`, so the mean of the result is `x`. The probability is exact for
-    every float32 where `dtype` is bfloat16; elsewhere where abs(x) is at least 2^-40 of the
-    format's smallest subnormal, and below that it is too small by less than 2^-64.
+    A value between the neighbours `below` and `above` is rounded to `above` with probability
+    `(x - below) / (above - below)`, so the mean of the result is `x`. For bfloat16 the probability
+    is exact for every float32. For other formats it is exact if abs(x) is at least 2^-40 of the
+    format's smallest subnormal; for smaller x it is too small by less than 2^-64.
 
-    A value that the format represents comes back as it is, the sign of a zero too, and so does the
-    sign of what is rounded to zero. Subnormal results are spaced evenly and are rounded to like
-    any other. Beyond the largest finite value there is no neighbour above, and the result is that
-    of a cast: the largest value up to half a spacing beyond it, then infinity (NaN in
-    float8_e4m3fn, which has no infinity). Infinities and NaN are cast too.
+    A value that the format represents is returned unchanged, including the sign of zero. A value
+    that is rounded to zero keeps its sign. Subnormal results are treated like normal ones. Beyond
+    the largest finite value there is no neighbour above, and the result is that of a cast: the
+    largest value up to half of a spacing beyond it, then infinity (NaN in float8_e4m3fn, which has
+    no infinity). Infinities and NaN are cast too.
 
     Args:
       x: float32 or narrower; any shape.
       dtype: bfloat16, float16, float8_e4m3fn or float8_e5m2.
-      key: a PRNG key, typed or raw. Every element draws its own 16 bits (bfloat16) or 64 bits.
+      key: PRNG key, typed or raw. Each element draws 16 (bfloat16) or 64 random bits.
 
     Returns:
-      An array of x's shape in `dtype`; the same one for the same key.
+      An array of x's shape in `dtype`. Equal keys give equal results.
 
     Raises:
       TypeError: if x is not floating, or wider than float32.
@@ -68,10 +68,10 @@ def stochastic_round(x: Any, dtype: Any, key: Any) -> jax.Array:
 
 
 def round_to_nearest(x: Any, dtype: Any) -> jax.Array:
-    """Rounds float32 to the nearest value of a narrower format, ties to even.
+    """Round float32 to the nearest value of a narrower format, ties to even.
 
-    What `x.astype(dtype)` says, subnormals included, but in integers, so that no compiler takes
-    the rounding back when the result is widened again.
+    The result is that of `x.astype(dtype)`, subnormals included. It is computed with integers, so a
+    compiler cannot undo the rounding when the result is widened again.
 
     Args:
       x: float32 or narrower; any shape.
@@ -95,20 +95,21 @@ def round_to_nearest(x: Any, dtype: Any) -> jax.Array:
 
 
 def split_bf16_remainder(x: Any) -> tuple[jax.Array, jax.Array]:
-    """Splits float32 into the nearest bfloat16 and the 16 bits that it lacks.
+    """Split float32 into the nearest bfloat16 and the low 16 bits.
 
-    The bfloat16 is the nearest one; of two that are equally near, the larger in magnitude. Ties to
-    even are impossible here: 65,537 float32 values round to an even bfloat16 that way, one more
-    than 16 bits tell apart. With ties away from zero, 65,536 round to each, and the remainder's
-    highest bit says whether the magnitude was rounded up. Carries go into the exponent, and from
-    the largest values into infinity, as in any rounding to nearest. NaN gives NaN.
+    Ties are rounded away from zero: of two equally near bfloat16 values, the result is the larger
+    in magnitude. Ties to even are impossible, because 65,537 float32 values would round to an even
+    bfloat16, one more than 16 bits distinguish. With ties away from zero, 65,536 values round to
+    each bfloat16, and the highest bit of the remainder shows whether the magnitude was rounded up.
+    Carries go into the exponent, and from the largest values into infinity, as in any rounding to
+    nearest. NaN gives NaN.
 
     Args:
       x: float32; any shape.
 
     Returns:
       `(nearest, remainder)`: bfloat16 and uint16, the low half of the float32, of x's shape.
-      `join_bf16_remainder` gives back x bit for bit; of a signalling NaN, the quiet one.
+      `join_bf16_remainder` returns x bit for bit; a signalling NaN becomes quiet.
 
     Raises:
       TypeError: if x is not float32 or narrower.
@@ -122,14 +123,14 @@ def split_bf16_remainder(x: Any) -> tuple[jax.Array, jax.Array]:
     bits = jax.lax.bitcast_convert_type(_float32(x), jnp.uint32)
     high, low = bits >> 16, bits & 0xFFFF
     is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    # A NaN's payload may lie in the low half alone: the quiet bit keeps the high half a NaN.
+    # A NaN's payload may be in the low half only. The quiet bit makes the high half a NaN too.
     high = jnp.where(is_nan, high | 0x40, high + (low >> 15))
     nearest = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
     return nearest, low.astype(jnp.uint16)
 
 
 def join_bf16_remainder(nearest: Any, remainder: Any) -> jax.Array:
-    """The float32 that `split_bf16_remainder` took apart.
+    """Join the two results of `split_bf16_remainder` to the float32 value.
 
     Args:
       nearest: bfloat16; any shape.
@@ -158,23 +159,23 @@ def join_bf16_remainder(nearest: Any, remainder: Any) -> jax.Array:
 
 
 def kahan_add(value: Any, compensation: Any, increment: Any) -> tuple[jax.Array, jax.Array]:
-    """Adds to a value in a narrow format and keeps what its rounding lost for the next time.
+    """Add to a value in a narrow format, and return the rounding error for the next addition.
 
         total = increment + compensation
         new   = round(value + total)
         compensation = total - (new - value)
 
-    with float32 between the roundings. Where the new value is not finite, the compensation is 0.
+    The computation is in float32. If the new value is not finite, the compensation is 0.
 
     Args:
       value: bfloat16, float16, float8_e4m3fn or float8_e5m2; any shape.
-      compensation: what earlier additions lost, 0 at first; of a format of that list, too.
+      compensation: error of earlier additions, initially 0; any of these dtypes.
       increment: float32 or narrower, of that shape.
 
     Returns:
-      `(value, compensation)`, each in the dtype that it came in. With a bfloat16 compensation,
-      equal increments of more than 2^-10 of the value's spacing always count; their sum is up to
-      20 % off at 2^-16 of a bfloat16 value or 2^-19 of a float16 one, and half as much for each
+      `(value, compensation)`, each in its original dtype. With a bfloat16 compensation, equal
+      increments of more than 2^-10 of the value's spacing always count. Their sum has an error of
+      up to 20 % at 2^-16 of a bfloat16 value or 2^-19 of a float16 one, and half as much for each
       doubling. Smaller increments stall once the compensation's spacing is at least twice as wide.
 
     Raises:
@@ -201,12 +202,12 @@ def kahan_add(value: Any, compensation: Any, increment: Any) -> tuple[jax.Array,
 
 
 def add_float32(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The sum of two float32 arrays; x, a subnormal too, where y is zero and x is not.
+    """Add two float32 arrays so that a subnormal x plus zero is x on every device.
 
-    XLA on a CPU takes subnormal operands for zero, so that its `x + 0` is 0 for a subnormal x. There
-    a subnormal x stays where its sum is zero, which it is for a y that is zero or subnormal. All
-    other sums are XLA's: on a CPU a subnormal beside a normal number counts as zero, and a subnormal
-    result of two normal numbers becomes zero. GPUs add subnormals as they are.
+    XLA on a CPU treats subnormal operands as zero, so its `x + 0` is 0 for a subnormal x. This
+    function returns a subnormal x if the sum is zero, which is the case if y is zero or subnormal.
+    All other sums are XLA's: on a CPU, a subnormal next to a normal number counts as zero, and a
+    subnormal result of two normal numbers becomes zero. GPUs add subnormals exactly.
 
     >>> total = add_float32(jnp.float32(2.0**-140), jnp.float32(0))
     >>> int(jax.lax.bitcast_convert_type(total, jnp.uint32)) * 2.0**-149 == 2.0**-140
@@ -218,7 +219,7 @@ def add_float32(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def to_float32(x: Any) -> jax.Array:
-    """Widens to float32, exactly; from bfloat16 by its bits, so that its own rounding stays.
+    """Widen to float32 exactly; bfloat16 by its bits, so that a compiler cannot undo its rounding.
 
     >>> to_float32(jnp.bfloat16(1.001))
     Array(1., dtype=float32)
@@ -231,8 +232,8 @@ def to_float32(x: Any) -> jax.Array:
 
 
 def _add_flushed(x: jax.Array, y: jax.Array) -> jax.Array:
-    # Looks at the sum, not at y: a second use of y would keep LLVM from contracting a product and
-    # this sum to one operation, as it does in float32 training, and `y == 0` it would fold away.
+    # The test is on the sum and not on y. A second use of y would keep LLVM from fusing a product
+    # and this sum into one operation, as it does in float32 training. It would remove `y == 0`.
     total = x + y
     bits, total_bits = (jax.lax.bitcast_convert_type(a, jnp.uint32) for a in (x, total))
     magnitude = bits & 0x7FFFFFFF
@@ -256,21 +257,22 @@ def _narrow_format(dtype: Any) -> np.dtype:
 
 
 def _truncate(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The magnitude of float32 values cut off towards zero in a narrower format.
+    """Truncate the magnitude of float32 values to a narrower format.
 
     Returns:
-      The format's bit pattern without sign; the bits cut off, as an integer; and how many those
-      are. The pattern plus one is the next magnitude, whatever carries into the exponent. All are
-      uint32; without meaning for infinities, NaN and what is beyond the largest finite value.
+      The format's bit pattern without sign, the bits that were cut off as an integer, and their
+      number, all uint32. The pattern plus one is the next magnitude, with carries into the
+      exponent. The results are undefined for infinities, NaN and values beyond the largest finite
+      one.
     """
     info = jnp.finfo(dtype)
     magnitude = jax.lax.bitcast_convert_type(x, jnp.uint32) & 0x7FFFFFFF
-    if dtype == _BFLOAT16:  # float32's own exponents: the general way would find the same
+    if dtype == _BFLOAT16:  # same exponents as float32: a shorter form of the general case
         return magnitude >> 16, magnitude & 0xFFFF, jnp.full_like(magnitude, 16)
     is_normal = magnitude >= 0x00800000
     significand = (magnitude & 0x007FFFFF) | (is_normal.astype(jnp.uint32) << 23)
     exponent = jnp.maximum(magnitude >> 23, 1).astype(jnp.int32) - 127
-    # Below the smallest normal exponent the format's spacing stays what it is there.
+    # Below the smallest normal exponent, the spacing of the format is constant.
     spaced_as = jnp.maximum(exponent, int(info.minexp))
     count = (23 - info.nmant + spaced_as - exponent).astype(jnp.uint32)
     pattern = ((spaced_as - int(info.minexp)) << info.nmant).astype(jnp.uint32)
@@ -280,7 +282,7 @@ def _truncate(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _as_fraction(dropped: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`dropped / 2^count` as a 64-bit binary fraction: its high and its low 32 bits, uint32."""
+    """Return `dropped / 2^count` as a 64-bit binary fraction: high and low 32 bits, uint32."""
 
     def left(amount: jax.Array) -> jax.Array:  # of 0 to 32 bits; the second shift of 32 gives 0
         return (dropped << (amount // 2)) << (amount - amount // 2)
@@ -297,7 +299,7 @@ def _as_fraction(dropped: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _assemble(x: jax.Array, pattern: jax.Array, dtype: np.dtype) -> jax.Array:
-    """A pattern with x's sign; where x is beyond the largest finite value, x cast."""
+    """Return the pattern with x's sign, or x cast if it is beyond the largest finite value."""
     width = jnp.finfo(dtype).bits
     unsigned = jnp.uint16 if width == 16 else jnp.uint8
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
