@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install train eval predict compare test test-all test-gpu lint format bench bench-gpu bench-report clean
+.PHONY: help install train eval predict compare profile test test-all test-gpu lint format bench bench-gpu bench-report clean
 PY := .venv/bin/python
 
 # The hardware decides what is installed: make install ACCELERATOR=cpu|cuda|cuda12|tpu overrides it.
@@ -41,6 +41,9 @@ predict: $(STAMP)  ## continue a text with a run: make predict RUN=runs/gpt_fp32
 
 compare: $(STAMP)  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
 	@$(PY) -m jmp_train compare $${EXP:+"$$EXP"} $(ARGS)
+
+profile: $(STAMP)  ## trace some steps, for Perfetto: make profile EXP=mlp_bf16
+	@$(PY) -m jmp_train profile $${EXP:+"$$EXP"} $(ARGS)
 
 test: $(STAMP)  ## the tests, on the CPU, in under 6 minutes
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal $(ARGS)

@@ -300,7 +300,8 @@ def test_nothing_but_what_is_documented_is_raised(tmp_path, monkeypatch, name, c
 
     monkeypatch.setattr("jmp_train.cli.train.train", reached)
     monkeypatch.setattr("jmp_train.cli.eval.evaluate_run", reached)
-    monkeypatch.setattr("jmp_train.runs.compare.compare", reached)
+    monkeypatch.setattr("jmp_train.cli.profile.profile_experiment", reached)
+    monkeypatch.setattr("jmp_train.cli.compare.compare", reached)
     monkeypatch.chdir(tmp_path)
     strategy, check = CHECKS[name]
     options = settings(

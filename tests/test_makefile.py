@@ -52,7 +52,7 @@ def test_gpu_tests_begin_with_what_only_a_gpu_can_show():
 
 def test_help_lists_every_command_of_the_program():
     listed = set(re.findall(r"^  (\S+) ", make("help"), re.MULTILINE))
-    assert {"train", "eval", "predict", "compare", "test"} <= listed
+    assert {"train", "eval", "predict", "compare", "profile", "test"} <= listed
 
 
 def test_every_variable_is_set_once():

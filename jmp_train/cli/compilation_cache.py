@@ -1,4 +1,4 @@
-"""Compiled programs kept from one process to the next, so that the second run starts at once."""
+"""JAX's persistent compilation cache, so that a second run starts sooner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 
 
 def cache_folder() -> Path:
-    """Where they are kept: the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`.
+    """Return the folder of compiled programs, in `$XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
       RuntimeError: if there is no home folder.
@@ -21,11 +21,11 @@ def cache_folder() -> Path:
 
 
 def keep_compiled() -> None:
-    """Turns JAX's persistent compilation cache on for this process.
+    """Turn JAX's persistent compilation cache on for this process.
 
-    For the command line; a program of one's own sets JAX's options itself. A cache that JAX was
-    told of already (`JAX_COMPILATION_CACHE_DIR`) stays, and `JAX_ENABLE_COMPILATION_CACHE=false`
-    turns off any. Where the folder cannot be written, nothing is kept.
+    For the command line; your own program sets JAX's options itself. A cache that is already set
+    (`JAX_COMPILATION_CACHE_DIR`) stays, and `JAX_ENABLE_COMPILATION_CACHE=false`
+    turns off any. Where the folder cannot be written, nothing is cached.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return

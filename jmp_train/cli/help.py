@@ -72,7 +72,7 @@ def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
     texts = help_texts(type(default))
     for field in dataclasses.fields(default):
         value = getattr(default, field.name)
-        kind = type(value) if dataclasses.is_dataclass(value) else kinds[field.name]
+        kind: Any = type(value) if dataclasses.is_dataclass(value) else kinds[field.name]
         if isinstance(default, Experiment):
             kind = Annotated[kind, tyro.conf.FlagConversionOff]
         yield StructFieldSpec(field.name, kind, value, helptext=texts.get(field.name))
@@ -97,9 +97,11 @@ def help_texts(kind: type) -> dict[str, str]:
         except (OSError, TypeError, ValueError, SyntaxError):  # no source, as in a notebook
             continue
         assert isinstance(tree, ast.ClassDef)
-        for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                docstring = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-                if docstring and isinstance(text.value.value, str):
-                    texts[field.target.id] = " ".join(text.value.value.split())
+        for pair in zip(tree.body, tree.body[1:], strict=False):
+            match pair:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(text))),
+                ):
+                    texts[name] = " ".join(text.split())
     return texts

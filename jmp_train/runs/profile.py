@@ -83,9 +83,7 @@ def profile_experiment(experiment: Experiment[Any, Any], run_dir: Path, *, steps
         before = set(folder.rglob("*"))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the host, and widen the gaps between steps
-        with jax.profiler.trace(
-            str(folder), create_perfetto_trace=True, profiler_options=options
-        ):
+        with jax.profiler.trace(str(folder), create_perfetto_trace=True, profiler_options=options):
             take_steps(state, batches, begin, end)
         (trace,) = (path for path in set(folder.rglob("perfetto_trace.json.gz")) - before)
         return trace

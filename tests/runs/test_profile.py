@@ -5,6 +5,7 @@ import gzip
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks.gpu.profile import by_kind
@@ -46,7 +47,8 @@ def test_a_trace_has_each_step_and_its_operations(capsys, tmp_path):
     events = profile(capsys, tmp_path, "--profile-steps", "4")
     steps = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
     assert sorted(map(int, steps)) == [3, 4, 5, 6]  # three calls come before
-    assert set(operations(events).values()) == {4}
+    if jax.default_backend() == "cpu":  # a GPU runs some operations as several kernels
+        assert set(operations(events).values()) == {4}
     kinds = {row["kind"]: row["ms"] for row in by_kind(events, steps=4)}
     assert kinds["matrix product"] > 0
     assert [path.name for path in tmp_path.iterdir()] == ["profile"]
