@@ -24,7 +24,7 @@ from jmp_train.config.find import find_experiment
 from jmp_train.data.batches import iterate, train_batches
 from jmp_train.numerics.histograms import EXPONENTS
 from jmp_train.optim import make_optimizer
-from jmp_train.runs.plots import plot_exponents
+from jmp_train.reports.plots import plot_exponents
 from jmp_train.tasks import make_task
 
 

@@ -21,8 +21,8 @@ from jax.experimental import topologies
 from rich.console import Console
 from scipy import stats
 
+from jmp_train.records.metrics import write_json
 from jmp_train.runs.compare import compare, markdown_table
-from jmp_train.runs.metrics import write_json
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jmp-train", "jax", "jaxlib", "flax", "optax", "jmp", "jaxamp")

@@ -11,12 +11,7 @@ from jmp_train import debug, loss_scales, numerics, optim
 from jmp_train._autocast.op_rules import OpRules, default_op_rules
 from jmp_train._autocast.regions import with_precision
 from jmp_train._autocast.transform import autocast
-from jmp_train.loss_scales.states import (
-    DynamicLossScale,
-    LossScale,
-    NoOpLossScale,
-    StaticLossScale,
-)
+from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 from jmp_train.numerics.dtypes import half_dtype
 from jmp_train.policy.policy import Policy, get_policy
 from jmp_train.policy.precision import Precision, default_loss_scale, get_precision

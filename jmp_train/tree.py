@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train.numerics.dtypes import (
-    at_least_float32,
-    half_dtype,
-    is_floating,
-    parse_dtype,
-)
+from jmp_train.numerics.dtypes import at_least_float32, half_dtype, is_floating, parse_dtype
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.records.checkpoints import Checkpoints
 
 
 def final_arrays(run_dir):

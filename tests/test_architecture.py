@@ -29,20 +29,22 @@ FLOORS = {
     "models": 7,
     "tasks": 8,
     "config": 9,
-    "runs": 10,
-    "cli": 11,
-    "__main__": 12,
+    "records": 9,
+    "reports": 10,
+    "runs": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 # Libraries that not every room may know; those that a user may lack are imported where used.
 LIBRARIES = {
     "flax": {"flax", "models", "tasks"},
     "grain": {"data"},
-    "matplotlib": {"runs"},
+    "matplotlib": {"reports"},
     "optax": {"optim", "step", "tasks"},
-    "orbax": {"runs"},
-    "rich": {"cli", "runs"},
+    "orbax": {"records"},
+    "rich": {"cli", "reports", "runs"},
     "sklearn": {"data"},
-    "tensorboardX": {"runs"},
+    "tensorboardX": {"records"},
     "tyro": {"cli"},
 }
 MODULES = sorted(

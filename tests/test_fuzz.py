@@ -24,8 +24,8 @@ from jmp_train.data import NpzConfig
 from jmp_train.errors import UsageError
 from jmp_train.policy.policy import Policy, get_policy
 from jmp_train.policy.rules import Rules
+from jmp_train.records.metrics import MetricsWriter, read_metrics, strict_json
 from jmp_train.runs.directory import read_config
-from jmp_train.runs.metrics import MetricsWriter, read_metrics, strict_json
 
 
 def of_tokens(*tokens, most=12):

@@ -6,8 +6,8 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import stored_experiment, take_run_dir
 from jmp_train.config.experiment import Experiment
+from jmp_train.reports.progress import display_name
 from jmp_train.runs.evaluate import evaluate_run
-from jmp_train.runs.progress import display_name
 
 
 def command(arguments: list[str]) -> None:

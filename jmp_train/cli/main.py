@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name in ("-V", "--version", "version"):
-        from jmp_train.runs.provenance import package_version
+        from jmp_train.records.provenance import package_version
 
         print(f"jmp-train {package_version('jmp-train')} (jax {package_version('jax')})")
         return 0
@@ -79,7 +79,7 @@ def _run(name: str, arguments: list[str]) -> int:
     # Imported here, so that --help does without the libraries of training.
     from jax.errors import JaxRuntimeError
 
-    from jmp_train.runs.checkpoints import NotSaved, NoUsableCheckpoint
+    from jmp_train.records.checkpoints import NotSaved, NoUsableCheckpoint
     from jmp_train.runs.loop import Diverged
     from jmp_train.runs.signals import Stopped
 

@@ -16,7 +16,7 @@ from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.find import experiment_files, find_experiment
-from jmp_train.runs.progress import display_name
+from jmp_train.reports.progress import display_name
 from jmp_train.runs.train import train
 
 _USAGE = """\

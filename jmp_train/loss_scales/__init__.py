@@ -6,12 +6,7 @@ from jmp_train.loss_scales.interchange import (
     loss_scale_from_gradscaler,
     loss_scale_to_dict,
 )
-from jmp_train.loss_scales.states import (
-    DynamicLossScale,
-    LossScale,
-    NoOpLossScale,
-    StaticLossScale,
-)
+from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 
 __all__ = [
     "DynamicLossScale",

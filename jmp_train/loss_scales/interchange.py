@@ -9,12 +9,7 @@ import numpy as np
 
 from jmp_train.errors import nearest
 from jmp_train.loss_scales.checks import check_scale
-from jmp_train.loss_scales.states import (
-    DynamicLossScale,
-    LossScale,
-    NoOpLossScale,
-    StaticLossScale,
-)
+from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 
 _NUMBER, _WHOLE, _YES_NO = "a number", "a whole number", "True or False"
 _OR_NONE = " or None"

@@ -15,11 +15,7 @@ from jmp_train.numerics.rounding import (
     to_float32,
 )
 from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.optim.narrow_parameters import (
-    NarrowParameters,
-    map_narrow,
-    narrow_transformation,
-)
+from jmp_train.optim.narrow_parameters import NarrowParameters, map_narrow, narrow_transformation
 
 
 class MasterWeightsState(NamedTuple):

@@ -10,11 +10,7 @@ import optax
 
 from jmp_train.numerics.rounding import add_float32, stochastic_round, to_float32
 from jmp_train.optim.fp32_state import fp32_state
-from jmp_train.optim.narrow_parameters import (
-    NarrowParameters,
-    map_narrow,
-    narrow_transformation,
-)
+from jmp_train.optim.narrow_parameters import NarrowParameters, map_narrow, narrow_transformation
 
 
 class StochasticRoundingState(NamedTuple):

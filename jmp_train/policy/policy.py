@@ -13,12 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jmp_train.errors import nearest
-from jmp_train.numerics.dtypes import (
-    DTYPE_NAMES,
-    dtype_name,
-    fastest_dtype,
-    parse_dtype,
-)
+from jmp_train.numerics.dtypes import DTYPE_NAMES, dtype_name, fastest_dtype, parse_dtype
 from jmp_train.tree import cast_floating
 
 T = TypeVar("T")

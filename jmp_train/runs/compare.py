@@ -15,11 +15,11 @@ from jmp_train.config.experiment import Experiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError, nearest
+from jmp_train.records.metrics import write_json
+from jmp_train.records.provenance import device_and_versions, unused_devices_line
+from jmp_train.reports.plots import plot_comparison
+from jmp_train.reports.progress import display_name, print_line
 from jmp_train.runs.loop import Diverged
-from jmp_train.runs.metrics import write_json
-from jmp_train.runs.plots import plot_comparison
-from jmp_train.runs.progress import display_name, print_line
-from jmp_train.runs.provenance import device_and_versions, unused_devices_line
 from jmp_train.runs.train import train
 
 _MATMUL = typing.get_args(typing.get_type_hints(Experiment)["matmul_precision"])

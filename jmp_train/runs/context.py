@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from jmp_train.config.experiment import Experiment
+from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.runs.build import Parts
-from jmp_train.runs.checkpoints import Checkpoints
 
 
 class RunContext(NamedTuple):

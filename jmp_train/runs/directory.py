@@ -11,9 +11,9 @@ from typing import Any
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.settings import flatten
 from jmp_train.errors import UsageError
+from jmp_train.records.checkpoints import Checkpoints
+from jmp_train.records.metrics import strict_json, write_json
 from jmp_train.runs.changes import differences, refused
-from jmp_train.runs.checkpoints import Checkpoints
-from jmp_train.runs.metrics import strict_json, write_json
 
 # Left by a process that was killed before its run began, or written by `profile`.
 _NO_RUN = {"lock", "config.json.partial", "profile"}

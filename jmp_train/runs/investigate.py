@@ -17,14 +17,14 @@ from jmp_train.debug import NonFiniteReport, first_nonfinite
 from jmp_train.loss_scales.states import LossScale, NoOpLossScale, StaticLossScale
 from jmp_train.numerics.histograms import EXPONENTS, exponent_histogram, shares_in
 from jmp_train.policy.precision import get_precision
-from jmp_train.runs.advice import advise
+from jmp_train.records.metrics import read_metrics, write_json
+from jmp_train.reports.advice import advise
+from jmp_train.reports.divergence import Divergence, Float32Gradients
+from jmp_train.reports.plots import plot_exponents
+from jmp_train.reports.progress import print_line
 from jmp_train.runs.build import make_task_of
 from jmp_train.runs.context import RunContext
-from jmp_train.runs.divergence import Divergence, Float32Gradients
 from jmp_train.runs.loop import Diverged, LastCall, nonfinite_gradients
-from jmp_train.runs.metrics import read_metrics, write_json
-from jmp_train.runs.plots import plot_exponents
-from jmp_train.runs.progress import print_line
 from jmp_train.step.gradients import GradResult
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import step_gradients

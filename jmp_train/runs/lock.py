@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 
 from jmp_train.errors import UsageError
+from jmp_train.reports.progress import print_line
 from jmp_train.runs.directory import not_writable
-from jmp_train.runs.progress import print_line
 
 
 @contextlib.contextmanager

@@ -14,13 +14,13 @@ from jmp_train.config.experiment import Experiment
 from jmp_train.config.settings import flatten
 from jmp_train.data.batches import state_at
 from jmp_train.errors import UsageError
+from jmp_train.records.checkpoints import DoesNotFit, Restored
+from jmp_train.records.provenance import package_versions
+from jmp_train.reports.progress import print_line
 from jmp_train.runs.build import Parts, first_state
 from jmp_train.runs.changes import differences, refused, reordering
-from jmp_train.runs.checkpoints import DoesNotFit, Restored
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import config_json, open_checkpoints
-from jmp_train.runs.progress import print_line
-from jmp_train.runs.provenance import package_versions
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import no_skip
 

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from jmp_train.runs.checkpoints import NotSaved
+from jmp_train.records.checkpoints import NotSaved
+from jmp_train.reports.progress import print_line
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.investigate import explain
 from jmp_train.runs.loop import Diverged
-from jmp_train.runs.progress import print_line
 from jmp_train.runs.resume import Start, find_start
 
 T = TypeVar("T")

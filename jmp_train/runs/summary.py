@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from jmp_train.runs.checkpoints import NotSaved
+from jmp_train.records.checkpoints import NotSaved
+from jmp_train.records.metrics import read_metrics, write_json
+from jmp_train.records.provenance import device_and_versions
+from jmp_train.reports.plots import plot_run
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.loop import LoopResult
-from jmp_train.runs.metrics import read_metrics, write_json
-from jmp_train.runs.plots import plot_run
-from jmp_train.runs.provenance import device_and_versions
 
 
 def summarize(

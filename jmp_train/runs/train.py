@@ -14,6 +14,9 @@ from jmp_train.config.experiment import Experiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.data.batches import iterate
 from jmp_train.errors import UsageError
+from jmp_train.records.metrics import MetricsWriter
+from jmp_train.records.provenance import package_versions, unused_devices_line
+from jmp_train.reports.progress import RunProgress, print_line
 from jmp_train.runs.build import build, check_batch_size, compile_step, matmul_precision
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
@@ -25,9 +28,6 @@ from jmp_train.runs.directory import (
 )
 from jmp_train.runs.lock import lock_directory
 from jmp_train.runs.loop import Every, LoopResult, run_loop
-from jmp_train.runs.metrics import MetricsWriter
-from jmp_train.runs.progress import RunProgress, print_line
-from jmp_train.runs.provenance import package_versions, unused_devices_line
 from jmp_train.runs.resume import Start, find_start, finished_summary
 from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals

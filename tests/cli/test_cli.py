@@ -245,7 +245,7 @@ def test_no_word_at_all_shows_the_usage_with_status_2(capsys):
 
 
 def test_a_signal_ends_a_comparison_with_its_status(capsys, tmp_path, monkeypatch):
-    from jmp_train.runs.progress import RunProgress
+    from jmp_train.reports.progress import RunProgress
 
     signals = iter([signal.SIGINT])
     monkeypatch.setattr(RunProgress, "train", lambda *_: [os.kill(os.getpid(), s) for s in signals])

@@ -17,7 +17,7 @@ from helpers.loss_scales import (
 
 import jmp_train as jt
 from jmp_train.loss_scales.states import largest_power_of_two
-from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.records.checkpoints import Checkpoints
 
 
 class ScaleTest(chex.TestCase):

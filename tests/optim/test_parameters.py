@@ -21,7 +21,7 @@ from jmp_train.data import DigitsConfig
 from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.optim.optimizers import check_parameters
-from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.records.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("master", "remainder", "stochastic", "kahan")

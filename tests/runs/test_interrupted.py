@@ -23,10 +23,10 @@ from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment
 from jmp_train.data.batches import train_batches
 from jmp_train.errors import UsageError
-from jmp_train.runs.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
-from jmp_train.runs.metrics import read_metrics
-from jmp_train.runs.progress import RunProgress
-from jmp_train.runs.provenance import package_versions
+from jmp_train.records.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
+from jmp_train.records.metrics import read_metrics
+from jmp_train.records.provenance import package_versions
+from jmp_train.reports.progress import RunProgress
 from jmp_train.runs.signals import collect_signals
 from jmp_train.runs.train import iterate, train
 

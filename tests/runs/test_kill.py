@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from saved_arrays import assert_same_arrays, final_arrays
 
-from jmp_train.runs.metrics import read_metrics
+from jmp_train.records.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 4  # steps between checkpoints

@@ -20,7 +20,7 @@ import pytest
 from saved_arrays import final_arrays
 
 from jmp_train.cli.main import main
-from jmp_train.runs.metrics import read_metrics
+from jmp_train.records.metrics import read_metrics
 
 DATA = Path(__file__).parent / "data"
 pytestmark = pytest.mark.usefixtures("quick_runs")

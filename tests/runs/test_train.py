@@ -28,14 +28,14 @@ from jmp_train.data import DigitsConfig
 from jmp_train.data.batches import _DRAW, _generator, state_at
 from jmp_train.errors import UsageError
 from jmp_train.policy.precision import get_precision
+from jmp_train.records.checkpoints import Checkpoints
+from jmp_train.records.metrics import read_metrics
 from jmp_train.runs.build import build, first_state
-from jmp_train.runs.checkpoints import Checkpoints
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import read_config
 from jmp_train.runs.evaluate import evaluate_run
 from jmp_train.runs.investigate import investigate, scale_of
 from jmp_train.runs.loop import Diverged, LastCall
-from jmp_train.runs.metrics import read_metrics
 from jmp_train.runs.signals import Stopped
 from jmp_train.runs.train import train
 from jmp_train.spec import DataSpec
@@ -111,7 +111,7 @@ def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     train(name, experiment, tmp_path / "whole", QUIET)
 
     # A signal at a log point, where the step is not a multiple of checkpoint_every.
-    from jmp_train.runs.progress import RunProgress
+    from jmp_train.reports.progress import RunProgress
 
     shown = RunProgress.train
 

@@ -15,9 +15,9 @@ from jmp_train.config.find import find_experiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
 from jmp_train.optim import OptimizerConfig, make_schedule
-from jmp_train.runs.checkpoints import Checkpoints
+from jmp_train.records.checkpoints import Checkpoints
+from jmp_train.reports.progress import RunProgress
 from jmp_train.runs.evaluate import evaluate_run
-from jmp_train.runs.progress import RunProgress
 from jmp_train.runs.signals import Stopped
 from jmp_train.runs.train import train
 

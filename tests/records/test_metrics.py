@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmp_train.runs.metrics import MetricsWriter, read_metrics, strict_json, write_json
+from jmp_train.records.metrics import MetricsWriter, read_metrics, strict_json, write_json
 
 
 def reject_constant(token):

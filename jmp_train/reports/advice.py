@@ -10,7 +10,7 @@ from typing import Any
 
 from jmp_train.config.experiment import Experiment
 from jmp_train.debug import NonFiniteOp, NonFiniteReport
-from jmp_train.runs.divergence import Float32Gradients, first_names
+from jmp_train.reports.divergence import Float32Gradients, first_names
 
 
 def advise(

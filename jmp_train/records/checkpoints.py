@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from jmp_train.runs.digest import array_digests, json_digest
+from jmp_train.records.digest import array_digests, json_digest
 
 T = TypeVar("T")
 

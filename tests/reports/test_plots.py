@@ -1,6 +1,6 @@
 """Plots: which files come out for which records."""
 
-from jmp_train.runs.plots import plot_comparison, plot_run
+from jmp_train.reports.plots import plot_comparison, plot_run
 
 
 def records(scale):

@@ -8,8 +8,8 @@ import pytest
 from jmp_train.config.find import find_experiment
 from jmp_train.debug import NonFiniteOp, NonFiniteReport
 from jmp_train.policy.rules import Rules
-from jmp_train.runs.advice import advise
-from jmp_train.runs.divergence import Float32Gradients
+from jmp_train.reports.advice import advise
+from jmp_train.reports.divergence import Float32Gradients
 
 FINE = Float32Gradients(2.3, True, 0.05, 10, "float16", {}, {}, {})
 

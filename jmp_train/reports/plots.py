@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train.runs.progress import display_name
+from jmp_train.reports.progress import display_name
 
 
 def _pyplot() -> Any:

@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import jmp_train as jt
-from jmp_train.runs.checkpoints import Checkpoints, DoesNotFit, NotSaved, NoUsableCheckpoint
+from jmp_train.records.checkpoints import Checkpoints, DoesNotFit, NotSaved, NoUsableCheckpoint
 
 
 @functools.cache

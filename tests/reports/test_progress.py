@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from jmp_train.runs.progress import RunProgress, format_values
+from jmp_train.reports.progress import RunProgress, format_values
 
 
 def test_plain_lines_hold_step_loss_rate_scale_and_time_left():

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jmp_train.runs.digest import array_digests, json_digest
+from jmp_train.records.digest import array_digests, json_digest
 
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "uint32", "int32", "complex64"]
 
