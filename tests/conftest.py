@@ -4,8 +4,8 @@ import os
 
 import jax
 import pytest
+from helpers.simulated_devices import NEED_DEVICES
 from jax.experimental.compilation_cache import compilation_cache
-from simulated_devices import NEED_DEVICES
 
 # Run by test_several_devices.py, each in a process that has so many devices.
 collect_ignore = [

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hlo import all_reduced, custom_calls, products
+from helpers.hlo import all_reduced, custom_calls, products
 from jax.sharding import Mesh
 
 import jmp_train as jt

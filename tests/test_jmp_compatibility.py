@@ -16,7 +16,7 @@ import pytest
 
 import jmp_train
 
-RUNNER = pathlib.Path(__file__).with_name("run_as_jmp.py")
+RUNNER = pathlib.Path(__file__).with_name("helpers") / "run_as_jmp.py"
 ROOT = RUNNER.parent.parent
 
 

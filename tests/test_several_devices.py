@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from simulated_devices import NEED_DEVICES
+from helpers.simulated_devices import NEED_DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
 

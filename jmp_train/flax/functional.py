@@ -75,8 +75,10 @@ def functional_linen(module: linen.Module, precision: Precision, *example: Any) 
       *example: arguments of a call, as arrays or shapes, for the initialisation.
 
     >>> from jmp_train.policy.precision import get_precision
+    >>> from jmp_train.policy.rules import Rules
+    >>> precision = get_precision(Rules([("**", "mixed_bfloat16")]))
     >>> example = jax.ShapeDtypeStruct((1, 2), "float32")
-    >>> net = functional_linen(linen.Dense(3), get_precision([("**", "mixed_bfloat16")]), example)
+    >>> net = functional_linen(linen.Dense(3), precision, example)
     >>> net.apply(net.init(jax.random.key(0)), jax.numpy.ones((1, 2))).dtype
     dtype('float32')
     """

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from saved_arrays import assert_same_arrays, final_arrays
+from helpers.saved_arrays import assert_same_arrays, final_arrays
 
 from jmp_train.records.metrics import read_metrics
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from saved_arrays import final_arrays
+from helpers.saved_arrays import final_arrays
 
 from jmp_train.cli.main import main
 from jmp_train.records.metrics import read_metrics

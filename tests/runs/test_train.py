@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
-from saved_arrays import assert_same_arrays, final_arrays
 
 import jmp_train as jt
 from jmp_train.config.find import find_experiment

@@ -7,8 +7,8 @@ import os
 import signal
 
 import pytest
+from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
-from saved_arrays import assert_same_arrays, final_arrays
 
 from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment

@@ -1,6 +1,6 @@
 """Runs a test file written for jmp with jmp_train in jmp's place, and prints what came of it.
 
-    python tests/run_as_jmp.py path/of/some_test.py
+    python tests/helpers/run_as_jmp.py path/of/some_test.py
 
 The last line is JSON: how many tests ran, and the names of those that failed and were skipped.
 """
