@@ -106,7 +106,7 @@ def test_a_family_extends_and_overrides_the_table_of_precisions(tmp_path, monkey
 @pytest.mark.parametrize(
     "table,words",
     [
-        ("{'x': {'polcy': 'bf16'}}", "PRECISIONS: 'polcy' is no setting; did you mean 'policy'"),
+        ("{'x': {'polcy': 'bf16'}}", "PRECISIONS: unknown setting 'polcy'; did you mean 'policy'"),
         ("{'x': {'policy': 'bf17'}}", "PRECISIONS: .*bf17.*did you mean"),
         ("{'x': 3}", "PRECISIONS: "),
     ],

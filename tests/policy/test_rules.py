@@ -86,7 +86,7 @@ def test_rules_come_from_pairs_strings_a_policy_or_rules():
     [
         (["head"], "has no policy; write it as 'pattern=policy'"),
         ([("head", "c=float17")], "did you mean 'float16'"),
-        ([("re:(", "bf16")], "'re:\\(' is no regular expression"),
+        ([("re:(", "bf16")], "'re:\\(' is an invalid regular expression"),
         ([("", "bf16")], "expected a glob"),
     ],
 )

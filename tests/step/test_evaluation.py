@@ -49,7 +49,7 @@ def test_the_metrics_see_the_compute_dtype_and_the_model_state_as_it_is():
 
 def test_an_empty_data_set_is_refused():
     evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
-    with pytest.raises(ValueError, match="holds no example"):
+    with pytest.raises(ValueError, match="has no examples"):
         evaluate(0.0, [])
 
 

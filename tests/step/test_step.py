@@ -231,9 +231,9 @@ def test_plain_numbers_in_the_model_state_are_arrays_to_the_step(micro_batches):
     [
         ({"a": {"mean": jnp.ones(3)}, "n": 1}, r"'a/mean' with shape \(3,\).*expected shape \(\)"),
         ({"a": {"mean": 1.0}}, "no 'n'; expected .* with 'a/mean', 'n'"),
-        ({"a": {"mean": 1.0}, "n": 1, "b": 2}, "'b' in addition; expected"),
+        ({"a": {"mean": 1.0}, "n": 1, "b": 2}, "an extra 'b'; expected"),
         (None, "no 'a/mean', no 'n'; expected"),
-        ({"a": {"mean": 1.0}, "n": [1]}, "no 'n', 'n/0' in addition; expected"),
+        ({"a": {"mean": 1.0}, "n": [1]}, "no 'n', an extra 'n/0'; expected"),
     ],
 )
 @pytest.mark.parametrize("micro_batches,skip", [(1, None), (1, True), (2, None)])

@@ -126,7 +126,9 @@ def test_float8_parameters_train_with_their_moving_average(dtype):
     np.testing.assert_allclose(state.ema["w"], average, rtol=4 * 2.0**-24)
 
 
-@pytest.mark.parametrize("wrap", [jt.master_weights, jt.stochastic_rounding, jt.kahan])
+@pytest.mark.parametrize(
+    "wrap", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
+)
 @pytest.mark.parametrize("dtype", FLOAT8[:2])
 def test_float8_parameters_keep_small_updates_under_the_wrappers(wrap, dtype):
     policy = f"params={dtype},compute=float32,output=float32"
