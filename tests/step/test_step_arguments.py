@@ -1,4 +1,4 @@
-"""What `make_step` and its functions are given: checked, and said in one line."""
+"""Wrong arguments of `make_step` and its functions raise errors of one line."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What optimizers are given by a step, and what they may do with it."""
+"""Arguments that a step passes to optimizers, and optimizers that use them."""
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ def test_float8_parameters_keep_small_updates_under_the_wrappers(wrap, dtype):
 
 
 def test_float8_parameters_that_optax_adds_to_stand_still():
-    # What the wrappers are for: an update below half a spacing of float8 is lost.
+    # The purpose of the wrappers: an update below half a spacing of float8 is lost.
     policy = "params=float8_e4m3fn,compute=float32,output=float32"
     stepper = jt.make_step(linear, optax.sgd(2.0**-7), policy)
     state = stepper.init({"w": jnp.ones(3)})
