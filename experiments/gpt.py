@@ -1,5 +1,7 @@
-"""A byte-level language model on Python's documentation topics: 0.8 M parameters, three minutes on
-two CPU cores."""
+"""A byte-level language model of Python's documentation topics: 0.8 M parameters.
+
+One run takes about three minutes on two CPU cores.
+"""
 
 from jmp_train.config import Experiment
 from jmp_train.data import TextConfig

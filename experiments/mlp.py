@@ -14,8 +14,8 @@ FAMILY = Experiment(
 )
 
 PRECISIONS = {
-    # Everything in float16, Adam's state too, and no loss scale: docs/parameters.md shows what goes
-    # wrong, `compare mlp --precisions fp32,fp16,pure_fp16` beside the right way.
+    # Everything in float16, including Adam's state, without a loss scale: docs/parameters.md shows the
+    # failures; `compare mlp --precisions fp32,fp16,pure_fp16` compares it with correct settings.
     "pure_fp16": {
         "policy": "float16",
         "optimizer.state": "float16",

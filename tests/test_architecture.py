@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "jmp_train"
 # Rooms and their floors: a room imports from floors below its own.
 FLOORS = {
     "errors": 0,
+    "types": 0,
     "fields": 1,
     "spec": 1,
     "numerics": 1,

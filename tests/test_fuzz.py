@@ -1,4 +1,4 @@
-"""Damaged and made-up input raises what is documented and nothing else.
+"""Damaged and invented input raises only the documented errors.
 
 Each check runs on 100 examples here, on 10,000 in `make test-all`.
 """
@@ -76,7 +76,7 @@ def check_rules(parts):
 OPTIONS = [f"--{name.replace('_', '-')}" for name in flatten(
     dataclasses.asdict(find_experiment("linear_fp16"))
 )]  # fmt: skip
-# From a shell no word holds a null character; a byte that is no UTF-8 arrives as a surrogate.
+# A shell cannot pass a null character; a byte that is not UTF-8 arrives as a surrogate.
 WORD = st.text(st.characters(exclude_characters="\0"), max_size=8)
 VALUE = st.one_of(
     st.sampled_from(
@@ -103,19 +103,19 @@ WORDS = st.tuples(
 
 def check_command_line(parts):
     command, pairs = parts
-    words = [*command, *(word for pair in pairs for word in pair)]
+    arguments = [*command, *(argument for pair in pairs for argument in pair)]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = main(words)
+            status = main(arguments)
         except SystemExit as stop:
-            assert {"-h", "--help"} & set(words) and not stop.code
+            assert {"-h", "--help"} & set(arguments) and not stop.code
             return
-    if words[0] in ("train", "compare", "eval"):
-        assert status in (0, 2), words
-    if status == 2 and words[0]:
+    if arguments[0] in ("train", "compare", "eval"):
+        assert status in (0, 2), arguments
+    if status == 2 and arguments[0]:
         text = err.getvalue()
-        assert text.startswith("jmp-train: ") and text.count("\n") == 1, (words, text)
+        assert text.startswith("jmp-train: ") and text.count("\n") == 1, (arguments, text)
         assert text[:-1].isprintable()
 
 
@@ -191,7 +191,7 @@ def check_config(data):
         experiment = with_settings(default, values)
     except ValueError:
         return
-    # What it says is what it becomes.
+    # The experiment has the values that the settings gave.
     assert flatten(strict_json(dataclasses.asdict(experiment))) | values == flatten(
         strict_json(dataclasses.asdict(experiment))
     )

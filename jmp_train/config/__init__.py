@@ -1,4 +1,4 @@
-"""What an experiment is, and how it is found and changed."""
+"""Experiments: their definition, search by name and changes of settings."""
 
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.family import PRECISIONS

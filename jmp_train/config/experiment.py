@@ -1,4 +1,4 @@
-"""What an experiment is: plain data that says everything about a run, found by its name."""
+"""Experiments: plain data that determines a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.kinds import TASKS, make_task
 from jmp_train.tasks.task import Task
+from jmp_train.types import DTypeLike
 
 ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
@@ -22,52 +23,53 @@ E = TypeVar("E", bound="Experiment[Any, Any]")
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Generic[ModelConfig, DataConfig]):
-    """Everything that a run is made from."""
+    """Settings of a run: model, data, precision, schedule of steps and optimizer."""
 
     model: ModelConfig
     data: DataConfig
     policy: str = "float32"
     """Precision policy, such as mixed_bfloat16 or params=float32,compute=float16,output=float32."""
     rules: tuple[str, ...] = ()
-    """Policies by module path, 'PATTERN=POLICY' each, first match wins; they replace --policy."""
+    """Policies by module path, each 'PATTERN=POLICY'; first match wins; they replace --policy."""
     steps: int = 1000
-    """Training steps in the whole run; a warm-up that is not shorter is scaled to a tenth of it."""
+    """Number of training steps; a warm-up of as many or more is scaled to a tenth of them."""
     batch_size: int = 128
-    """Examples in a batch."""
+    """Number of examples in a batch."""
     micro_batches: int = 1
-    """Parts of a batch that run in turn, to save memory; divides batch_size."""
+    """Number of micro-batches per step, to save memory; must divide the batch size."""
     seed: int = 0
-    """Of the initial parameters, the order of the data and dropout."""
+    """Random seed for parameter initialisation, data order and dropout."""
     log_every: int = 100
-    """Steps between two lines of metrics."""
+    """Number of steps between lines of metrics."""
     eval_every: int = 500
-    """Steps between two evaluations on the held-out data."""
+    """Number of steps between evaluations on the held-out data."""
     checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step is always saved."""
+    """Number of steps between checkpoints; the last step is always saved."""
     checkpoint_wait: bool = False
-    """Wait until each checkpoint is on the disk, so that a kill costs one interval at the most."""
+    """Wait until each checkpoint is on disk, so that a kill loses at most one interval."""
     steps_per_call: int = 1
-    """Steps in one dispatch to the device; divides the four numbers of steps above."""
+    """Number of steps per dispatch to the device; must divide the step counts above."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """Where a loss or a gradient is not finite and no loss scale skips the step: stop ends the run, skip
-    skips every such step, rollback goes on from the newest checkpoint with the batches after the bad
-    one. What skipping does not mend ends the run, or rolls it back."""
+    """Response to a non-finite step that no loss scale skips.
+    stop: end the run.
+    skip: skip the step; if that does not help, end the run.
+    rollback: resume from the latest checkpoint, after the bad batch."""
     ema_decay: float | None = None
-    """Decay of a moving average of the parameters, which is then what is evaluated; None keeps none."""
+    """Decay of a moving average of the parameters, used in evaluation; None: no average."""
     max_skipped_in_row: int = 100
-    """So many skipped steps in a row end the run, with a report of what went non-finite first."""
+    """Number of skipped steps in a row that ends the run, with a report of their cause."""
     matmul_precision: Literal["default", "high", "highest"] = "default"
-    """Precision of float32 matrix products: on a recent GPU default is TF32, highest is float32."""
+    """Precision of float32 matrix products; on recent GPUs, default is TF32, highest float32."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field, has in (("model", "network"), ("data", "load")):
-            if not hasattr(getattr(self, field), has):
+        for field, method in (("model", "network"), ("data", "load")):
+            if not hasattr(getattr(self, field), method):
                 raise ValueError(
                     f"{field} is {reprlib.repr(getattr(self, field))}; expected a configuration with "
-                    f"a method {has!r}"
+                    f"a method {method!r}"
                 )
         kind = str(getattr(self.model, "task", ""))
         if kind not in TASKS:
@@ -89,7 +91,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
-        if not self.steps < 2**31:  # the optimizer counts them in an int32
+        if not self.steps < 2**31:  # the optimizer counts steps in an int32
             raise ValueError(f"steps is {self.steps}; expected at most {2**31 - 1}")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 < ema_decay < 1, or None")
@@ -109,29 +111,29 @@ class Experiment(Generic[ModelConfig, DataConfig]):
 
     @property
     def precision(self) -> Precision:
-        """The policy and the rules, parsed."""
+        """The parsed policy and rules."""
         return get_precision(self.policy, self.rules)
 
     @property
     def metric(self) -> str:
-        """The metric that runs are compared by."""
+        """Name of the metric that runs are compared by."""
         return TASKS[self.model.task].metric  # pyright: ignore
 
     @property
     def highest(self) -> bool:
-        """Whether the highest value of the metric is the best."""
+        """Whether higher values of the metric are better."""
         return TASKS[self.model.task].highest  # pyright: ignore
 
     def task(self, spec: DataSpec, precision: Precision | None = None) -> Task:
-        """Return the task of the model on data, under the experiment's precision or another.
+        """Return the task of the model on a data set, under the experiment's precision by default.
 
         Raises:
-          ValueError: for a rule that matches no module, and for data without what the task reads.
+          ValueError: if a rule matches no module, or if the data lack an array that the task reads.
         """
         return make_task(self.model, spec, precision or self.precision)
 
-    def _parameters_misfit(self, param_dtype: Any) -> str:
-        """Why the optimizer's way with narrow parameters does not fit a dtype; "" if it does."""
+    def _parameters_misfit(self, param_dtype: DTypeLike) -> str:
+        """Return why `optimizer.parameters` does not apply to a dtype; "" if it does."""
         try:
             check_parameters(self.optimizer, param_dtype)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""A family: one file of experiments that differ in their precision."""
+"""Families: files whose experiments differ in precision only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.settings import with_settings
 
-#: What the precisions of every family set, by the suffix of the experiment's name. A family adds
-#: precisions, or replaces these, by a `PRECISIONS` of its own; None takes one away.
+#: Settings of the precisions of every family, by the suffix of the experiment's name. A family file
+#: adds or replaces precisions with its own `PRECISIONS`; the value None removes one.
 PRECISIONS: Mapping[str, Mapping[str, Any]] = {
     "fp32": {"policy": "float32"},
     "fp16": {"policy": "mixed_float16"},
@@ -21,19 +21,20 @@ PRECISIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 def names_in(path: Path) -> list[str]:
-    """Return the names of the experiments in a file; the file is parsed, not run.
+    """Return the names of the experiments in a file; the file is parsed, not executed.
 
-    A file that sets `EXPERIMENT` is one experiment of its own name. One that sets `FAMILY` has an
-    experiment for each of `PRECISIONS`. Any other has none, such as one that others import.
+    A file that sets `EXPERIMENT` defines one experiment with the name of the file. A file that sets
+    `FAMILY` defines an experiment for each of `PRECISIONS`. Other files, such as modules that the
+    experiments import, define none.
 
     Raises:
-      OSError: for a file that cannot be read.
+      OSError: if the file cannot be read.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # One that means to be an experiment is listed, so that running it says what is wrong.
+        # A broken experiment is listed, so that running it reports the error.
         return [path.stem] if re.search(r"^(EXPERIMENT|FAMILY)\b.*=", text, re.MULTILINE) else []
     values = dict(_assignments(tree))
     if "EXPERIMENT" in values:
@@ -43,18 +44,18 @@ def names_in(path: Path) -> list[str]:
     return [f"{path.stem}_{suffix}" for suffix in _suffixes(values.get("PRECISIONS"))]
 
 
-def member(family: Experiment[Any, Any], own: Any, suffix: str) -> Experiment[Any, Any]:
-    """Return a family's experiment in one precision.
+def member(family: Experiment[Any, Any], precisions: Any, suffix: str) -> Experiment[Any, Any]:
+    """Return the experiment of a family in one precision.
 
     Args:
-      family: what its experiments share.
-      own: the family's `PRECISIONS`: settings by dotted path, by suffix.
-      suffix: one of the names that `names_in` found, without the family's.
+      family: settings that the experiments share.
+      precisions: the family's `PRECISIONS`: for each suffix, settings by dotted path.
+      suffix: name of the experiment without the name of the family and `_`.
 
     Raises:
-      ValueError: for a setting that the experiment does not have or refuses.
+      ValueError: for an unknown setting or an invalid value.
     """
-    return with_settings(family, {**PRECISIONS, **own}[suffix])
+    return with_settings(family, {**PRECISIONS, **precisions}[suffix])
 
 
 def _assignments(tree: ast.Module) -> list[tuple[str, ast.expr | None]]:
@@ -67,12 +68,12 @@ def _assignments(tree: ast.Module) -> list[tuple[str, ast.expr | None]]:
     return found
 
 
-def _suffixes(own: ast.expr | None) -> list[str]:
-    """The suffixes of a family, from the text of its own table."""
+def _suffixes(table: ast.expr | None) -> list[str]:
+    """Return the suffixes of a family from the syntax tree of its `PRECISIONS`."""
     suffixes = dict.fromkeys(PRECISIONS, True)
-    if isinstance(own, ast.Dict):
-        for key, value in zip(own.keys, own.values, strict=True):
+    if isinstance(table, ast.Dict):
+        for key, value in zip(table.keys, table.values, strict=True):
             if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                kept = not (isinstance(value, ast.Constant) and value.value is None)
-                suffixes[key.value] = kept
-    return [suffix for suffix, kept in suffixes.items() if kept]
+                removed = isinstance(value, ast.Constant) and value.value is None
+                suffixes[key.value] = not removed
+    return [suffix for suffix, present in suffixes.items() if present]

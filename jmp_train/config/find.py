@@ -1,4 +1,4 @@
-"""Finding an experiment by its name."""
+"""Search for experiments by name."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from jmp_train.errors import UsageError, nearest
 
 
 def experiment_folders() -> list[Path]:
-    """Return the folders with experiments: `experiments/` here, then the one beside the package."""
+    """Return the existing folders `experiments/`: in the current folder, then beside the package."""
     roots = [Path.cwd(), Path(__file__).resolve().parents[2]]
     folders = [root / "experiments" for root in dict.fromkeys(roots)]
     return [folder for folder in folders if folder.is_dir()]
 
 
 def experiment_files() -> dict[str, Path]:
-    """Return the file of each experiment by name, sorted; no file is run to find them.
+    """Return the file of each experiment by name, sorted; no file is executed.
 
-    A file's own `EXPERIMENT` comes before a member of a family of that name, and the folder here
-    before the one beside the package.
+    For equal names, the current folder precedes the folder beside the package; within a folder, a
+    file that sets `EXPERIMENT` precedes a member of a family.
     """
     files: dict[str, Path] = {}
     for folder in experiment_folders():
@@ -42,38 +42,41 @@ def _names(path: Path) -> list[str]:
     try:
         return names_in(path)
     except OSError:
-        # One that cannot be read is tried, so that running it says why; a folder is passed over.
+        # An unreadable file is listed, so that running it reports the error; a folder is not.
         return [path.stem] if path.is_file() else []
 
 
 def find_experiment(name: str) -> Experiment[Any, Any]:
-    """Return the experiment of a name.
+    """Return the experiment with a name.
 
     Args:
-      name: a file of an `experiments/` folder, without its folder and ending, that sets
-        `EXPERIMENT`; or the name of one that sets `FAMILY`, `_` and a precision.
+      name: the stem of a file in an `experiments/` folder that sets `EXPERIMENT`; or the stem of a
+        file that sets `FAMILY`, followed by `_` and a precision.
 
     Raises:
-      UsageError: for an unknown name, with the nearest known one; for a file that cannot be run or
-        that sets something else than an Experiment.
+      UsageError: for an unknown name, with the nearest known name; if the file cannot be executed
+        or does not set an Experiment.
+
+    >>> find_experiment("mlp_bf16").policy
+    'mixed_bfloat16'
     """
     files = experiment_files()
     if name not in files:
         family = [n for n in files if n.startswith(name + "_")]
         if family and re.fullmatch(r"\w+", name):
             raise UsageError(f"{name!r} is a family; its experiments are {', '.join(family)}")
-        hint = nearest(name, files) if files else "there is no experiments/ folder here"
+        hint = nearest(name, files) if files else "the current folder has no experiments/ folder"
         raise UsageError(f"unknown experiment {name!r}; {hint} (jmp-train list shows all)")
     path = files[name]
-    whole = path.stem == name
+    alone = path.stem == name
     module = _run(path)
-    variable = "EXPERIMENT" if whole else "FAMILY"
+    variable = "EXPERIMENT" if alone else "FAMILY"
     experiment = getattr(module, variable, None)
     if not isinstance(experiment, Experiment):
         raise UsageError(
             f"{path} sets {variable} to {reprlib.repr(experiment)}; expected an Experiment"
         )
-    if whole:
+    if alone:
         return experiment
     try:
         return member(experiment, getattr(module, "PRECISIONS", {}), name[len(path.stem) + 1 :])
@@ -82,8 +85,8 @@ def find_experiment(name: str) -> Experiment[Any, Any]:
 
 
 def _run(path: Path) -> types.ModuleType:
-    """Import an experiment file anew."""
-    # One package over all the folders, whether or not one of them is a package of its own.
+    """Import an experiment file again, even if it was imported before."""
+    # One package for all folders, so that their files can import each other.
     package = types.ModuleType("experiments")
     package.__path__ = [str(folder) for folder in experiment_folders()]
     sys.modules["experiments"] = package

@@ -1,4 +1,4 @@
-"""Settings of a configuration by dotted path, as config.json holds them."""
+"""Settings of a configuration by dotted path, as in config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jmp_train.fields import fits
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted path.
+    """Flatten nested dicts to one dict by dotted path.
 
     >>> flatten({"steps": 3, "optimizer": {"name": "sgd"}})
     {'steps': 3, 'optimizer.name': 'sgd'}
@@ -31,23 +31,23 @@ C = TypeVar("C")
 
 
 def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C:
-    """A configuration with other values for some of its settings.
+    """Return a configuration with new values for some of its settings.
 
     Args:
-      config: a dataclass, which may hold others.
-      settings: by dotted path, as `flatten` gives them for what config.json holds: tuples are
-        lists, and numbers that are not finite are text.
-      prefix: the path of the configuration itself, for messages.
+      config: a dataclass; its fields may be dataclasses too.
+      settings: values by dotted path, as `flatten` returns them for config.json: tuples as lists,
+        non-finite numbers as strings.
+      prefix: path of the configuration itself, for error messages.
 
     Raises:
-      ValueError: for a path that is no setting, with the nearest that is; for a value that the
-        configuration refuses.
+      ValueError: for an unknown setting, with the nearest valid one; for an invalid value.
 
+    >>> from jmp_train.optim import OptimizerConfig
     >>> with_settings(OptimizerConfig(), {"learning_rate": 0.1, "max_grad_norm": "inf"}).max_grad_norm
     inf
     >>> with_settings(OptimizerConfig(), {"lerning_rate": 0.1}, "optimizer.")
     Traceback (most recent call last):
-    ValueError: 'optimizer.lerning_rate' is no setting; did you mean 'learning_rate'?
+    ValueError: unknown setting 'optimizer.lerning_rate'; did you mean 'learning_rate'?
     """
     kinds = typing.get_type_hints(type(config))
     fields = [field.name for field in dataclasses.fields(config)]  # pyright: ignore
@@ -57,9 +57,11 @@ def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C
         name, dot, rest = path.partition(".")
         nested = name in fields and dataclasses.is_dataclass(getattr(config, name))
         if name not in fields or (dot and not nested):
-            raise ValueError(f"{prefix + path!r} is no setting; {nearest(name, fields)}")
+            raise ValueError(f"unknown setting {prefix + path!r}; {nearest(name, fields)}")
         if nested and not dot:
-            raise ValueError(f"{prefix + path} is {reprlib.repr(value)}; expected its settings")
+            raise ValueError(
+                f"{prefix + path} is {reprlib.repr(value)}; expected a dict of settings"
+            )
         if nested:
             inner.setdefault(name, {})[rest] = value
         else:
@@ -73,7 +75,7 @@ def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C
 
 
 def _from_json(value: Any, kind: Any) -> Any:
-    """What `strict_json` wrote, as it was."""
+    """Undo the conversions of `strict_json`: lists to tuples, strings to non-finite numbers."""
     if isinstance(value, list):
         return tuple(_from_json(item, kind) for item in value)
     if value in ("nan", "inf", "-inf") and not fits(value, kind):

@@ -1,4 +1,4 @@
-"""Warm-up steps that fit the length of a run."""
+"""Warm-up steps that fit into a run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ E = TypeVar("E", bound="Experiment[Any, Any]")
 
 
 def fit_warmup(experiment: E) -> tuple[E, str]:
-    """Scale a warm-up that is not shorter than its run to a tenth of the run.
+    """Scale the warm-up to a tenth of the run if it is not shorter than the run.
 
     Args:
-      experiment: whose `steps` may have been lowered without a thought of the warm-up.
+      experiment: an experiment whose `steps` may be lower than its warm-up allows.
 
     Returns:
-      The experiment, changed only where its warm-up does not fit, and a line that says what changed;
-      "" if nothing did.
+      The experiment, changed only if its warm-up does not fit, and a line that describes the change;
+      "" if nothing changed.
 
     >>> from jmp_train.data import DigitsConfig
     >>> from jmp_train.models import MlpConfig
+    >>> from jmp_train.optim import OptimizerConfig
     >>> optimizer = OptimizerConfig(warmup_steps=100)
     >>> experiment = Experiment(MlpConfig(), DigitsConfig(), steps=60, optimizer=optimizer)
     >>> fitted, line = fit_warmup(experiment)
@@ -40,7 +41,7 @@ def fit_warmup(experiment: E) -> tuple[E, str]:
 
 
 def fitting_warmup(warmup_steps: int, steps: int) -> int:
-    """Return a warm-up that is shorter than its run as it is, and a tenth of the run for any other.
+    """Return `warmup_steps` if below `steps`, else a tenth of `steps`.
 
     >>> fitting_warmup(100, 1000), fitting_warmup(100, 60)
     (100, 6)

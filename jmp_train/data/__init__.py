@@ -1,4 +1,4 @@
-"""Data: sources that need no network, and batches whose order is a pure function of a seed."""
+"""Data sets that need no download, and batches in an order that is a pure function of a seed."""
 
 from jmp_train.data.arrays import NpzConfig
 from jmp_train.data.batches import eval_batches, iterate, train_batches

@@ -1,4 +1,4 @@
-"""Examples and their labels from a NumPy .npz file."""
+"""Labelled examples from a NumPy .npz file."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from jmp_train.errors import nearest
 from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
 
-_SPLIT_SEED = 0  # the held-out examples are the same in every run, whatever the run's seed
+_SPLIT_SEED = 0  # constant, so that the held-out examples do not depend on the run's seed
 
 
 @dataclasses.dataclass(frozen=True)
 class NpzConfig:
-    """Labelled examples in a .npz file, as numpy.savez writes it, for classification."""
+    """Labelled examples from a .npz file (numpy.savez), for classification."""
 
     name: ClassVar[str] = "npz"
 
     path: str
-    """The .npz file, seen from the folder that the command runs in."""
+    """Path of the .npz file, relative to the current folder."""
     eval_path: str | None = None
-    """Another .npz file, of the held-out examples; None holds out a share of the first."""
+    """Path of a .npz file of held-out examples; None: a share of the first file."""
     x: str = "x"
-    """Name of the array of examples, (examples, ...): floating, or uint8, which is divided by 255."""
+    """Name of the array of examples: floating, or uint8, which is divided by 255."""
     y: str = "y"
-    """Name of the array of labels, (examples,): integers from 0."""
+    """Name of the array of labels: one integer from 0 for each example."""
     classes: int | None = None
-    """Number of classes; None: as many as there are labels, which are then every integer from 0 on."""
+    """Number of classes; None: the number of different labels, which must have no gaps."""
     eval_share: float = 0.2
-    """Share of the examples that is held out, the same ones in every run."""
+    """Fraction of the examples to hold out, the same examples in every run."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -55,16 +55,16 @@ class NpzConfig:
             raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
 
     def load(self) -> Dataset:
-        """Load examples, float32 (n, ...) in the file's shape, and labels, int32 (n,).
+        """Load examples, float32 (n, ...) in the shape of the file, and labels, int32 (n,).
 
-        Nothing in a file is run: arrays of Python objects, which would need pickle, are refused. What
-        an array says of its size is compared with the file and with this machine's memory before
-        any of it is read.
+        No code of the file is executed: arrays of Python objects, which need pickle, are refused.
+        Before an array is read, the size in its header is compared with the size of the file and
+        with the available memory.
 
         Raises:
-          ValueError: for a file that is not there or damaged, with the nearest that is; for arrays
-            of another shape or dtype; for a value that is not finite and a label that is out of
-            range, by its index; for labels that leave out a class, unless `classes` is set.
+          ValueError: for a missing file, with the nearest existing one, or a damaged file; for
+            arrays of another shape or dtype; for a non-finite value or a label out of range, with
+            its index; for labels with gaps, unless `classes` is set.
         """
         examples, labels = self._read(Path(self.path))
         _check_labels(labels, self.classes, self.path, self.y)
@@ -80,28 +80,28 @@ class NpzConfig:
             order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(count)
             first, rest = order[:held_out], order[held_out:]
             train = {"image": examples[rest], "label": labels[rest]}
-            held = {"image": examples[first], "label": labels[first]}
+            eval_ = {"image": examples[first], "label": labels[first]}
         else:
             train = {"image": examples, "label": labels}
-            held = dict(zip(("image", "label"), self._read(Path(self.eval_path)), strict=True))
-            there, here = held["image"].shape[1:], examples.shape[1:]
-            if there != here:
+            eval_ = dict(zip(("image", "label"), self._read(Path(self.eval_path)), strict=True))
+            given, expected = eval_["image"].shape[1:], examples.shape[1:]
+            if given != expected:
                 raise ValueError(
-                    f"{self.eval_path}: an example has the shape {there}; expected {here}, as in "
+                    f"{self.eval_path}: an example has the shape {given}; expected {expected}, as in "
                     f"{self.path}"
                 )
-            _check_labels(held["label"], classes, self.eval_path, self.y)
+            _check_labels(eval_["label"], classes, self.eval_path, self.y)
         int32 = lambda arrays: {**arrays, "label": arrays["label"].astype(np.int32)}
-        train, held = int32(train), int32(held)
-        return Dataset(train=Arrays(train), eval=held, spec=DataSpec.of(train, classes))
+        train, eval_ = int32(train), int32(eval_)
+        return Dataset(train=Arrays(train), eval=eval_, spec=DataSpec.of(train, classes))
 
     def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Examples and labels of one file, all checked but the labels' range."""
+        """Read examples and labels from one file; check all but the range of the labels."""
         check_file(path, ".npz")
         try:
             file = zipfile.ZipFile(path)
         except Exception as error:
-            raise ValueError(f"{path} {_what_it_is(path)}") from error
+            raise ValueError(f"{path} {_why_not_an_archive(path)}") from error
         with file:
             headers = _headers(path, file, (self.x, self.y))
             _check_headers(path, headers, self.x, self.y)
@@ -109,39 +109,41 @@ class NpzConfig:
         if examples.dtype == np.uint8:
             examples = examples.astype(np.float32) / np.float32(255)
         else:
-            with np.errstate(over="ignore"):  # a float64 that float32 cannot hold is found below
+            with np.errstate(over="ignore"):  # `_check_finite` finds overflow
                 examples = examples.astype(np.float32)
         _check_finite(examples, path, self.x)
         return examples, labels
 
 
 class _Header(NamedTuple):
-    """What the head of an array in a file says, and the entry of the archive that holds it."""
+    """Shape and dtype in the header of an array, and the archive entry of the array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     entry: zipfile.ZipInfo
 
 
-def _what_it_is(path: Path) -> str:
-    """What is wrong with a file that is no zip archive."""
+def _why_not_an_archive(path: Path) -> str:
+    """Say why a file is not a zip archive, for the end of an error message."""
     try:
         with path.open("rb") as file:
             start = file.read(6)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if not start:
-        return "is empty; expected a .npz file, as numpy.savez writes"
+        return "is empty; expected a .npz file, as written by numpy.savez"
     if start == b"\x93NUMPY":
-        return "is a .npy file of one array; expected a .npz file, as numpy.savez writes"
+        return "is a .npy file of one array; expected a .npz file, as written by numpy.savez"
     if start.startswith(b"PK"):
-        return "is cut short or damaged; expected a whole .npz file, as numpy.savez writes"
-    return "is no .npz file; expected one, as numpy.savez writes"
+        return "is truncated or damaged; expected a complete .npz file, as written by numpy.savez"
+    return "is not a .npz file; expected a .npz file, as written by numpy.savez"
 
 
 def _damaged(path: Path, name: str, error: object) -> ValueError:
     text = str(error).strip() or type(error).__name__
-    return ValueError(f"{path}: {name!r} is damaged: {text.splitlines()[0]}; expected a whole file")
+    return ValueError(
+        f"{path}: {name!r} is damaged: {text.splitlines()[0]}; expected a complete file"
+    )
 
 
 def _headers(path: Path, file: zipfile.ZipFile, names: tuple[str, ...]) -> dict[str, _Header]:
@@ -153,11 +155,11 @@ def _headers(path: Path, file: zipfile.ZipFile, names: tuple[str, ...]) -> dict[
     found = {}
     for name in names:
         if name not in entries:
-            hint = nearest(name, entries) if entries else "it holds no array"
+            hint = nearest(name, entries) if entries else "it contains no arrays"
             raise ValueError(f"{path} has no array {name!r}; {hint}")
         try:
             found[name] = _header(file, entries[name])
-        # zipfile, its decompressors and NumPy's parser raise what the damage happens to cause.
+        # zipfile, its decompressors and NumPy's parser raise many types for damaged files.
         except Exception as error:
             raise _damaged(path, name, error) from error
     return found
@@ -171,29 +173,29 @@ def _header(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Header:
     with file.open(entry) as stream, warnings.catch_warnings(action="ignore"):
         version = np.lib.format.read_magic(stream)
         if version not in readers:
-            raise ValueError(f"it is of .npy version {version}, expected 1.0 or 2.0")
+            raise ValueError(f"its .npy version is {version}, expected 1.0 or 2.0")
         shape, _, dtype = readers[version](stream)
         if min(shape, default=0) < 0:
             raise ValueError(f"its shape is {shape}")
         claimed = math.prod(shape) * dtype.itemsize
-        held = entry.file_size - stream.tell()
-    if not dtype.hasobject and claimed != held:
-        raise ValueError(f"its shape {shape} of {dtype} is {claimed} bytes, and it holds {held}")
+        stored = entry.file_size - stream.tell()
+    if not dtype.hasobject and claimed != stored:
+        raise ValueError(f"its shape {shape} of {dtype} needs {claimed} bytes, and it has {stored}")
     return _Header(shape, dtype, entry)
 
 
 def _check_headers(path: Path, headers: dict[str, _Header], x: str, y: str) -> None:
-    """What can be known before anything is read."""
+    """Check shapes, dtypes and memory before any array is read."""
     for name, header in headers.items():
         if header.dtype.hasobject:
             raise ValueError(
-                f"{path}: {name!r} holds Python objects, which are not read because pickle would "
-                "run them; expected numbers"
+                f"{path}: {name!r} contains Python objects, which are not read because unpickling "
+                "can run code; expected numbers"
             )
     examples, labels = headers[x], headers[y]
     if not (np.issubdtype(examples.dtype, np.floating) or examples.dtype == np.uint8):
         raise ValueError(
-            f"{path}: {x!r} is of {examples.dtype}; expected floating numbers or uint8"
+            f"{path}: {x!r} has dtype {examples.dtype}; expected a floating dtype or uint8"
         )
     if len(examples.shape) < 2 or 0 in examples.shape[1:]:
         raise ValueError(
@@ -205,28 +207,28 @@ def _check_headers(path: Path, headers: dict[str, _Header], x: str, y: str) -> N
             f"{path}: {y!r} has the shape {labels.shape}; expected (examples,), one integer each"
         )
     if not (np.issubdtype(labels.dtype, np.integer) or np.issubdtype(labels.dtype, np.floating)):
-        raise ValueError(f"{path}: {y!r} is of {labels.dtype}; expected integers from 0")
+        raise ValueError(f"{path}: {y!r} has dtype {labels.dtype}; expected integers from 0")
     if examples.shape[0] != labels.shape[0]:
         raise ValueError(
             f"{path}: {x!r} has {examples.shape[0]} examples and {y!r} {labels.shape[0]}; expected "
-            "as many of one as of the other"
+            "equal numbers"
         )
     if not labels.shape[0]:
-        raise ValueError(f"{path} holds no example; expected at least two")
-    # As stored, in float32, and once more while it is shuffled.
+        raise ValueError(f"{path} has no examples; expected at least two")
+    # As stored, in float32, and a second float32 copy while the examples are shuffled.
     need = sum(math.prod(h.shape) * (h.dtype.itemsize + 8) for h in (examples, labels))
-    there = _available_memory()
-    if there is not None and need > there:
+    available = _available_memory()
+    if available is not None and need > available:
         raise ValueError(
             f"{path}: {x!r} has the shape {examples.shape} and needs {need / 2**30:.3g} GiB of memory; "
-            f"expected at most the {there / 2**30:.3g} GiB that are free"
+            f"expected at most the {available / 2**30:.3g} GiB that are free"
         )
 
 
 def _array(path: Path, file: zipfile.ZipFile, name: str, header: _Header) -> np.ndarray:
     try:
         with file.open(header.entry) as stream, warnings.catch_warnings(action="ignore"):
-            # The whole of the entry, at whose end zipfile compares the checksum.
+            # `read_array` reads to the end of the entry, where zipfile compares the checksum.
             array = np.lib.format.read_array(stream, allow_pickle=False)
     except Exception as error:
         raise _damaged(path, name, error) from error
@@ -246,20 +248,21 @@ def _check_finite(examples: np.ndarray, path: Path, name: str) -> None:
 
 
 def _classes(labels: np.ndarray, path: str, name: str) -> int:
-    """The number of classes that labels show: they are every integer from 0 on.
+    """Return the number of different labels, which must be every integer from 0.
 
-    A gap is more often a mistake (labels from 1) than a class without an example.
+    A gap is an error, because it is more often a mistake (labels from 1) than a class without
+    examples.
     """
     found = np.unique(labels)
     count = len(found)
     if count < 2 or found[-1] != count - 1:
-        some = [f"{label:g}" for label in (found if count < 8 else [*found[:5], found[-1]])]
+        shown = [f"{label:g}" for label in (found if count < 8 else [*found[:5], found[-1]])]
         if count >= 8:
-            some[-1:] = ["...", some[-1]]
+            shown[-1:] = ["...", shown[-1]]
         raise ValueError(
-            f"{path}: the labels {name!r} are {', '.join(some)} ({count} different); expected every "
-            f"integer from 0 to {max(count, 2) - 1}, or data.classes where some classes have no "
-            f"example (--data.classes {max(int(found[-1]) + 1, 2)})"
+            f"{path}: the labels {name!r} are {', '.join(shown)} ({count} different); expected every "
+            f"integer from 0 to {max(count, 2) - 1}, or --data.classes "
+            f"{max(int(found[-1]) + 1, 2)} if some classes have no examples"
         )
     return count
 
@@ -268,15 +271,15 @@ def _check_labels(labels: np.ndarray, classes: int | None, path: str, name: str)
     bad = ~((labels >= 0) & (labels < (classes or 2**31)) & (labels == np.floor(labels)))
     if bad.any():
         first = int(bad.argmax())
-        most = "" if classes is None else f" to {classes - 1}"
+        upper = "" if classes is None else f" to {classes - 1}"
         raise ValueError(
-            f"{path}: {int(bad.sum())} of the {len(labels)} labels {name!r} are off, the first "
-            f"{labels[first]} at [{first}]; expected integers from 0{most}"
+            f"{path}: {int(bad.sum())} of the {len(labels)} labels {name!r} are out of range, "
+            f"the first {labels[first]} at [{first}]; expected integers from 0{upper}"
         )
 
 
 def _available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Return the bytes available without swapping; None if the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))

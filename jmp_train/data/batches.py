@@ -1,8 +1,8 @@
-"""Batches of a source that is held in memory, through Grain.
+"""Batches of a source in memory, through Grain.
 
-The shuffle is drawn for a whole epoch at once and a batch is gathered in one indexing operation,
-so that Grain handles one record a batch; with Grain's own per-example shuffle and collation a batch
-of 128 digits takes some twenty times as long (4.1 ms against 0.2 ms on two CPU cores).
+The order of a whole epoch is drawn at once, and a batch is gathered in one indexing operation, so
+that Grain handles one record per batch. With Grain's per-example shuffle and collation, a batch of
+128 digits takes about twenty times as long (4.1 ms instead of 0.2 ms on two CPU cores).
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import grain
 import numpy as np
 
 from jmp_train.data.dataset import Source
+from jmp_train.types import Batch
 
-_SHUFFLE, _DRAW = 0, 1  # what a stream of random numbers is for
+_SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
 
 
 class _ShuffledBatches:
-    """Batch i of an endless reshuffled pass over the data, as a pure function of (seed, i)."""
+    """Endless batches, reshuffled each epoch; batch i is a pure function of (seed, i)."""
 
     def __init__(self, source: Source, batch_size: int, *, seed: int):
         self._source = source
@@ -29,16 +30,16 @@ class _ShuffledBatches:
         self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
-        return 2**62  # Grain asks; there is no last one
+        return 2**62  # Grain requires a length; the batches are endless
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         position = np.arange(self._batch_size) + int(index) * self._batch_size
         epochs, within = np.divmod(position, self._size)
         rows = np.concatenate([self._order(e)[within[epochs == e]] for e in np.unique(epochs)])
         return self._source.draw(rows, _generator(self._seed, index, _DRAW))
 
     def _order(self, epoch: int) -> np.ndarray:
-        orders = self._orders  # replaced whole and never changed: Grain reads from several threads
+        orders = self._orders  # replaced, never mutated, because Grain reads from several threads
         if epoch not in orders:
             rng = _generator(self._seed, epoch, _SHUFFLE)
             recent = {e: order for e, order in orders.items() if abs(e - epoch) <= 1}
@@ -57,17 +58,25 @@ def train_batches(
     seed: int,
     steps_per_call: int = 1,
 ) -> Any:
-    """Batches without end: every example once an epoch, reshuffled each epoch.
+    """Return endless batches: every example once per epoch, reshuffled each epoch.
 
     Args:
-      source: the examples, such as `Arrays`. Its random numbers depend on the seed and on the number
-        of the batch alone.
-      batch_size: examples in a batch; an epoch's last batch is filled up from the next epoch.
-      seed: seed of the order and of what is random in a batch.
-      steps_per_call: above 1, so many batches are stacked along a new first axis.
+      source: the examples, such as `Arrays`. Its random numbers depend only on the seed and the
+        index of the batch.
+      batch_size: number of examples in a batch; the last batch of an epoch is completed with
+        examples of the next epoch.
+      seed: seed of the order and of the random numbers for a batch.
+      steps_per_call: number of batches in an item; if above 1, they are stacked along a new
+        leading axis.
 
     Returns:
       A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
+
+    >>> from jmp_train.data import Arrays
+    >>> source = Arrays({"x": np.arange(6)})
+    >>> items = train_batches(source, 3, seed=0)
+    >>> sorted(np.concatenate([items[0]["x"], items[1]["x"]]).tolist())
+    [0, 1, 2, 3, 4, 5]
     """
     dataset = grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
     if steps_per_call > 1:
@@ -76,28 +85,38 @@ def train_batches(
 
 
 def iterate(dataset: Any) -> Any:
-    """Goes through a dataset in order, making batches ahead in a thread.
+    """Iterate over a dataset in order, with a thread that prepares items ahead.
 
     Returns:
-      A Grain iterator; its `get_state()` is a small dict from which `set_state` goes on exactly
-      there.
+      A Grain iterator. `get_state()` returns a small dict; `set_state` with that dict resumes from
+      the same item.
+
+    >>> from jmp_train.data import Arrays
+    >>> batches = iterate(train_batches(Arrays({"x": np.arange(6)}), 3, seed=0))
+    >>> next(batches)["x"].shape, batches.get_state()
+    ((3,), {'next_index': 1})
     """
-    # One worker thread and a short buffer: a record is a whole batch, which is cheap to make.
+    # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     return iter(dataset.to_iter_dataset(options))
 
 
 def state_at(item: int) -> dict[str, int]:
-    """The state of an iterator of `iterate` that gives this item next."""
+    """Return the state of an iterator from `iterate` whose next item has this index."""
     return {"next_index": item}
 
 
 def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:
-    """Every example once, in order, in batches of one shape.
+    """Yield every example once, in order, in batches of one shape.
 
-    The last batch is filled up with copies of its first example; `"mask"`, bool (batch,), is false
-    for those. Where the arrays have a `"mask"` of their own, bool (examples, ...), which parts of
-    each example count, it is false for all of those too.
+    The last batch is padded with copies of its first example. Each batch has a `"mask"`, bool
+    (batch,), which is False for padding. If the arrays include a `"mask"`, bool (examples, ...),
+    which says which parts of each example count, padding is False in that mask instead.
+
+    >>> for batch in eval_batches({"x": np.arange(3)}, 2):
+    ...     print(batch["x"], batch["mask"])
+    [0 1] [ True  True]
+    [2 2] [ True False]
     """
     size = len(next(iter(arrays.values())))
     for start in range(0, size, batch_size):
@@ -105,5 +124,5 @@ def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[
         mask = rows < size
         rows = np.where(mask, rows, start)
         batch = {name: array[rows] for name, array in arrays.items()}
-        own = batch.get("mask", mask)
-        yield {**batch, "mask": own & mask.reshape(-1, *[1] * (own.ndim - 1))}
+        counted = batch.get("mask", mask)
+        yield {**batch, "mask": counted & mask.reshape(-1, *[1] * (counted.ndim - 1))}

@@ -1,4 +1,4 @@
-"""What a data configuration loads: a source to train on, held-out arrays, and their spec."""
+"""Data sets: a source of training examples, held-out arrays, and their spec."""
 
 from __future__ import annotations
 
@@ -9,29 +9,34 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jmp_train.spec import DataSpec
-
-Batch = dict[str, np.ndarray]
+from jmp_train.types import Batch
 
 
 class Source(Protocol):
-    """Examples to train on."""
+    """Protocol of training examples."""
 
     def __len__(self) -> int:
         """Return the number of examples in an epoch."""
         ...
 
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        """Return the examples of these numbers as a batch; `rng` is for what is random in them."""
+        """Return the examples with these indices as a batch; `rng` is for random augmentation."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """Examples in arrays by name, whose first axis counts them."""
+    """A source of examples in arrays by name.
+
+    >>> source = Arrays({"x": np.arange(6), "y": np.arange(6) * 10})
+    >>> source.draw(np.array([4, 1]), np.random.default_rng(0))
+    {'x': array([4, 1]), 'y': array([40, 10])}
+    """
 
     arrays: Mapping[str, np.ndarray]
+    """Arrays by name, whose leading axis counts examples."""
     augment: Callable[[Batch, np.random.Generator], Batch] | None = None
-    """Changes each batch at random; None leaves it alone."""
+    """`augment(batch, rng)` returns a batch with random changes; None makes no changes."""
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -42,12 +47,12 @@ class Arrays:
 
 
 class Dataset(NamedTuple):
-    """A source to train on and arrays to evaluate on."""
+    """Training examples, held-out examples, and their spec."""
 
     train: Source
     eval: dict[str, np.ndarray]
-    """Arrays by name, the first axis counting examples; `"mask"`, bool, says which values of the
-    metrics count."""
+    """Held-out arrays by name, whose leading axis counts examples; a `"mask"`, bool, says which
+    values of the metrics count."""
     spec: DataSpec
     facts: Callable[[], dict[str, Any]] = dict
-    """Returns what summary.json says of the data."""
+    """Returns facts about the data for summary.json."""

@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 real images of 8 by 8 pixels that scikit-learn bundles."""
+"""Handwritten digits: the 1,797 real images of 8 by 8 pixels in scikit-learn."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy as np
 from jmp_train.data.dataset import Arrays, Dataset
 from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
+from jmp_train.types import Batch
 
-_SPLIT_SEED = 0  # the held-out images are the same in every run, whatever the run's seed
+_SPLIT_SEED = 0  # constant, so that the held-out images do not depend on the run's seed
 
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConfig:
-    """Handwritten digits (scikit-learn's bundled images)."""
+    """Handwritten digits, the images bundled with scikit-learn."""
 
     name: ClassVar[str] = "digits"
 
     eval_share: float = 0.2
-    """Share of the images that is held out, the same ones in every run."""
+    """Fraction of the images to hold out, the same images in every run."""
 
     noise: float = 0.2
-    """Standard deviation of the Gaussian noise added to training images; pixels go from 0 to 1."""
+    """Standard deviation of Gaussian noise on training images; pixels are 0 to 1."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -35,7 +36,7 @@ class DigitsConfig:
 
     def load(self) -> Dataset:
         """Load images, float32 (n, 8, 8) from 0 to 1, and labels, int32 (n,)."""
-        from sklearn.datasets import load_digits  # 1.5 s to import, so only where used
+        from sklearn.datasets import load_digits  # imported here, because the import takes 1.5 s
 
         images, labels = load_digits(return_X_y=True)
         order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(len(images))
@@ -51,9 +52,7 @@ class DigitsConfig:
             spec=DataSpec.of(arrays, classes=10),
         )
 
-    def _add_noise(
-        self, batch: dict[str, np.ndarray], rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def _add_noise(self, batch: Batch, rng: np.random.Generator) -> Batch:
         image = batch["image"]
         noise = rng.standard_normal(image.shape, np.float32) * np.float32(self.noise)
         return {**batch, "image": image + noise}

@@ -1,4 +1,4 @@
-"""Files that a user names: there and a file, or one line that says what is."""
+"""Checks of files that a user names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from jmp_train.errors import nearest
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Refuses what is no regular file.
+    """Check that a path is a regular file.
 
     Args:
-      path: what the user named.
-      kind: what was expected: an ending, such as ".npz", or a word, such as "text", where any will
-        do; the files of that kind are offered where there is none of that name.
+      path: path that the user gave.
+      kind: an ending, such as ".npz", or a word for files of any ending, such as "text". If the
+        path does not exist, the error suggests a file of this kind.
 
     Raises:
-      ValueError: naming the path and the nearest file beside it.
+      ValueError: if it is not, with the path and the nearest file in its folder.
     """
     try:
         if path.is_file():
@@ -31,7 +31,7 @@ def check_file(path: Path, kind: str) -> None:
         names = sorted(file.name for file in path.parent.glob(pattern) if file.is_file())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    hint = nearest(path.name, names) if names else f"its folder holds no {kind} file"
+    hint = nearest(path.name, names) if names else f"its folder has no {kind} files"
     if len(names) > 20 and not hint.startswith("did you mean"):
-        hint = f"its folder holds {len(names)} {kind} files, none of a name like it"
+        hint = f"its folder has {len(names)} {kind} files, none with a similar name"
     raise ValueError(f"{path} does not exist; {hint}")

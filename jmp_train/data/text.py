@@ -1,4 +1,4 @@
-"""Text as bytes: real English that ships with Python, or a file."""
+"""Text as bytes: English text that Python includes, or a file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jmp_train.data.dataset import Batch, Dataset
+from jmp_train.data.dataset import Dataset
 from jmp_train.data.files import check_file
 from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
+from jmp_train.types import Batch
 
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
@@ -27,9 +28,10 @@ _LARGEST_COMPRESSED = 2**22  # lzma takes about a second for a megabyte
 
 
 def documentation() -> bytes:
-    """The documentation topics that CPython ships for `help()`, in the order of their names.
+    """Return the documentation topics of Python's `help()`, in the order of their names.
 
-    About 466,000 bytes of English in Python 3.11; another version of Python has another text.
+    The text has about 466,000 bytes of English in Python 3.11; other versions of Python have other
+    texts.
     """
     from pydoc_data.topics import topics
 
@@ -37,17 +39,17 @@ def documentation() -> bytes:
 
 
 def compression_baselines(train: bytes, held_out: bytes) -> dict[str, dict[str, float]]:
-    """What general compressors need for a text, in bits for each of its bytes.
+    """Return the compressed size of a text in bits per byte, by general compressors.
 
     Args:
-      train: what comes before.
-      held_out: the text that is measured.
+      train: training text, which precedes the held-out text.
+      held_out: text to measure.
 
     Returns:
-      By compressor (gzip, bz2, lzma, each at its highest level): `"alone"`, the held-out text by
-      itself; `"after_training_text"`, how much longer the compressed training text grows by it,
-      which is what a compressor needs that has read the training text first, as a model has.
-      gzip looks back only 32 KiB.
+      Two figures for each compressor (gzip, bz2 and lzma, each at its highest level). `"alone"` is
+      the size of the held-out text compressed by itself. `"after_training_text"` is the increase of
+      the compressed size when the held-out text is appended to the training text: the size for a
+      compressor that, like a model, has seen the training text. gzip looks back only 32 KiB.
 
     >>> baselines = compression_baselines(b"spam and eggs. " * 40, b"spam and eggs. " * 2)
     >>> baselines["gzip"]["alone"] > baselines["gzip"]["after_training_text"]
@@ -66,16 +68,16 @@ def compression_baselines(train: bytes, held_out: bytes) -> dict[str, dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Bytes of Python's documentation topics, or of a file."""
+    """Bytes of Python's documentation topics, or of a text file."""
 
     name: ClassVar[str] = "text"
 
     path: str = ""
-    """Text file to use instead of the documentation topics that ship with Python."""
+    """Path of a text file; empty: the documentation topics that Python includes."""
     length: int = 128
-    """Bytes that the model sees at once."""
+    """Context length in bytes."""
     eval_share: float = 0.1
-    """Share of the text that is held out: its end."""
+    """Fraction of the text to hold out, from its end."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -89,16 +91,18 @@ class TextConfig:
             check_file(Path(self.path), "text")
 
     def load(self) -> Dataset:
-        """Windows of length + 1 bytes, uint8: all but the last are seen, all but the first predicted.
+        """Load windows of length + 1 bytes, uint8: inputs are all but the last byte, targets all but
+        the first.
 
-        Training: each epoch takes one window from each of equal parts of the training text, as many
-        as windows would fit side by side, its start drawn anew in that part. Evaluation: windows
-        half a length apart, in which only the last half is scored, so that every held-out byte is
-        predicted exactly once and has at least half a length of text before it; before the first
-        held-out bytes that is the end of the training text.
+        Training: the training text is divided into as many equal parts as there are disjoint
+        windows. Each epoch takes one window from each part, with a new random start in the part.
+
+        Evaluation: windows start half a length apart, and only the second half of each is scored.
+        Every held-out byte is therefore predicted exactly once, after at least half a length of
+        text. The text before the first held-out bytes is the end of the training text.
 
         Raises:
-          ValueError: for a text that is too short for the length.
+          ValueError: if the text is too short for the length.
         """
         text = Path(self.path).read_bytes() if self.path else documentation()
         data = np.frombuffer(text, np.uint8)
@@ -106,7 +110,7 @@ class TextConfig:
         if split < self.length + 1 or split == len(data):
             raise ValueError(
                 f"length is {self.length}; expected less than the {split} bytes of training text, "
-                f"and at least one of the {len(data) - split} held-out ones"
+                f"and at least one held-out byte (there are {len(data) - split})"
             )
         held_out = _held_out_windows(data, split, self.length)
         return Dataset(
@@ -118,9 +122,9 @@ class TextConfig:
 
 
 class Windows:
-    """Windows of a text: one from each of equal parts, its start drawn anew each time.
+    """A source of windows of a text: one from each of equal parts, with a random start in the part.
 
-    There are as many parts as windows would fit side by side.
+    There are as many parts as disjoint windows.
     """
 
     def __init__(self, text: np.ndarray, length: int):
@@ -137,18 +141,18 @@ class Windows:
 
 
 def _held_out_windows(data: np.ndarray, split: int, length: int) -> dict[str, np.ndarray]:
-    """Windows that predict every byte from `split` on, and which of their predictions count."""
+    """Return windows that predict every byte from `split`, and a mask of the scored predictions."""
     stride = length // 2
     ends = np.minimum(np.arange(split + stride, len(data) + stride, stride), len(data))
     starts = ends - length - 1
-    predicted = starts[:, None] + 1 + np.arange(length)  # the place of each predicted byte
-    fresh = np.concatenate([[split], ends[:-1]])  # where the last window left off
+    predicted = starts[:, None] + 1 + np.arange(length)  # index of each predicted byte
+    fresh = np.concatenate([[split], ends[:-1]])  # end of the previous window
     windows = np.lib.stride_tricks.sliding_window_view(data, length + 1)
     return {"tokens": windows[starts], "mask": predicted >= fresh[:, None]}
 
 
 def _facts(text: bytes, split: int) -> dict[str, Any]:
-    """What a result on this text must be read with."""
+    """Return facts about a text that put results on it in context."""
     facts = {
         "sha256": hashlib.sha256(text).hexdigest(),
         "training_bytes": split,

@@ -1,4 +1,4 @@
-"""The networks that the experiments share; each takes the policy as an argument."""
+"""Networks that the experiments share; each takes its dtypes as arguments."""
 
 from jmp_train.models.gpt import Gpt, GptConfig
 from jmp_train.models.mlp import Mlp, MlpConfig

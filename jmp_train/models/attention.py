@@ -1,27 +1,29 @@
-"""Causal self-attention and rotary positions; the one place that chooses how attention is computed."""
+"""Causal self-attention and rotary positions; chooses the implementation of attention."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_train.types import DTypeLike
+
 
 def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000.0) -> jax.Array:
-    """Turns pairs of features by angles that grow with the position.
+    """Rotate pairs of features by angles that are proportional to the position.
 
-    The product of a turned query and a turned key depends on their distance alone, not on where
-    they stand. Feature i and feature i + K/2 make a pair, turned by `position * theta**(-2 i / K)`.
+    The product of a rotated query and a rotated key depends on the distance of their positions only.
+    Features i and i + K/2 form a pair, rotated by the angle `position * theta**(-2 i / K)`.
 
     Args:
-      x_BxTxHxK: queries or keys, (batch, positions, heads, features), features even.
+      x_BxTxHxK: queries or keys, (batch, positions, heads, features); the number of features is even.
       positions_T: int32, (positions,).
-      theta: the longest wavelength is about 2 pi times this.
+      theta: base of the angles; the longest wavelength is about 2 pi times `theta` positions.
 
     Returns:
-      The same shape and dtype; angles and products are float32.
+      Rotated features of the same shape and dtype; angles and products are float32.
 
     Source: Su et al. 2021, "RoFormer", arXiv:2104.09864, equation 34.
 
@@ -34,15 +36,15 @@ def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000
     angles_TxF = positions_T[:, None] * jnp.asarray(frequencies, jnp.float32)
     cos, sin = (f(angles_TxF)[:, None, :] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.astype(x_BxTxHxK.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.astype(x_BxTxHxK.dtype)
 
 
 def causal_attention(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array) -> jax.Array:
-    """Attention of every position over itself and those before it; softmax in float32.
+    """Compute attention of each position over itself and earlier positions; softmax in float32.
 
-    On an NVIDIA GPU since Ampere, half precision runs in cuDNN's fused kernel, which never holds
-    the scores of all pairs; elsewhere XLA computes it.
+    On NVIDIA GPUs since Ampere, half precision uses cuDNN's fused kernel, which does not store the
+    scores of all pairs. Otherwise XLA computes attention.
 
     Args:
       q_BxTxHxK: queries, (batch, positions, heads, features).
@@ -50,12 +52,21 @@ def causal_attention(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.
       v_BxTxHxK: values, of the same shape and dtype.
 
     Returns:
-      The same shape and dtype.
+      Weighted means of the values, of the same shape and dtype.
+
+    >>> values = jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> zeros = jnp.zeros_like(values)  # equal scores
+    >>> causal_attention(zeros, zeros, values).ravel().tolist()
+    [1.0, 2.0]
     """
-    way = _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1])
-    if way != "plain":
+    implementation = _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1])
+    if implementation != "plain":
         return jax.nn.dot_product_attention(
-            q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, is_causal=True, implementation=way
+            q_BxTxHxK,
+            k_BxTxHxK,
+            v_BxTxHxK,
+            is_causal=True,
+            implementation=implementation,
         )
     position = jnp.arange(q_BxTxHxK.shape[1])
     return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, position[:, None] >= position[None, :])
@@ -64,18 +75,24 @@ def causal_attention(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.
 def masked_attention(
     q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask_TxS: jax.Array
 ) -> jax.Array:
-    """Attention over the keys that a mask shows: products in the inputs' dtype, softmax in float32.
+    """Compute attention over unmasked keys: products in the inputs' dtype, softmax in float32.
 
     Args:
-      q_BxTxHxK: queries.
-      k_BxSxHxK: keys.
-      v_BxSxHxK: values.
-      mask_TxS: bool, true where a query sees a key; at least one key for each query.
+      q_BxTxHxK: queries, (batch, positions, heads, features).
+      k_BxSxHxK: keys, (batch, keys, heads, features).
+      v_BxSxHxK: values, of the same shape as the keys.
+      mask_TxS: bool, (positions, keys); True where a query attends to a key. Each query needs at
+        least one key.
 
     Returns:
-      Shape and dtype of the queries.
+      Weighted means of the values, of the shape and dtype of the queries.
+
+    >>> values = jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> zeros = jnp.zeros_like(values)  # equal scores
+    >>> masked_attention(zeros, zeros, values, jnp.array([[False, True], [True, True]])).ravel()
+    Array([3., 2.], dtype=float32)
     """
-    # Scaled before the product: float16 scores of unscaled queries overflow sooner.
+    # Queries are scaled before the product, because unscaled float16 scores overflow sooner.
     q_BxTxHxK = q_BxTxHxK * np.asarray(q_BxTxHxK.shape[-1] ** -0.5, q_BxTxHxK.dtype)
     scores_BxHxTxS = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k_BxSxHxK).astype(jnp.float32)
     scores_BxHxTxS = jnp.where(mask_TxS, scores_BxHxTxS, -jnp.inf)
@@ -83,17 +100,17 @@ def masked_attention(
     return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS, v_BxSxHxK)
 
 
-def _implementation(dtype: Any, features: int) -> Any:
-    """Which attention fits a dtype on the default device: "cudnn", None (XLA's choice) or "plain"."""
+def _implementation(dtype: DTypeLike, features: int) -> Literal["cudnn", "plain"] | None:
+    """Choose attention on the default device: cuDNN's, JAX's (None) or `masked_attention`."""
     backend, half = jax.default_backend(), dtype in (jnp.float16, jnp.bfloat16)
     if backend == "cpu" and dtype == jnp.float16:
-        return "plain"  # JAX's asks for a float16 product that no CPU has, and raises
+        return "plain"  # JAX's raises: it asks for a float16 product that XLA lacks on CPU
     if backend == "gpu" and half and features % 8 == 0 and features <= 128 and _fused_attention():
         return "cudnn"
     return None
 
 
 def _fused_attention() -> bool:
-    """Whether the GPU is one for cuDNN's fused attention: NVIDIA, compute capability 8.0 or more."""
+    """Return whether the GPU has cuDNN's fused attention: NVIDIA, compute capability 8.0 or more."""
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     return capability.replace(".", "").isdigit() and float(capability) >= 8.0

@@ -1,4 +1,4 @@
-"""A decoder-only language model over bytes: RMSNorm, rotary positions, SwiGLU, one compiled block."""
+"""A decoder-only language model: RMSNorm, rotary positions, SwiGLU, one compiled block."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from flax import nnx
 from jmp_train.fields import check_fields
 from jmp_train.models.attention import causal_attention, masked_attention, rotary
 from jmp_train.spec import DataSpec
+from jmp_train.types import DTypeLike, Key
 
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Dtypes(NamedTuple):
-    """Dtypes of a layer, by Flax's names for them."""
+    """Dtypes of a layer, with Flax's names as fields."""
 
     dtype: np.dtype
     param_dtype: np.dtype
 
 
 class Cache(NamedTuple):
-    """The keys and values of the last S positions; position p lies in slot p modulo S."""
+    """Keys and values of the last S positions; position p is stored in slot p modulo S."""
 
     k_BxSxHxK: jax.Array
     v_BxSxHxK: jax.Array
@@ -43,7 +44,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, position: Any, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """With a cache, `x_BxTxD` is the one position `position`; without, it begins there."""
+        """Mix positions that start at `position`; with a cache, `x_BxTxD` has that position only."""
         batch, length, width = x_BxTxD.shape
         shape = (batch, length, 3, self.heads, width // self.heads)
         q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.moveaxis(self.qkv(x_BxTxD).reshape(shape), 2, 0)
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
 
 
 class SwiGlu(nnx.Module):
-    """Two linear layers, the first gated by SiLU of another (Shazeer 2020, arXiv:2002.05202)."""
+    """A gated feed-forward layer, SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.up = _linear(config.width, 2 * config.inner, dtypes, rngs=rngs)
@@ -75,7 +76,7 @@ class SwiGlu(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A pre-norm block: attention, then the gated layers, each added to what came in."""
+    """A pre-norm block: attention, then SwiGLU, each added to its input."""
 
     def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.norm1 = _norm(config.width, dtypes, rngs=rngs)
@@ -85,7 +86,7 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, x_BxTxD: jax.Array, position: Any, cache: Cache | None, key: Any
+        self, x_BxTxD: jax.Array, position: Any, cache: Cache | None, key: Key | None
     ) -> tuple[jax.Array, Cache | None]:
         rngs = None if key is None else nnx.Rngs(dropout=key)
         drop = lambda y: self.dropout(y, deterministic=rngs is None, rngs=rngs)
@@ -95,17 +96,21 @@ class Block(nnx.Module):
 
 
 class Gpt(nnx.Module):
-    """Blocks between an embedding and an output head that are one table.
+    """A decoder-only language model whose embedding and output head share one table.
 
-    The parameters of all blocks are stacked along a first axis, over which the blocks are scanned:
-    one block is compiled, whatever the depth.
+    The parameters of all blocks are stacked along a leading axis, and the blocks run in a scan over
+    it, so that one block is compiled for any depth.
 
     Args:
       config: the sizes.
-      vocabulary: number of tokens, which are 0 to `vocabulary - 1`.
-      dtype: dtype of the compute. Norms and softmax are float32 inside, and so are logits.
+      vocabulary: size of the vocabulary; tokens are 0 to `vocabulary - 1`.
+      dtype: dtype of the compute. Norms, softmax and logits are float32.
       param_dtype: dtype of the parameters.
       rngs: random streams of the initial parameters.
+
+    >>> model = Gpt(GptConfig(width=8, depth=1, heads=2), 5, rngs=nnx.Rngs(0))
+    >>> model.logits(jnp.array([[3, 1, 4]])).shape
+    (1, 3, 5)
     """
 
     def __init__(
@@ -113,8 +118,8 @@ class Gpt(nnx.Module):
         config: GptConfig,
         vocabulary: int,
         *,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         dtypes = Dtypes(np.dtype(dtype), np.dtype(param_dtype))
@@ -136,18 +141,18 @@ class Gpt(nnx.Module):
         self.blocks = blocks(rngs)
         self.norm = _norm(config.width, dtypes, rngs=rngs)
 
-    def score(self, tokens_BxT1: jax.Array, loss: TokenLoss, key: Any = None) -> jax.Array:
-        """Return a loss of each token but the first, given those before it.
+    def score(self, tokens_BxT1: jax.Array, loss: TokenLoss, key: Key | None = None) -> jax.Array:
+        """Return the loss of each token but the first, given the tokens before it.
 
         Args:
           tokens_BxT1: integers, (batch, length + 1).
-          loss: `loss(features_NxD, table_VxD, targets_N)`, whose logits would be the products of
-            the first two. It runs inside the network, so under the network's policy, and need not
-            have the logits of all tokens in memory.
-          key: key of dropout; None drops nothing.
+          loss: `loss(features_NxD, table_VxD, targets_N)` returns one loss per token; the logits
+            are the product of features and table. `loss` runs inside the network, so the network's
+            policy applies to it, and it does not need the logits of all tokens in memory at once.
+          key: key for dropout; None disables dropout.
 
         Returns:
-          What `loss` returns for each token, (batch, length).
+          Losses, (batch, length).
         """
         x_BxTxD = self._features(tokens_BxT1[:, :-1], key)
         x_NxD, targets_BxT = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), tokens_BxT1[:, 1:]
@@ -155,11 +160,11 @@ class Gpt(nnx.Module):
         return losses_N.reshape(targets_BxT.shape)
 
     def logits(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Return the logits of each next token, float32 (batch, length, vocabulary)."""
+        """Return the logits of the token after each token, float32 (batch, length, vocabulary)."""
         return self._logits(self._features(tokens_BxT, None))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """Return a cache for `decode`, of all blocks, that remembers `slots` positions."""
+        """Return an empty cache of `slots` positions for `decode`, for all blocks."""
         c = self.config
         shape = (c.depth, batch, slots, c.heads, c.width // c.heads)
         return Cache(*(jnp.zeros(shape, self.dtype) for _ in range(2)))
@@ -169,16 +174,19 @@ class Gpt(nnx.Module):
 
         Args:
           token_B: integers, (batch,).
-          position: of this token, from 0; each of those before it has been given before.
-          cache: of the positions before. With more positions than slots, attention sees the newest.
+          position: position of the token, from 0; call `decode` for the positions in order.
+          cache: keys and values of earlier positions. With more positions than slots, attention
+            uses the latest positions.
         """
         x_Bx1xD, cache = self._blocks(self.embed(token_B[:, None]), None, position, cache)
         return self._logits(self.norm(x_Bx1xD))[:, 0], cache
 
-    def _features(self, tokens_BxT: jax.Array, key: Any) -> jax.Array:
+    def _features(self, tokens_BxT: jax.Array, key: Key | None) -> jax.Array:
         return self.norm(self._blocks(self.embed(tokens_BxT), key)[0])
 
-    def _blocks(self, x_BxTxD: jax.Array, key: Any, position: Any = 0, cache: Any = None) -> Any:
+    def _blocks(
+        self, x_BxTxD: jax.Array, key: Key | None, position: Any = 0, cache: Cache | None = None
+    ) -> Any:
         block, params = nnx.split(self.blocks)
         keys = None if key is None else jax.random.split(key, self.config.depth)
 
@@ -203,24 +211,24 @@ class Gpt(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class GptConfig:
-    """Byte-level language model."""
+    """Decoder-only language model."""
 
     task: ClassVar[str] = "language_modelling"
 
     width: int = 128
-    """Features of each token."""
+    """Number of features per token."""
     depth: int = 4
-    """Blocks."""
+    """Number of blocks."""
     heads: int = 4
-    """Attention heads; the width is a multiple of twice as many."""
+    """Number of attention heads; twice this number must divide the width."""
     hidden: int | None = None
-    """Width between the gated layers; None: 8/3 of the width, rounded to a multiple of 64."""
+    """Inner width of SwiGLU; None: 8/3 of the width, rounded to a multiple of 64."""
     dropout: float = 0.0
-    """Share of what each block adds that is set to zero in training, from 0 to below 1."""
+    """Dropout rate of the outputs of attention and SwiGLU in training: 0 <= rate < 1."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass computes again: nothing, all but matrix products, or whole blocks."""
+    """Rematerialise in the backward pass: nothing, all but matrix products, or whole blocks."""
     loss_chunk: int = 1024
-    """Tokens whose float32 logits are in memory at once."""
+    """Number of tokens whose float32 logits are in memory at once."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -238,10 +246,12 @@ class GptConfig:
 
     @property
     def inner(self) -> int:
-        """The width between the gated layers."""
+        """The inner width of SwiGLU."""
         return self.hidden or max(round(self.width * 8 / 3 / 64), 1) * 64
 
-    def network(self, spec: DataSpec, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs) -> Gpt:
+    def network(
+        self, spec: DataSpec, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> Gpt:
         """Construct the network for the vocabulary of a data set."""
         return Gpt(self, spec.classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -249,7 +259,7 @@ class GptConfig:
 def _linear(
     inputs: int, outputs: int, dtypes: Dtypes, scale: float = 1.0, *, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """Without a bias; `scale` is the variance of an output for inputs of variance 1."""
+    """Make a layer without bias; `scale` is the output variance for inputs of variance 1."""
     return nnx.Linear(
         inputs,
         outputs,
@@ -261,5 +271,5 @@ def _linear(
 
 
 def _norm(width: int, dtypes: Dtypes, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm, whose statistics are float32 whatever the dtypes."""
+    """Make an RMSNorm; its statistics are float32 for all dtypes."""
     return nnx.RMSNorm(width, **dtypes._asdict(), rngs=rngs)

@@ -1,8 +1,8 @@
-"""A precision policy: the dtypes that parameters are stored in, computed in and returned in.
+"""Precision policies: dtypes of parameters, compute and outputs.
 
-A `Policy` is three dtypes and nothing else: hashable, static under jit, printable and parseable
-back. Its casts touch floating arrays only. `get_policy` reads the grammar of google-deepmind/jmp
-and the names that Keras and Lightning users type.
+A `Policy` is three dtypes and nothing else: hashable, static under jit, and printed as a string that
+`get_policy` parses back. Its casts change floating arrays only. `get_policy` reads the grammar of
+google-deepmind/jmp and the policy names of Keras and Lightning.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import numpy as np
 from jmp_train.errors import nearest
 from jmp_train.numerics.dtypes import DTYPE_NAMES, dtype_name, fastest_dtype, parse_dtype
 from jmp_train.tree import cast_floating
+from jmp_train.types import DTypeLike
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The dtypes of parameters, compute and outputs.
+    """Dtypes of parameters, compute and outputs.
 
     Attributes:
-      param_dtype: what parameters are stored in.
-      compute_dtype: what the forward and the backward pass run in.
-      output_dtype: what a model's outputs are cast to before the loss.
+      param_dtype: dtype that parameters are stored in.
+      compute_dtype: dtype of the forward and the backward pass.
+      output_dtype: dtype that a model's outputs are cast to before the loss.
 
-    Each is given as a name (`"bf16"`), a scalar type (`jnp.bfloat16`) or a dtype, and kept as a
-    `numpy.dtype`.
+    Each argument is a name (`"bf16"`), a scalar type (`jnp.bfloat16`) or a dtype; each attribute is
+    a `numpy.dtype`.
 
     Raises:
       ValueError: for an unknown or non-floating dtype.
@@ -50,19 +51,19 @@ class Policy:
             object.__setattr__(self, field.name, parse_dtype(getattr(self, field.name)))
 
     def cast_to_param(self, tree: T) -> T:
-        """Casts floating leaves to the parameter dtype; see `cast_floating`."""
+        """Cast floating leaves to the parameter dtype; see `cast_floating`."""
         return cast_floating(tree, self.param_dtype)
 
     def cast_to_compute(self, tree: T) -> T:
-        """Casts floating leaves to the compute dtype; see `cast_floating`."""
+        """Cast floating leaves to the compute dtype; see `cast_floating`."""
         return cast_floating(tree, self.compute_dtype)
 
     def cast_to_output(self, tree: T) -> T:
-        """Casts floating leaves to the output dtype; see `cast_floating`."""
+        """Cast floating leaves to the output dtype; see `cast_floating`."""
         return cast_floating(tree, self.output_dtype)
 
-    def with_output_dtype(self, output_dtype: Any) -> Policy:
-        """The same policy with another output dtype."""
+    def with_output_dtype(self, output_dtype: DTypeLike) -> Policy:
+        """Return the same policy with another output dtype."""
         return dataclasses.replace(self, output_dtype=output_dtype)
 
     def __str__(self) -> str:
@@ -94,7 +95,7 @@ POLICY_NAMES: tuple[str, ...] = ("auto", *_PRESETS, *DTYPE_NAMES)
 
 
 def get_policy(policy: str | Policy) -> Policy:
-    """The policy that a string stands for.
+    """Parse a policy string.
 
     | string | parameters | compute | output |
     | --- | --- | --- | --- |
@@ -107,16 +108,16 @@ def get_policy(policy: str | Policy) -> Policy:
     | `"bf16-true"`, `"16-true"`, `"32-true"`, `"64-true"` | all in that dtype | | |
     | `"auto"` | f32 | `fastest_dtype()` | f32 |
 
-    In the `key=value` form parameters default to float32, compute to the parameters' dtype, and
-    output to the compute dtype (the grammar of google-deepmind/jmp). A dtype is one of `bf16`,
+    In the `key=value` form, the parameter dtype defaults to float32, the compute dtype to the
+    parameter dtype, and the output dtype to the compute dtype (the grammar of google-deepmind/jmp). A dtype is one of `bf16`,
     `bfloat16`, `f16`, `float16`, `f32`, `float32`, `full`, `f64`, `float64`, `half`.
 
     Args:
-      policy: the string; a `Policy` comes back as it is.
+      policy: the string; a `Policy` is returned unchanged.
 
     Raises:
       ValueError: for an unknown name, key or dtype, with the nearest valid one.
-      TypeError: for what is neither a string nor a `Policy`.
+      TypeError: if `policy` is neither a string nor a `Policy`.
 
     >>> print(get_policy("c=bf16"))
     p=full,c=bf16,o=bf16
@@ -139,7 +140,7 @@ def get_policy(policy: str | Policy) -> Policy:
         return Policy(dtype, dtype, dtype)
     given: dict[str, np.dtype] = {}
     for item in text.split(","):
-        key, equals, value = (word.strip() for word in item.partition("="))
+        key, equals, value = (part.strip() for part in item.partition("="))
         if key not in _KEYS:
             raise ValueError(f"Unknown key {key!r} in policy {policy!r}; {nearest(key, _KEYS)}")
         if not equals:

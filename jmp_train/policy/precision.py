@@ -1,4 +1,4 @@
-"""The precision of a whole program: a policy, or rules over a model's modules, as one value."""
+"""The precision of a program as one value: a policy, or rules by module path."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _FLOAT16 = np.dtype(np.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """A policy, or rules that replace it, with what they do to the arrays around a loss function.
+    """A policy, or rules that replace it, with the casts and the default loss scale that follow.
 
-    Frozen and hashable, so static under jit. `get_precision` makes one from what users write.
+    Frozen and hashable, so static under jit. `get_precision` makes one from a string, for example.
 
     Attributes:
-      policy: the policy of the whole program; None where the loss function casts by itself.
-      rules: policies by module path. Where there are any, `jmp_train.flax.apply_policy` puts them
-        on the model, which then casts its own parameters, inputs and outputs; so the casts of this
-        value leave arrays alone.
+      policy: policy of the whole program; None if the loss function casts by itself.
+      rules: policies by module path. `jmp_train.flax.apply_policy` applies them to the model, which
+        then casts its own parameters, inputs and outputs. If there are rules, the casts of this
+        value therefore return arrays unchanged.
 
     >>> precision = get_precision("mixed_float16")
     >>> float(precision.default_loss_scale().loss_scale)
@@ -45,33 +45,33 @@ class Precision:
 
     @property
     def whole(self) -> Policy | None:
-        """The policy that the program casts by; None where the model or the loss casts by itself."""
+        """The policy of the casts below; None if the model or the loss function casts by itself."""
         return None if self.rules.entries else self.policy
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """Every policy that is in use, without repetition."""
+        """Every policy in use, without duplicates."""
         named = tuple(rule.policy for rule in self.rules.entries)
         given = named or ((self.policy,) if self.policy else ())
         return tuple(dict.fromkeys(given))
 
     @property
     def model(self) -> Policy:
-        """The policy of the model itself, whose output dtype its outputs have; float32 for None."""
+        """The policy of the top-level module and of its outputs; float32 without a policy."""
         if self.rules.entries or self.policy is None:
             return self.rules.policy_of("")
         return self.policy
 
     def cast_to_param(self, tree: T) -> T:
-        """Cast floating leaves to the parameter dtype of the whole program; see `cast_floating`."""
+        """Cast floating leaves to the parameter dtype of `whole`; see `cast_floating`."""
         return tree if self.whole is None else cast_floating(tree, self.whole.param_dtype)
 
     def cast_to_compute(self, tree: T) -> T:
-        """Cast floating leaves to the compute dtype of the whole program; see `cast_floating`."""
+        """Cast floating leaves to the compute dtype of `whole`; see `cast_floating`."""
         return tree if self.whole is None else cast_floating(tree, self.whole.compute_dtype)
 
     def default_loss_scale(self) -> LossScale:
-        """Return the loss scale that is needed: see the function `default_loss_scale`."""
+        """Return the default loss scale; see the function `default_loss_scale`."""
         dtypes = {d for p in self.policies for d in (p.param_dtype, p.compute_dtype)}
         return DynamicLossScale(2.0**16) if _FLOAT16 in dtypes else NoOpLossScale()
 
@@ -79,12 +79,12 @@ class Precision:
 def get_precision(
     policy: str | Policy | Rules | Precision | None, rules: Iterable[Any] | Rules = NO_RULES
 ) -> Precision:
-    """Parse what users write for a precision, once.
+    """Make a `Precision` from a policy string, a policy or rules.
 
     Args:
-      policy: a string for `get_policy`, a `Policy`, `Rules`, a `Precision` (returned as it is), or
+      policy: a string for `get_policy`, a `Policy`, `Rules`, a `Precision` (returned unchanged), or
         None for a program that casts by itself.
-      rules: `Rules`, or entries for them; where there are any, they replace the policy.
+      rules: `Rules`, or their entries; if there are any, they replace the policy.
 
     Raises:
       ValueError: for an unknown policy or a malformed rule.
@@ -101,9 +101,10 @@ def get_precision(
 
 
 def default_loss_scale(policy: str | Policy | Rules | Precision) -> LossScale:
-    """Return what a precision needs: dynamic from 2^16 where float16 is used, else none.
+    """Return a dynamic loss scale if any policy in use has float16, else none.
 
-    The numbers are GradScaler's: 65,536, doubled every 2,000 finite steps, halved on overflow.
+    The defaults are those of PyTorch's GradScaler: the scale starts at 65,536, doubles after every
+    2,000 finite steps in a row and halves on overflow.
 
     >>> default_loss_scale("mixed_bfloat16")
     NoOpLossScale()

@@ -1,4 +1,4 @@
-"""Rules: which policy a module gets, by its path. First match wins."""
+"""Rules that assign policies to modules by their paths; the first match wins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FLOAT32 = Policy(np.float32, np.float32, np.float32)
 
 
 class Rule(NamedTuple):
-    """A pattern over module paths, and the policy of the modules that it matches."""
+    """A pattern for module paths, and the policy of the modules that it matches."""
 
     pattern: str
     policy: Policy
@@ -27,24 +27,23 @@ class Rule(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Ordered (pattern, policy) pairs over module paths; the first that matches gives the policy.
+    """Ordered (pattern, policy) pairs; the first pattern that matches a module sets its policy.
 
-    A path is the names on the way to a module, such as `blocks/0/attention/query`; the model itself
-    has the path `""`. A pattern is a glob over the whole path: `*`, `?` and `[abc]` stay within one
-    name, `**` stands for any number of names, none included, so `**` alone matches every module,
-    `**/norm*` a norm anywhere, `head/**` the head and all in it. `re:` before it makes it a regular
-    expression over the whole path. A module that no rule matches has its parent's policy; the
-    model itself then computes in float32.
+    The path of a module joins attribute names with `/`, for example `blocks/0/attention/query`; the
+    path of the model itself is `""`. A pattern is a glob for the whole path. `*`, `?` and `[abc]`
+    match within one name. `**` matches any number of names, including none: `**` alone matches
+    every module, `**/norm*` a norm at any depth, `head/**` the head and all modules inside it. A
+    pattern that starts with `re:` is a regular expression for the whole path. A module that no rule
+    matches has the policy of its parent; the model itself is then float32.
 
     Attributes:
-      entries: the pairs; each is given as `(pattern, policy)`, the policy a `Policy` or a string
-        for `get_policy`, or as one string `"pattern=policy"`.
+      entries: the pairs. Each is given as `(pattern, policy)`, where the policy is a `Policy` or a
+        string for `get_policy`, or as one string `"pattern=policy"`.
 
-    Frozen and hashable, so static under jit; `str()` of it is a table.
+    Frozen and hashable, so static under jit; `str()` returns a table.
 
     Raises:
-      ValueError: for an unknown policy, a pattern that is no regular expression, or a string
-        without `=`.
+      ValueError: for an unknown policy, an invalid regular expression, or a string without `=`.
 
     >>> rules = Rules([("**/norm*", "float32"), ("head", "c=float32"), ("**", "mixed_bfloat16")])
     >>> rules.policy_of("blocks/0/norm1") == get_policy("float32")
@@ -68,24 +67,24 @@ class Rules:
             _compiled(rule.pattern)
 
     def index_of(self, path: str) -> int | None:
-        """The number of the first rule that matches a path; None where none does."""
+        """Return the index of the first rule that matches a path, or None."""
         return next((i for i, r in enumerate(self.entries) if _compiled(r.pattern)(path)), None)
 
     def policy_of(self, path: str) -> Policy:
-        """The policy of the module at a path: its rule's, else its nearest ancestor's."""
+        """Return the policy of the module at a path: from its rule, else from its nearest ancestor."""
         index = self.index_of(path)
         if index is not None:
             return self.entries[index].policy
         return self.policy_of(path.rpartition("/")[0]) if path else _FLOAT32
 
     def explain(self, modules: Mapping[str, str]) -> RulesReport:
-        """Which rule took which module.
+        """Report the policy and the rule of each module.
 
         Args:
-          modules: the type of each module by its path.
+          modules: name of the type of each module, by path.
 
         Raises:
-          ValueError: for a rule that matches no module, with the nearest paths.
+          ValueError: if a rule matches no module, with the nearest paths.
         """
         self.check(modules)
         rows = []
@@ -96,10 +95,10 @@ class Rules:
         return RulesReport(tuple(rows))
 
     def check(self, paths: Iterable[str]) -> None:
-        """Refuses a rule that matches none of the paths.
+        """Check that each rule matches at least one of the paths.
 
         Raises:
-          ValueError: naming the rule and the nearest paths.
+          ValueError: if a rule matches none, with the rule and the nearest paths.
         """
         paths = list(paths)
         for pattern, policy in self.entries:
@@ -121,15 +120,15 @@ NO_RULES = Rules(())
 class RuleRow(NamedTuple):
     """One module of a report."""
 
-    path: str  # "" is the model itself
-    module: str  # its type
+    path: str  # "" for the model itself
+    module: str  # name of its type
     policy: Policy
-    rule: str | None  # the pattern that matched; None where the parent's policy came down
+    rule: str | None  # the pattern that matched; None if the policy is the parent's
 
 
 @dataclasses.dataclass(frozen=True)
 class RulesReport:
-    """Which rule took which module: `rows` as data, `str()` of it as a table."""
+    """Policy and rule of each module: `rows` as data, `str()` as a table."""
 
     rows: tuple[RuleRow, ...]
 
@@ -157,19 +156,19 @@ def _rule(entry: Any) -> Rule:
 def _compiled(pattern: str) -> Any:
     text = pattern.removeprefix("re:") if pattern.startswith("re:") else _regex_of_glob(pattern)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+        with warnings.catch_warnings(action="ignore"):  # FutureWarning: possible nested set
             return re.compile(text).fullmatch
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"rule pattern {pattern!r} is no regular expression: {error}; expected a glob such as "
-            "'**/norm*', or 're:' and a regular expression"
+            f"rule pattern {pattern!r} is an invalid regular expression: {error}; expected a glob such "
+            "as '**/norm*', or 're:' and a regular expression"
         ) from None
 
 
 def _regex_of_glob(pattern: str) -> str:
     regex = ""
     parts = pattern.split("/")
-    again = [a == b == "**" for a, b in itertools.pairwise(parts)]  # `**/**` says no more than `**`
+    again = [a == b == "**" for a, b in itertools.pairwise(parts)]  # `**/**` equals `**`
     *firsts, last = [part for part, more in zip(parts, [*again, False], strict=True) if not more]
     for part in firsts:
         regex += "(?:[^/]+/)*" if part == "**" else _regex_of_name(part) + "/"

@@ -1,4 +1,4 @@
-"""The pure train step: gradients, accumulation, state and evaluation; no file, no clock, no signal."""
+"""The pure train step and evaluation, free of files, clocks and signals."""
 
 from jmp_train.step.accumulation import WeightedLoss
 from jmp_train.step.devices import DataParallel

@@ -1,4 +1,4 @@
-"""One gradient from the parts of a batch: micro-batches in turn, and the devices of a mesh axis."""
+"""Gradient accumulation over micro-batches and over the devices of a mesh axis."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import numpy as np
 
 from jmp_train.numerics.dtypes import at_least_float32, parse_dtype
 from jmp_train.tree import path_names
+from jmp_train.types import DTypeLike, PyTree
 
-# `optax.microbatch` splits a batch too, but hands its function neither the number of the
-# micro-batch, which a dropout key needs, nor the model state that the one before has left.
+# `optax.microbatch` also splits a batch, but passes its function neither the index of the
+# micro-batch, which a dropout key needs, nor the model state after the previous micro-batch.
 
 _REDUCE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -25,23 +26,24 @@ _REDUCE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedLoss:
-    """A loss that is a weighted mean, for parts of a batch that do not weigh the same.
+    """A loss that is a weighted mean, for micro-batches or devices with unequal weights.
 
-    A loss function returns it in place of the loss: `WeightedLoss(sum of the token losses, number
-    of tokens)`, for example. The loss is `total / weight`, and over micro-batches and devices the
-    sum of the totals divided by the sum of the weights, gradients likewise: what one large batch
-    would give. A mean of the parts' means would weigh a token of a short part more.
+    A loss function returns a `WeightedLoss` instead of a scalar, for example
+    `WeightedLoss(sum of the token losses, number of tokens)`. The loss is then `total / weight`.
+    Over micro-batches and devices, the loss is the sum of the totals divided by the sum of the
+    weights, and the gradients are those of that quotient: the same as for one large batch. A mean
+    of the parts' means would give more weight to a token of a part with few tokens.
 
-    The division is left to the caller because a part without a token would be 0 / 0. A part of
-    weight 0 still contributes its total, so weights may have either sign, and any split of a batch
-    gives the same loss. Where the weights of the whole batch sum to 0, the sum of the totals is the
-    loss: a batch without a token has loss and gradients of zero. What is not finite is not hidden,
-    whatever its weight.
+    The loss function does not divide, because a part without tokens would be 0 / 0. A part of
+    weight 0 still contributes its total. Weights may therefore have either sign, and every split
+    of a batch gives the same loss. If the weights of the whole batch sum to 0, the loss is the sum
+    of the totals: a batch without tokens has a loss and gradients of zero. Non-finite totals and
+    weights propagate to the loss, also from parts of weight 0.
 
     Attributes:
-      total: the sum; a real scalar, at best in float32.
-      weight: a scalar, an integer or in float32; a constant to differentiation. A sum of a mask that
-        was cast to 16 bits is refused, because its count would be rounded.
+      total: the weighted sum; a real scalar, preferably float32.
+      weight: a scalar, integer or float32, treated as a constant in differentiation. A 16-bit
+        floating weight is refused, because a count of tokens would be rounded.
 
     >>> WeightedLoss(jnp.float32(6), jnp.int32(3)).total
     Array(6., dtype=float32)
@@ -52,84 +54,90 @@ class WeightedLoss:
 
 
 class Weights(NamedTuple):
-    """The weights of one part; each of shape=(), float32 or wider."""
+    """Weights of one part; each has shape=() and is float32 or wider."""
 
-    own: jax.Array  # of this micro-batch on this device
+    local: jax.Array  # of this micro-batch on this device
     total: jax.Array  # of this micro-batch on all devices
-    divisor: jax.Array  # what the part's total was divided by, to give its loss
+    divisor: jax.Array  # the part's loss is its total divided by this
 
 
 class Part(NamedTuple):
-    """What one micro-batch on one device gives."""
+    """Result of one micro-batch on one device."""
 
-    loss: jax.Array  # shape=(), in its own dtype
-    weights: Any  # `Weights` of a `WeightedLoss`; None where parts weigh the same
-    grads: Any  # of `loss`, scaled; at least float32
-    aux: Any
+    loss: jax.Array  # shape=(), in the dtype that the loss function returned
+    weights: Any  # `Weights` of a `WeightedLoss`; None if all parts have the same weight
+    grads: PyTree  # of `loss`, scaled; at least float32
+    aux: PyTree
 
 
 def mean_of(loss: Any, axis_name: str | None, *, whole: bool) -> tuple[Any, Weights | None]:
-    """The mean that a `WeightedLoss` stands for, and its weights.
+    """Return the mean of a `WeightedLoss` and its weights; for any other loss, the loss and None.
 
-    Divided before the backward pass, not after: the gradients of a sum over 10^5 tokens would be
-    10^5 times nearer to float16's limit. The divisor is the devices' mean weight, not each one's
-    own, so that a loss function which itself reduces over the devices differentiates rightly.
+    The division comes before the backward pass, because the gradients of a sum over 10^5 tokens
+    would be 10^5 times closer to the limit of float16. The divisor is the mean weight over the
+    devices, not the weight of one device, so that the gradient of a loss function that reduces over
+    the devices itself is correct.
 
     Args:
-      loss: as the loss function returned it.
-      axis_name: the mesh axis of the devices; None for one device.
-      whole: whether this is the whole batch. A part is divided by 1 at least, which `combine` makes
-        good: weights that cancel in one part of a batch would make its gradients overflow float16.
+      loss: the value that the loss function returned.
+      axis_name: mesh axis of the devices; None for one device.
+      whole: whether this is the whole batch. The divisor of a part is at least 1, and `combine`
+        corrects for that: where positive and negative weights nearly cancel within one part,
+        division by their sum would make the gradients overflow float16.
+
+    Raises:
+      TypeError: if the weight is not a real scalar or has a 16-bit floating dtype, or if the total
+        does not have a real floating dtype.
     """
     if not isinstance(loss, WeightedLoss):
         return loss, None
-    total, own = jnp.asarray(loss.total), jnp.asarray(loss.weight)
-    if own.shape != () or jnp.issubdtype(own.dtype, jnp.complexfloating):
+    total, local = jnp.asarray(loss.total), jnp.asarray(loss.weight)
+    if local.shape != () or jnp.issubdtype(local.dtype, jnp.complexfloating):
         raise TypeError(
-            f"the weight has shape {own.shape} and dtype {own.dtype}; expected a real scalar"
+            f"the weight has shape {local.shape} and dtype {local.dtype}; expected a real scalar"
         )
-    if jnp.issubdtype(own.dtype, jnp.floating) and jnp.finfo(own.dtype).bits < 32:
+    if jnp.issubdtype(local.dtype, jnp.floating) and jnp.finfo(local.dtype).bits < 32:
         raise TypeError(
-            f"the weight has dtype {own.dtype}, in which a count is rounded or overflows; expected "
+            f"the weight has dtype {local.dtype}, in which a count is rounded or overflows; expected "
             "float32 or an integer, such as jnp.sum(mask, dtype=jnp.float32), or a mask of bools"
         )
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise TypeError(
-            f"the total of the weighted loss has dtype {total.dtype}; expected a real floating one"
+            f"the total of the weighted loss has dtype {total.dtype}; expected a real floating dtype"
         )
     dtype = at_least_float32(total.dtype)
-    own = jax.lax.stop_gradient(own.astype(dtype))
-    weight, devices = own, 1
+    local = jax.lax.stop_gradient(local.astype(dtype))
+    weight, devices = local, 1
     if axis_name is not None:
-        weight, devices = jax.lax.psum((own, 1), axis_name)
+        weight, devices = jax.lax.psum((local, 1), axis_name)
     divisor = weight / devices
     divisor = _or_one(divisor) if whole else jnp.maximum(jnp.abs(divisor), 1)
-    # Divided by an infinite weight, any total would be a finite 0.
+    # A finite total divided by an infinite weight would be a finite 0.
     divisor = jnp.where(jnp.isfinite(weight), divisor, jnp.nan)
-    return total.astype(dtype) / divisor, Weights(own, weight, divisor)
+    return total.astype(dtype) / divisor, Weights(local, weight, divisor)
 
 
 def combine(
-    run: Callable[[Any, dict[str, Any]], Part],
-    params: Any,
-    batch: Any,
+    run: Callable[[PyTree, dict[str, Any]], Part],
+    params: PyTree,
+    batch: PyTree,
     kwargs: dict[str, Any],
     *,
     micro_batches: int,
     axis_name: str | None,
-    reduce_dtype: Any,
+    reduce_dtype: DTypeLike | None,
 ) -> tuple[Part, np.dtype]:
-    """The whole batch from its parts, its gradients still scaled; and the parts' loss dtype.
+    """Return the result of a whole batch, with scaled gradients, and the loss dtype of its parts.
 
     Args:
-      run: gives a part from a micro-batch and keyword arguments.
-      params: what the gradients are of.
-      batch: this device's, if there are several.
-      kwargs: `key` is folded with the number of the part, `model_state` handed from each
-        micro-batch to the next.
-      micro_batches: how many.
-      axis_name: the mesh axis of the devices, inside a `shard_map` over it; None for one device.
-      reduce_dtype: what gradients are summed over the devices in.
+      run: `run(micro_batch, kwargs)` returns a `Part`.
+      params: parameters that `run` differentiates by.
+      batch: the whole batch, or the share of this device.
+      kwargs: keyword arguments for `run`. `key` is folded with the index of the part;
+        `model_state` is passed from each micro-batch to the next.
+      micro_batches: number of micro-batches.
+      axis_name: mesh axis of the devices, inside a `shard_map` over it; None for one device.
+      reduce_dtype: dtype of the sum of gradients over the devices; None for the gradients' dtype.
     """
     rows = interleave(batch, micro_batches)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * micro_batches
@@ -158,7 +166,7 @@ def combine(
         carry, parts = body((None, model_state), 0)
         parts = jax.tree.map(lambda x: jnp.asarray(x)[None], parts)
     else:
-        # Like the parameters, so that under explicit sharding the sum has their sharding.
+        # Made from the parameters, so that under explicit sharding the sum has the same sharding.
         zeros = jax.tree.map(
             lambda p: jnp.zeros_like(p, dtype=at_least_float32(jnp.result_type(p))), params
         )
@@ -173,7 +181,7 @@ def combine(
         return x.sum() if axis_name is None else jax.lax.psum(x.sum(), axis_name)
 
     def reduced(g: jax.Array) -> jax.Array:
-        # Divided first: a sum of weighted gradients may be beyond the reduce dtype.
+        # Division comes first, because a sum of weighted gradients may overflow the reduce dtype.
         g = g / _as_real(whole.divisor, g)
         if axis_name is None:
             return g
@@ -185,7 +193,7 @@ def combine(
     def metric(x: jax.Array) -> jax.Array:
         if x.ndim != 1 or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        # A part without weight is selected away: its own metric is often 0 / 0.
+        # `where` drops the metric of a part of weight 0, which is often 0 / 0.
         wide = jnp.where(whole.of_metric == 0, 0, x.astype(at_least_float32(x.dtype)))
         return (summed(wide * whole.of_metric) / whole.metric_divisor).astype(x.dtype)
 
@@ -197,7 +205,7 @@ def combine(
 
 
 class _Whole(NamedTuple):
-    """What sums over the parts are weighted with, shape (parts,), and divided by, shape ()."""
+    """Weights of sums over the parts, shape (parts,), and divisors of the sums, shape ()."""
 
     of_loss: jax.Array
     divisor: jax.Array
@@ -206,9 +214,9 @@ class _Whole(NamedTuple):
 
 
 def _whole(parts: Part, count: int) -> _Whole:
-    """The weights of a batch of `count` parts, of which this device has `parts`.
+    """Return the weights of a batch of `count` parts, of which this device computed `parts`.
 
-    A metric is a mean by the parts' weights; where these sum to 0 over the batch, a plain mean.
+    A metric is a mean weighted like the loss; if the weights of the batch sum to 0, a plain mean.
     """
     wide = at_least_float32(parts.loss.dtype)
     ones, number = jnp.ones(parts.loss.shape, wide), jnp.asarray(count, wide)
@@ -216,27 +224,29 @@ def _whole(parts: Part, count: int) -> _Whole:
         return _Whole(ones, number, ones, number)
     total = parts.weights.total.sum()
     of_metric, metric_divisor = jax.tree.map(
-        lambda a, b: jnp.where(total == 0, a, b), (ones, number), (parts.weights.own, total)
+        lambda a, b: jnp.where(total == 0, a, b), (ones, number), (parts.weights.local, total)
     )
     return _Whole(parts.weights.divisor, _or_one(total), of_metric, metric_divisor)
 
 
-def check_batch(batch: Any, parts: int, meaning: str) -> None:
-    """Raises ValueError for a batch whose leaves cannot all be split into `parts` equal parts."""
+def check_batch(batch: PyTree, parts: int, meaning: str) -> None:
+    """Raise ValueError if a leaf of a batch cannot be split into `parts` equal parts."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
-        raise ValueError(f"the batch has no arrays; expected some to split into {meaning}")
+        raise ValueError(f"the batch has no arrays; expected at least one to split into {meaning}")
     sizes = {}
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if np.ndim(leaf) == 0:
             raise ValueError(
                 f"batch leaf {name!r} is a scalar; expected a leading axis of examples, to be split "
-                f"into {meaning}; give what all examples share to the loss function otherwise"
+                f"into {meaning}; pass a value that all examples share outside the batch"
             )
         sizes[name] = np.shape(leaf)[0]
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"batch leaves differ in the size of their leading axis: {sizes}")
+        raise ValueError(
+            f"batch leaves differ in the size of their leading axis: {sizes}; expected one size"
+        )
     size = next(iter(sizes.values()))
     if size % parts:
         raise ValueError(
@@ -245,12 +255,16 @@ def check_batch(batch: Any, parts: int, meaning: str) -> None:
         )
 
 
-def interleave(batch: Any, micro_batches: int) -> Any:
-    """The leading axis B of each leaf as (B / micro_batches, micro_batches).
+def interleave(batch: PyTree, micro_batches: int) -> PyTree:
+    """Reshape the leading axis B of each leaf to (B / micro_batches, micro_batches).
 
-    The axis that stays in front is the one that a batch is sharded over. Cut the other way round,
-    into consecutive rows, the axis of micro-batches would inherit the sharding, and each device
-    would gather and compute every micro-batch in full.
+    The first of the two axes keeps the sharding of the batch. If the axis of micro-batches came
+    first, it would inherit the sharding, and each device would gather and compute every micro-batch
+    in full.
+
+    Raises:
+      ValueError: if the batch does not split into equal micro-batches, on each device of a sharded
+        axis.
     """
     check_batch(batch, micro_batches, f"{micro_batches} micro-batches")
 
@@ -262,14 +276,14 @@ def interleave(batch: Any, micro_batches: int) -> Any:
     return jax.tree.map(cut, batch)
 
 
-def micro_batch(rows: Any, number: Any) -> Any:
-    """A micro-batch of what `interleave` made: rows number, number + N, number + 2 N, ... of N."""
+def micro_batch(rows: PyTree, number: Any) -> PyTree:
+    """Return micro-batch n of N from the result of `interleave`: rows n, n + N, n + 2 N, ..."""
     take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, axis=1, keepdims=False)
     return jax.tree.map(take, rows)
 
 
 def _check_sharding(x: jax.Array, micro_batches: int) -> None:
-    """Raises ValueError where an explicitly sharded axis of examples has too few for each part."""
+    """Raise ValueError if an explicitly sharded batch does not split evenly on each device."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[0] if sharding.spec else None
     names = (names,) if isinstance(names, str) else names or ()
@@ -282,10 +296,10 @@ def _check_sharding(x: jax.Array, micro_batches: int) -> None:
 
 
 def check_micro_batches(micro_batches: Any) -> int:
-    """The number, if it is one of at least 1.
+    """Return the number of micro-batches as an int.
 
     Raises:
-      ValueError: if not.
+      ValueError: if it is not a whole number of at least 1.
     """
     try:
         if operator.index(micro_batches) >= 1:
@@ -295,18 +309,17 @@ def check_micro_batches(micro_batches: Any) -> int:
     raise ValueError(f"micro_batches is {micro_batches!r}; expected a whole number of at least 1")
 
 
-def check_reduce_dtype(reduce_dtype: Any, axis_name: str | None) -> Any:
-    """The dtype that a name stands for, if gradients can be summed in it; None for None.
+def check_reduce_dtype(reduce_dtype: DTypeLike | None, axis_name: str | None) -> np.dtype | None:
+    """Return the dtype that gradients are summed in over devices; None for None.
 
     Raises:
-      ValueError: if not, or if there is no axis to reduce over.
+      ValueError: if gradients cannot be summed in the dtype, or if there is no axis to reduce over.
     """
     if reduce_dtype is None:
         return None
     if axis_name is None:
         raise ValueError(
-            f"reduce_dtype is {reduce_dtype!r} but nothing is reduced; expected a mesh (make_step) "
-            "or an axis_name (value_and_grad)"
+            f"reduce_dtype is {reduce_dtype!r} without an axis to reduce over; expected an axis_name too"
         )
     dtype = parse_dtype(reduce_dtype)
     if dtype.name not in _REDUCE_DTYPES:
@@ -317,7 +330,7 @@ def check_reduce_dtype(reduce_dtype: Any, axis_name: str | None) -> Any:
 
 
 def _as_real(x: Any, g: jax.Array) -> jax.Array:
-    """A real scalar in the dtype of a gradient's parts, so that the gradient keeps its own."""
+    """Return a real scalar in the real dtype of a gradient, so that products keep its dtype."""
     return jnp.asarray(x, jnp.finfo(g.dtype).dtype)
 
 
@@ -325,37 +338,37 @@ def _or_one(weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, 1, weight)
 
 
-def as_before(new: Any, old: Any) -> Any:
-    """A model state as the loss function returned it, in the dtypes of the one that it was given.
+def as_before(new: PyTree, old: PyTree) -> PyTree:
+    """Cast a new model state to the dtypes of the old one.
 
-    What is checked is known when traced, so that a compiled step is as it would be without.
+    The checks use structures, shapes and dtypes only, so they add nothing to the compiled step.
 
     Raises:
-      TypeError: for another structure or shape, or a number of another kind (floating where it was
-        given an integer, say), by its path.
+      TypeError: if structure or shape differ, or if a leaf has another kind of dtype (floating
+        instead of integer, for example), with the path of the leaf.
     """
     if jax.tree.structure(new) != jax.tree.structure(old):
         names, expected = path_names(new), path_names(old)
         other = [
             *(f"no {name!r}" for name in expected if name not in names),
-            *(f"{name!r} in addition" for name in names if name not in expected),
+            *(f"an extra {name!r}" for name in names if name not in expected),
         ]
         raise TypeError(
             f"the loss function returned a model state with {', '.join(other)}; expected the "
-            f"structure that it was given, with {', '.join(map(repr, expected))}"
+            f"structure of its argument model_state, with {', '.join(map(repr, expected))}"
             if other
             else f"the loss function returned the model state {jax.tree.structure(new)}; expected "
-            f"the structure that it was given, {jax.tree.structure(old)}"
+            f"the structure of its argument model_state, {jax.tree.structure(old)}"
         )
 
     def leaf(name: str, new: Any, old: Any) -> jax.Array:
         new, old = jnp.asarray(new), jnp.asarray(old)
         keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (new, old)]
-        alike = new.dtype == old.dtype if any(keys) else _kind(new) == _kind(old)
-        if new.shape != old.shape or not alike:
+        same_kind = new.dtype == old.dtype if any(keys) else _kind(new) == _kind(old)
+        if new.shape != old.shape or not same_kind:
             raise TypeError(
                 f"the loss function returned the model state {name!r} with shape {new.shape} and "
-                f"dtype {new.dtype}; expected shape {old.shape} and dtype {old.dtype}, as it was given"
+                f"dtype {new.dtype}; expected shape {old.shape} and dtype {old.dtype}"
             )
         return new if any(keys) else new.astype(old.dtype)
 
@@ -365,12 +378,12 @@ def as_before(new: Any, old: Any) -> Any:
 
 
 def _kind(x: jax.Array) -> type:
-    """What a cast may not cross: bool, signed, unsigned, floating and complex numbers."""
+    """Return the kind of an array's dtype, which a cast to another dtype must not change."""
     kinds = (jnp.bool_, jnp.signedinteger, jnp.unsignedinteger, jnp.floating, jnp.complexfloating)
     return next(kind for kind in kinds if jnp.issubdtype(x.dtype, kind))
 
 
-def _mean_over_devices(tree: Any, axis_name: str | None) -> Any:
+def _mean_over_devices(tree: PyTree, axis_name: str | None) -> PyTree:
     if axis_name is None:
         return tree
     return jax.tree.map(

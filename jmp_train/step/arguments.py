@@ -1,4 +1,4 @@
-"""Checks of what is handed to `make_step` and to what it returns; each costs nothing in a step."""
+"""Checks of the arguments of `make_step` and its results; free in a compiled step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _OPTIMIZERS = [
 
 
 def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
-    """Raises TypeError for what is no loss function, no optimizer or no loss scale."""
+    """Raise TypeError if `loss_fn` is not callable, or if another argument has the wrong type."""
     if _is_optimizer(loss_fn) and callable(optimizer):
         raise TypeError(
             "make_step got an optimizer first and a function second; expected "
@@ -69,7 +69,7 @@ def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raises TypeError for what is no PRNG key, neither a typed nor a raw one."""
+    """Raise TypeError if `key` is not None and not a PRNG key, typed or raw."""
     if key is None:
         return
     dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
@@ -80,7 +80,7 @@ def check_key(key: Any) -> None:
 
 
 def check_state(state: Any) -> None:
-    """Raises TypeError for what is no `TrainState`, and ValueError for one that was donated."""
+    """Raise TypeError if `state` is not a `TrainState`, and ValueError if it was donated."""
     if not isinstance(state, TrainState):
         raise TypeError(
             f"the state is a {type(state).__name__}; expected the TrainState that stepper.init "
@@ -91,7 +91,7 @@ def check_state(state: Any) -> None:
 
 
 def check_scaled_once(opt_state: Any) -> None:
-    """Raises ValueError for the state of an optimizer that divides gradients by its own loss scale."""
+    """Raise ValueError if the optimizer itself divides gradients by a loss scale."""
     if any(not isinstance(scale, NoOpLossScale) for scale in scales_of(opt_state)):
         raise ValueError(
             "the optimizer is inside loss_scaling and make_step scales the loss itself, so gradients "
@@ -102,7 +102,7 @@ def check_scaled_once(opt_state: Any) -> None:
 
 @contextlib.contextmanager
 def explain_missing_arguments() -> Iterator[None]:
-    """Says which arguments a step hands to an optimizer where that needs others."""
+    """Name the arguments that a step passes, if the optimizer's update requires others."""
     try:
         yield
     except TypeError as error:
@@ -110,7 +110,7 @@ def explain_missing_arguments() -> Iterator[None]:
         if missing is None:
             raise
         raise TypeError(
-            f"the optimizer's update needs {missing[1]}; expected one that needs no more than value, "
+            f"the optimizer's update needs {missing[1]}; expected one that needs at most value, "
             "grad and value_fn, which a step passes"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Metrics over a whole data set, from one compiled program and per-example values."""
+"""Means of per-example metrics over a data set, with one compiled program."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ import jax.numpy as jnp
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
+from jmp_train.types import PyTree
 
 
 def make_evaluate(
     metrics_fn: Callable[..., dict[str, jax.Array]],
     policy: str | Policy | Rules | Precision | None = "float32",
 ) -> Callable[..., dict[str, float]]:
-    """Makes `evaluate(params, batches, model_state=None) -> {name: mean over the examples}`.
+    """Make `evaluate(params, batches, model_state=None) -> {name: mean over the examples}`.
 
     Args:
-      metrics_fn: `metrics_fn(params, batch)`, called with `model_state=` too where there is one,
-        returns one value per example for each metric: shape (batch,), floating or bool; or several,
-        such as one for each token, all metrics of one shape. It sees parameters and batch in the
-        policy's compute dtype.
-      policy: what `get_precision` takes; `Rules` and None cast nothing.
+      metrics_fn: `metrics_fn(params, batch)` returns one value per example for each metric: shape
+        (batch,), floating or bool. It may return several values per example, such as one for each
+        token; then all metrics have the same shape. If there is a model state, `metrics_fn` is
+        called with `model_state=` too. It gets parameters and batch in the policy's compute dtype.
+      policy: an argument of `get_precision`; `Rules` and None cast nothing.
 
     Returns:
-      The function. A batch is any pytree; a dict may hold `"mask"`, bool, in the shape of the values: false marks
-      padding, so that every batch has one shape and the program compiles once. Sums over a batch are float32, the
-      sum over batches is float64 on the host.
+      The function `evaluate`. A batch is any pytree. A dict may contain `"mask"`, bool, of the same
+      shape as the values; False marks padding, so that all batches have one shape and the program
+      is compiled once. Sums within a batch are float32; the sum over batches is float64, on the
+      host.
 
     Raises:
-      TypeError: when called, for a mask that is not bool.
-      ValueError: when called, if no example is left to average over, or if the mask's shape is
-        not that of the values.
+      TypeError: when called, if a mask is not bool.
+      ValueError: when called, if there is no unmasked example, or if the shapes of the mask and the
+        values differ.
 
     >>> evaluate = make_evaluate(lambda params, batch: {"positive": batch["x"] > params})
     >>> batches = [{"x": jnp.array([1.0, 2.0, -5.0]), "mask": jnp.array([True, True, False])}]
@@ -44,13 +46,15 @@ def make_evaluate(
     to_compute = get_precision(policy).cast_to_compute
 
     @jax.jit
-    def sums(params: Any, batch: Any, **extras: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def sums(
+        params: PyTree, batch: PyTree, **extras: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         mask = batch.get("mask") if isinstance(batch, Mapping) else None
         if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
-            given = f"has dtype {mask.dtype}" if hasattr(mask, "dtype") else "is no array"
+            given = f"has dtype {mask.dtype}" if hasattr(mask, "dtype") else "is not an array"
             raise TypeError(
-                f"the mask {given}; expected an array of bool, such as mask != 0: it says which "
-                "examples count, and is not a weight"
+                f"the mask {given}; expected an array of bool, such as mask != 0, that says which "
+                "examples count"
             )
         batch = to_compute(batch)
         values = metrics_fn(to_compute(params), batch, **extras)
@@ -62,16 +66,18 @@ def make_evaluate(
                 raise ValueError(
                     f"metric {name!r} has shape {value.shape}; expected that of the mask, {mask.shape}"
                 )
-        # Padding is selected away, not multiplied: 0 times a NaN would be a NaN.
+        # `where` drops padding; multiplication would not, because 0 times NaN is NaN.
         return mask.sum(), {k: jnp.where(mask, v, 0.0).sum() for k, v in values.items()}
 
-    def evaluate(params: Any, batches: Iterable[Any], model_state: Any = None) -> dict[str, float]:
+    def evaluate(
+        params: PyTree, batches: Iterable[PyTree], model_state: PyTree = None
+    ) -> dict[str, float]:
         extras = {} if model_state is None else {"model_state": model_state}
         parts = [sums(params, batch, **extras) for batch in batches]
         parts = jax.device_get(parts)
         count = sum(int(n) for n, _ in parts)
         if count == 0:
-            raise ValueError("the evaluation data holds no example; expected at least one")
+            raise ValueError("the evaluation data has no examples; expected at least one")
         return {name: sum(float(v[name]) for _, v in parts) / count for name in parts[0][1]}
 
     return evaluate

@@ -1,4 +1,4 @@
-"""`value_and_grad` under a precision policy and a loss scale."""
+"""`value_and_grad` with a precision policy and a loss scale."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ from jmp_train.step.accumulation import (
     mean_of,
 )
 from jmp_train.tree import all_finite
+from jmp_train.types import DTypeLike, PyTree
 
 
 class GradResult(NamedTuple):
-    """What a function made by `value_and_grad` returns."""
+    """Result of a function that `value_and_grad` made."""
 
-    loss: jax.Array  # shape=(), float32 (float64 for a float64 loss): the loss itself, unscaled
-    grads: Any  # as the parameters, float32 (float64 for float64 parameters), unscaled
+    loss: jax.Array  # shape=(), float32 (float64 for a float64 loss); unscaled
+    grads: PyTree  # like the parameters, float32 (float64 for float64 parameters); unscaled
     finite: jax.Array  # shape=(), bool: whether every gradient is finite
     loss_scale: LossScale  # for the next step
-    scaled_by: jax.Array | None  # shape=(), float32: the scale of this step; None without one
-    aux: Any  # what the loss function returned beside the loss; None without `has_aux`
+    scaled_by: jax.Array | None  # shape=(), float32: loss scale of this step; None without one
+    aux: PyTree  # auxiliary output of the loss function; None without `has_aux`
 
 
 def value_and_grad(
@@ -50,59 +51,63 @@ def value_and_grad(
     cast_batch: bool = True,
     micro_batches: int = 1,
     axis_name: str | None = None,
-    reduce_dtype: Any = None,
+    reduce_dtype: DTypeLike | None = None,
 ) -> Callable[..., GradResult]:
-    """Differentiates a loss in the compute dtype and returns its gradients in float32.
+    """Differentiate a loss in the compute dtype and return its gradients in float32.
 
-    The function that comes back does, in this order: cast parameters and batch to the compute
-    dtype; run the loss forward and backward in it, the backward pass started from the loss scale
-    (which is what multiplying the loss would do, but the loss itself cannot overflow); convert the
-    gradients to float32; divide them by the scale there; test that all are finite; adjust the
-    scale.
+    The returned function runs these steps in order:
 
-    The gradients are those of the cast parameters: the cast itself counts as the identity.
-    A loss in float16 cannot pass on a derivative above 65,504, so the scale is then capped at 2^15
-    (`scaled_by` is the scale that was used).
+    1. Cast parameters and batch to the compute dtype.
+    2. Run the loss forward and backward. The backward pass starts from the loss scale; this equals
+       multiplying the loss by the scale, except that the loss itself cannot overflow.
+    3. Convert the gradients to float32 and divide them by the scale.
+    4. Test whether all gradients are finite, and adjust the scale.
+
+    The gradients are with respect to the cast parameters: the derivative of the cast is taken to be
+    the identity. A float16 loss cannot propagate a derivative above 65,504, so its scale is capped
+    at 2^15 (`scaled_by` is the scale that was used).
 
     With micro-batches, or over the devices of a mesh axis, scaled gradients are converted to
-    float32 and accumulated on each device, divided by the number of parts (or their weight), cast
-    to the reduce dtype, summed over the devices, and only then unscaled and tested, once. An
-    overflow in any part thus makes the whole not finite, on all devices alike.
+    float32 and accumulated on each device, divided by the number of parts (or by their weight),
+    cast to the reduce dtype and summed over the devices. Then they are unscaled and tested once. An
+    overflow in any part therefore makes the result non-finite on all devices.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args, **kwargs)` returns a real scalar, or
-        `(scalar, aux)` with `has_aux`. Reduce it in float32: cast the model's outputs with
-        `policy.cast_to_output` first. A mean over examples; a mean over something else, tokens
-        for one, as a `WeightedLoss`.
-      policy: what `get_precision` takes. `Rules`, for a model under `jmp_train.flax.apply_policy`,
-        and None, for a loss function under `autocast`, cast nothing.
-      has_aux: whether `loss_fn` returns `(loss, aux)`. `aux` is passed through as it is.
-      cast_batch: whether the batch's floating leaves are cast too. Turn it off where the batch
-        holds regression targets that the compute dtype would round.
-      micro_batches: the number N of equal parts that the batch's leading axis is split into; part n
-        has the examples n, n + N, n + 2 N, .... One compiled body runs them in turn, so that the memory for activations is that of
-        one part. Of `aux`, floating scalars are averaged, weighted like the loss, and any other
-        leaf comes back with a leading axis of micro-batches. Of the keyword arguments, `key` is
-        folded with the number of the part, and `model_state` is handed from part to part: `aux`
-        is then `(aux, new model state)`. All others reach each part as they are.
-      axis_name: the axis to average over, for a function under `jax.shard_map(...,
-        check_vma=False)` that gets its device's share of the batch; `make_step(parallel=...)` sets
-        that up. Each device takes its micro-batches, even if one, as parts of one batch, so `aux`
-        and `key` are treated as above, and a model state's floating leaves are averaged.
-      reduce_dtype: what gradients are summed over the devices in: "float32", "bfloat16",
-        "float16", or None for their own, float32 (float64 for float64 parameters). bfloat16
-        halves the bytes and keeps 8 bits. float16 keeps 11, but what is beyond its range becomes
-        infinite, which the test then finds, or zero.
+        `(scalar, aux)` with `has_aux`. Reduce the loss in float32: cast the model's outputs with
+        `policy.cast_to_output` first. The loss is a mean over examples; return a mean over
+        anything else, such as tokens, as a `WeightedLoss`.
+      policy: an argument of `get_precision`. `Rules`, for a model under
+        `jmp_train.flax.apply_policy`, and None, for a loss function under `autocast`, cast nothing.
+      has_aux: whether `loss_fn` returns `(loss, aux)`. `aux` is returned unchanged.
+      cast_batch: whether to cast the floating leaves of the batch. Set it to False if the batch
+        contains regression targets that the compute dtype would round.
+      micro_batches: number N of equal parts that the batch's leading axis is split into; part n
+        has the examples n, n + N, n + 2 N, .... One compiled body runs the parts in turn, so the
+        activations of only one part are in memory. Floating scalars of `aux` are averaged, weighted
+        like the loss; other leaves of `aux` get a leading axis of micro-batches. The keyword
+        argument `key` is folded with the index of the part. The keyword argument `model_state` is
+        passed from part to part, and `aux` is then `(aux, new model state)`. All other arguments
+        are passed to each part unchanged.
+      axis_name: mesh axis to average over, for a function under `jax.shard_map(...,
+        check_vma=False)` whose batch is the share of one device; `make_step(parallel=...)` sets
+        that up. The micro-batches of all devices, even if one each, are parts of one batch: `aux`
+        and `key` are treated as above, and the floating leaves of a model state are averaged.
+      reduce_dtype: dtype of the sum of gradients over the devices: "float32", "bfloat16",
+        "float16", or None for the dtype of the gradients, float32 (float64 for float64 parameters).
+        bfloat16 halves the bytes and keeps 8 significant bits. float16 keeps 11, but values beyond
+        its range become infinite, which the test for finite gradients finds, or zero.
 
     Returns:
-      `grad_fn(params, batch, *args, loss_scale=None, **kwargs) -> GradResult`; pure, to be called
-      inside jit. No loss scale means none is applied. Further arguments reach `loss_fn` uncast.
+      `grad_fn(params, batch, *args, loss_scale=None, **kwargs) -> GradResult`: a pure function, to
+      be called inside jit. Without a `loss_scale`, the loss is not scaled. Further arguments are
+      passed to `loss_fn` without casts.
 
     Raises:
       ValueError: for an unknown policy or reduce dtype, or less than one micro-batch; when traced,
         for a batch that cannot be split into equal micro-batches.
-      TypeError: when traced, for a loss scale that is none, a loss that is not a real scalar, and for a parameter that is not
-        floating (a counter or a PRNG key, say), by its path.
+      TypeError: when traced, if `loss_scale` has the wrong type, if the loss is not a real scalar,
+        or if a parameter is not floating (a counter or a PRNG key), with the path of the parameter.
 
     >>> def loss_fn(params, batch):
     ...     return jnp.mean((batch["x"] @ params["w"]).astype(jnp.float32) ** 2)
@@ -112,8 +117,8 @@ def value_and_grad(
     >>> float(result.loss), result.grads["w"].dtype, bool(result.finite)
     (4.0, dtype('float32'), False)
 
-    That scale was too large for these gradients (4 x 2^16 is above 65,504), so the next one is
-    halved:
+    That loss scale was too large for these gradients (4 x 2^16 is above 65,504), so it is halved
+    for the next step:
 
     >>> float(result.loss_scale.loss_scale)
     32768.0
@@ -126,8 +131,8 @@ def value_and_grad(
     reduce_dtype = check_reduce_dtype(reduce_dtype, axis_name)
 
     def grad_fn(
-        params: Any,
-        batch: Any,
+        params: PyTree,
+        batch: PyTree,
         *args: Any,
         loss_scale: LossScale | None = None,
         **kwargs: Any,
@@ -137,11 +142,11 @@ def value_and_grad(
         _check_params(params)
         cast_params = to_compute(params)
 
-        def run(batch: Any, kwargs: dict[str, Any]) -> Part:
+        def run(batch: PyTree, kwargs: dict[str, Any]) -> Part:
             if cast_batch:
                 batch = to_compute(batch)
 
-            def compute(params: Any) -> tuple[jax.Array, Any]:
+            def compute(params: PyTree) -> tuple[jax.Array, Any]:
                 out = loss_fn(params, batch, *args, **kwargs)
                 loss, aux = out if has_aux else (out, None)
                 loss, weights = mean_of(loss, axis_name, whole=whole_batch)
@@ -180,14 +185,14 @@ def value_and_grad(
     return grad_fn
 
 
-def _check_params(params: Any) -> None:
+def _check_params(params: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"parameter {name!r} has dtype {dtype}; expected a floating dtype: keep what is not "
-                "trained (counters, PRNG keys) out of the parameters"
+                f"parameter {name!r} has dtype {dtype}; expected a floating dtype: keep counters "
+                "and PRNG keys out of the parameters"
             )
 
 
@@ -207,8 +212,8 @@ def _real_scalar(loss: Any, has_aux: bool) -> jax.Array:
     return array
 
 
-def _fit(loss_scale: LossScale, dtype: Any) -> LossScale:
-    """Caps a dynamic scale at what the loss's own dtype can carry back; free for a float32 loss."""
+def _fit(loss_scale: LossScale, dtype: DTypeLike) -> LossScale:
+    """Cap a dynamic loss scale at the largest power of two of the loss dtype; free for float32."""
     limit = largest_power_of_two(dtype)
     dynamic = isinstance(loss_scale, DynamicLossScale)
     if not dynamic or limit >= largest_power_of_two(jnp.float32):
@@ -216,21 +221,21 @@ def _fit(loss_scale: LossScale, dtype: Any) -> LossScale:
     return dataclasses.replace(loss_scale, loss_scale=jnp.minimum(loss_scale.loss_scale, limit))
 
 
-def _seed(loss_scale: LossScale, dtype: Any) -> jax.Array:
-    """What the backward pass starts from; a static scale is capped here and stays what it is."""
+def _seed(loss_scale: LossScale, dtype: DTypeLike) -> jax.Array:
+    """Return the cotangent that starts the backward pass; a static scale is capped here."""
     scale = loss_scale.loss_scale
     if isinstance(loss_scale, StaticLossScale):
         scale = min(scale, largest_power_of_two(dtype))
     return jnp.asarray(scale, dtype)
 
 
-def _unscale(grads: Any, loss_scale: LossScale, seed: jax.Array) -> Any:
-    """Divides by what the loss was really multiplied by: bfloat16 holds 1.1 * 2^16 to three digits."""
+def _unscale(grads: PyTree, loss_scale: LossScale, seed: jax.Array) -> PyTree:
+    """Divide gradients by the scale as rounded: bfloat16 has 1.1 * 2^16 to three digits only."""
     if isinstance(loss_scale, NoOpLossScale):
         return grads
     return jax.tree.map(lambda g: g / seed.astype(jnp.finfo(g.dtype).dtype), grads)
 
 
-def _widen(grads: Any, params: Any) -> Any:
-    """Gradients in float32, or in the parameters' own dtype where that is wider."""
+def _widen(grads: PyTree, params: PyTree) -> PyTree:
+    """Cast gradients to float32, or to the dtype of the parameters if that is wider."""
     return jax.tree.map(lambda g, p: g.astype(at_least_float32(jnp.result_type(p))), grads, params)

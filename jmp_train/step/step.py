@@ -1,4 +1,4 @@
-"""The train step: a pair of pure functions made from a loss, an optimizer and a policy."""
+"""The train step: pure functions made from a loss, an optimizer and a policy."""
 
 from __future__ import annotations
 
@@ -28,36 +28,38 @@ from jmp_train.step.donation import Donating
 from jmp_train.step.gradients import GradResult, value_and_grad
 from jmp_train.step.state import LastSkip, StepInfo, TrainState
 from jmp_train.tree import nonfinite_leaves, select_tree, widen_to_full
+from jmp_train.types import Key, PyTree
 
 T = TypeVar("T")
 
 
-class _Kept(NamedTuple):
-    """What a skipped step leaves as it is, and what counts it; fields of the `TrainState`."""
+class _Carried(NamedTuple):
+    """Fields of a `TrainState` that differ between a step taken and a skipped step."""
 
-    params: Any
-    opt_state: Any
-    model_state: Any
-    ema: Any
+    params: PyTree
+    opt_state: PyTree
+    model_state: PyTree
+    ema: PyTree
     skipped: jax.Array
     skipped_in_row: jax.Array
-    last_skip: Any
+    last_skip: LastSkip | None
 
 
 class Stepper(NamedTuple):
-    """A train step under a policy: `init` makes the state, `step` and `scan` advance it."""
+    """A train step: `init` makes the state, `step` and `scan` advance it."""
 
     init: Callable[..., TrainState]
-    """`init(params, *, model_state=None, key=None)`. Copies, so the caller's arrays stay alive.
-    Counters and the loss scale are replicated over the devices that the parameters are sharded over."""
+    """`init(params, *, model_state=None, key=None) -> TrainState`. The arrays are copied, so that
+    donation does not delete the caller's. Counters and the loss scale are replicated over the
+    devices of sharded parameters."""
     step: jax.stages.Wrapped
-    """`step(state, batch) -> (TrainState, StepInfo)`: one step, jitted; the state's buffers are donated."""
-    pure_step: Callable[[TrainState, Any], tuple[TrainState, StepInfo]]
-    """The function that `step` jits, without jit and donation: to differentiate through steps (not
-    with the wrappers for 16-bit parameters), to `vmap` over states, or to jit in another way."""
+    """`step(state, batch) -> (TrainState, StepInfo)`: one step, jitted; `state` is donated."""
+    pure_step: Callable[[TrainState, PyTree], tuple[TrainState, StepInfo]]
+    """The function inside `step`, without jit and donation: to differentiate through steps (not
+    with the wrappers for 16-bit parameters), to `vmap` over states, or to jit with other options."""
     scan: jax.stages.Wrapped
-    """`scan(state, batches)`: a step for each entry of the batches' leading axis in one dispatch,
-    jitted and donated; the info's leaves get that leading axis."""
+    """`scan(state, batches) -> (TrainState, StepInfo)`: one step for each entry of the leading axis
+    of `batches`, in one dispatch, jitted; `state` is donated. Leaves of the info get that axis."""
 
 
 def make_step(
@@ -73,66 +75,66 @@ def make_step(
     micro_batches: int = 1,
     parallel: DataParallel | None = None,
 ) -> Stepper:
-    """Makes the train step of a loss under a precision policy.
+    """Make the train step of a loss under a precision policy.
 
-    Forward and backward pass run in the policy's compute dtype, on parameters cast from its
-    parameter dtype; gradients are unscaled, checked, clipped (where the optimizer clips) and
-    applied in float32, and the optimizer's state is float32 whatever the parameters are.
+    The forward and backward pass run in the policy's compute dtype, on parameters that are stored
+    in its parameter dtype. Gradients are unscaled, checked, clipped (if the optimizer clips) and
+    applied in float32. The optimizer state is float32 for every dtype of the parameters.
 
-    Where a loss scale is in use, a step with a non-finite gradient changes nothing but the scale
-    and the counters of steps: parameters, optimizer state (its schedule's count too) and model
-    state are bitwise what they were.
+    With a loss scale, a step with a non-finite gradient is skipped: it changes only the loss scale
+    and the counters of steps. Parameters, optimizer state (including the schedule's count) and
+    model state stay bitwise the same.
 
     Args:
-      loss_fn: `loss_fn(params, batch)` returns `loss` or `(loss, aux)`. With a model state it is
-        called with `model_state=` too and returns `(loss, aux, new_model_state)`, of the same
-        structure and shapes; with a key, with
-        `key=`, a fresh one each step. The loss is a real scalar; reduce it in float32: cast the
-        model's output to float32 first, or with `policy.cast_to_output` where that is float32. A
-        mean over anything but examples, over tokens say, is returned as a `WeightedLoss`.
-      optimizer: any Optax transformation; it need not know of precision. Its update gets the extra
-        arguments `value` (the loss), `grad` (the gradients, unscaled) and `value_fn` (the loss on
-        this batch as a differentiable function of the parameters), so `reduce_on_plateau`,
-        `polyak_sgd`, `momo` and `lbfgs` work. For parameters narrower
-        than float32, `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan` around
-        one keeps updates that are too small for them. Not one in `loss_scaling`: the step scales
-        the loss itself.
-      policy: what `get_precision` takes: a string, a `Policy`, `Rules` or a `Precision`. `Rules` are
-        those of a model under `jmp_train.flax.apply_policy`, which casts its own parameters and
-        inputs; they give the loss scale. None is for a loss function under `autocast`: it casts
-        nothing, and there is no loss scale but the one given.
-      loss_scale: the first state of the loss scale; by default `default_loss_scale(policy)`:
-        dynamic where the policy or a rule computes in float16, else none.
-      skip_nonfinite: whether steps with non-finite gradients, or after which the model state would
-        no longer be finite, are skipped; by default only where there is a loss scale, because the
-        check reads every gradient.
-      grad_norm: whether to compute the gradients' global norm.
-      ema_decay: decay of an exponential moving average of the parameters, kept in float32 in
-        `state.ema` and there for evaluation (`state.eval_params`); None keeps none. After n updates
-        the decay is at most (1 + n) / (10 + n), so that the first parameters are soon forgotten,
-        as in TensorFlow's ExponentialMovingAverage. A skipped step leaves it as it is.
-      cast_batch: whether the batch's floating leaves are cast to the compute dtype.
-      micro_batches: the number N of equal parts of a batch that run one after the other, with the
-        memory of one; their gradients are accumulated in float32, then unscaled, checked and
-        clipped once. Part n has the examples n, n + N, n + 2 N, ..., so that the parts of a sharded
-        batch are sharded alike. Each gets its own key and the model state that the one before returned. In
-        the info's `aux`, floating scalars are their mean; other leaves get a leading axis.
-      parallel: the devices that share each batch; see `DataParallel`. Each device takes its
-        micro-batches as above. None runs where the state and the batch lie.
+      loss_fn: `loss_fn(params, batch)` returns `loss` or `(loss, aux)`. With a model state,
+        `loss_fn` is called with `model_state=` too and returns `(loss, aux, new_model_state)`, the
+        new state of the same structure and shapes. With a key, it is called with `key=`, a fresh
+        key each step. The loss is a real scalar. Reduce it in float32: cast the model's output to
+        float32 first, or with `policy.cast_to_output` if the output dtype is float32. Return a mean
+        over anything but examples, such as tokens, as a `WeightedLoss`.
+      optimizer: any Optax transformation; it does not have to handle precision. Its update gets the
+        extra arguments `value` (the loss), `grad` (the unscaled gradients) and `value_fn` (the loss
+        on this batch as a differentiable function of the parameters), so `reduce_on_plateau`,
+        `polyak_sgd`, `momo` and `lbfgs` work. For parameters narrower than float32, wrap it in
+        `master_weights`, `bf16_remainder`, `stochastic_rounding` or `kahan` to preserve updates
+        that are too small for the parameter dtype. Do not wrap it in `loss_scaling`: the step
+        scales the loss itself.
+      policy: an argument of `get_precision`: a string, a `Policy`, `Rules` or a `Precision`.
+        `Rules` are those of a model under `jmp_train.flax.apply_policy`, which casts its own
+        parameters and inputs; they determine the default loss scale. None is for a loss function
+        under `autocast`: it casts nothing, and its default is no loss scale.
+      loss_scale: initial state of the loss scale; by default `default_loss_scale(policy)`:
+        dynamic if the policy or a rule uses float16, else none.
+      skip_nonfinite: whether to skip steps with non-finite gradients and steps that would make the
+        model state non-finite. By default only with a loss scale, because the check reads every
+        gradient.
+      grad_norm: whether to compute the global norm of the gradients.
+      ema_decay: decay of an exponential moving average of the parameters, stored in float32 in
+        `state.ema` and evaluated as `state.eval_params`; None for no average. After n updates the
+        decay is at most (1 + n) / (10 + n), so that the initial parameters soon lose their weight,
+        as in TensorFlow's ExponentialMovingAverage. A skipped step does not change the average.
+      cast_batch: whether to cast the floating leaves of the batch to the compute dtype.
+      micro_batches: number N of equal parts of a batch, which run in turn with the memory of one.
+        Their gradients are accumulated in float32, then unscaled, checked and clipped once. Part n
+        has the examples n, n + N, n + 2 N, ..., so that the parts of a sharded batch have its
+        sharding. Each part gets its own key and the model state of the previous part. In the info's
+        `aux`, floating scalars are averaged; other leaves get a leading axis.
+      parallel: devices that share each batch; see `DataParallel`. Each device splits its share into
+        micro-batches. None runs the step on the devices of the state and the batch.
 
     Returns:
-      A `Stepper`. With the float32 policy and the defaults, its step compiles to what one would
-      write by hand around `jax.value_and_grad` and `optax.apply_updates`.
+      A `Stepper`. With the float32 policy and the defaults, its step compiles to the same program
+      as a step written by hand with `jax.value_and_grad` and `optax.apply_updates`.
 
     Raises:
-      ValueError: for an unknown policy, reduce dtype or mesh axis, less than one micro-batch, and an EMA
-        decay outside 0 to 1; from `init`, for an optimizer in `loss_scaling`;
-        when traced, for a batch that does not split into equal parts;
-        from `step` and `scan`, for a state that an earlier call has donated.
-      TypeError: for a loss function, an optimizer or a loss scale that is none, and from `init` for
-        a key that is none; when traced, for a state that is none, a loss that is not a real scalar,
-        a parameter that is not floating, a new model state of another structure, shape or kind of
-        number than the one before, by its path, and an optimizer that needs further arguments.
+      ValueError: for an unknown policy, reduce dtype or mesh axis, less than one micro-batch, or an
+        EMA decay outside 0 to 1; from `init`, for an optimizer in `loss_scaling`; when traced, for
+        a batch that does not split into equal parts; from `step` and `scan`, for a state that was
+        donated to an earlier call.
+      TypeError: if `loss_fn` is not callable, or if `optimizer` or `loss_scale` has the wrong type;
+        from `init`, if `key` is not a PRNG key; when traced, if the state is not a `TrainState`,
+        the loss is not a real scalar, a parameter is not floating, the new model state differs in
+        structure, shape or kind of dtype, or the optimizer needs further arguments.
 
     >>> def loss_fn(params, batch):
     ...     return jnp.mean((batch["x"] @ params["w"] - batch["y"]).astype(jnp.float32) ** 2)
@@ -162,9 +164,9 @@ def make_step(
         parallel=parallel,
     )
 
-    def init(params: Any, *, model_state: Any = None, key: Any = None) -> TrainState:
+    def init(params: PyTree, *, model_state: PyTree = None, key: Key | None = None) -> TrainState:
         check_key(key)
-        params = jax.tree.map(_own, params)  # arrays, so that a cast leaves no Python number out
+        params = jax.tree.map(_own, params)  # arrays, because a cast ignores Python numbers
         params = precision.cast_to_param(params)
         model_state = jax.tree.map(_own, widen_to_full(model_state))
         state = TrainState(
@@ -182,7 +184,7 @@ def make_step(
         check_scaled_once(state.opt_state)
         return with_parameters(state) if parallel is None else replicate(state, parallel.mesh)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+    def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
         result = grads(state, batch)
         aux, new_model_state = result.aux
         new_model_state = as_before(new_model_state, state.model_state)
@@ -190,50 +192,50 @@ def make_step(
         if skip_nonfinite and state.model_state is not None:
             finite &= ~_became_nonfinite(new_model_state, state.model_state).any()
 
-        def move(kept: _Kept) -> _Kept:
+        def move(carried: _Carried) -> _Carried:
             with explain_missing_arguments():
                 updates, opt_state = optimizer.update(
                     result.grads,
-                    kept.opt_state,
-                    kept.params,
+                    carried.opt_state,
+                    carried.params,
                     value=result.loss,
                     grad=result.grads,
                     value_fn=_loss_of_parameters(grads, state, batch),
                 )
-            params = apply_updates(kept.params, updates)
-            ema = kept.ema
+            params = apply_updates(carried.params, updates)
+            ema = carried.ema
             if ema_decay is not None:
-                taken = (state.step - kept.skipped).astype(jnp.float32)
+                taken = (state.step - carried.skipped).astype(jnp.float32)
                 rate = 1 - jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
                 ema = jax.tree.map(
                     lambda e, p: e + rate.astype(e.real.dtype) * (p.astype(e.dtype) - e),
                     ema,
                     params,
                 )
-            return kept._replace(
+            return carried._replace(
                 params=params,
                 opt_state=opt_state,
                 model_state=new_model_state,
                 ema=ema,
-                skipped_in_row=jnp.zeros_like(kept.skipped_in_row),
+                skipped_in_row=jnp.zeros_like(carried.skipped_in_row),
             )
 
-        def skip(kept: _Kept) -> _Kept:
+        def skip(carried: _Carried) -> _Carried:
             bad = nonfinite_leaves(result.grads)
             if state.model_state is not None:
                 became = _became_nonfinite(new_model_state, state.model_state)
                 bad = jnp.concatenate([bad, became])
-            return kept._replace(
-                skipped=kept.skipped + 1,
-                skipped_in_row=kept.skipped_in_row + 1,
+            return carried._replace(
+                skipped=carried.skipped + 1,
+                skipped_in_row=carried.skipped_in_row + 1,
                 last_skip=LastSkip(state.step + 1, bad),
             )
 
-        kept = _Kept(*(getattr(state, field) for field in _Kept._fields))
+        carried = _Carried(*(getattr(state, field) for field in _Carried._fields))
         if skip_nonfinite:
-            kept = _move_or_skip(finite, move, skip, kept)
+            carried = _move_or_skip(finite, move, skip, carried)
         else:
-            kept = move(kept)._replace(skipped_in_row=state.skipped_in_row)
+            carried = move(carried)._replace(skipped_in_row=state.skipped_in_row)
         info = StepInfo(
             loss=result.loss,
             aux=aux,
@@ -241,10 +243,12 @@ def make_step(
             grad_norm=optax.tree.norm(result.grads) if grad_norm else None,
             loss_scale=result.scaled_by,
         )
-        state = state._replace(step=state.step + 1, loss_scale=result.loss_scale, **kept._asdict())
+        state = state._replace(
+            step=state.step + 1, loss_scale=result.loss_scale, **carried._asdict()
+        )
         return state, info
 
-    def scan(state: TrainState, batches: Any) -> tuple[TrainState, StepInfo]:
+    def scan(state: TrainState, batches: PyTree) -> tuple[TrainState, StepInfo]:
         check_state(state)
         return jax.lax.scan(step, state, batches)
 
@@ -258,11 +262,11 @@ def step_gradients(
     cast_batch: bool = True,
     micro_batches: int = 1,
     parallel: DataParallel | None = None,
-) -> Callable[[TrainState, Any], GradResult]:
-    """Make `grads(state, batch)`: loss and gradients as a step forms them, not jitted.
+) -> Callable[[TrainState, PyTree], GradResult]:
+    """Make `grads(state, batch)`: the loss and gradients of a step, not jitted.
 
-    A skipped step has changed nothing, so `first_nonfinite` of this function tells what happened
-    in it. The arguments are those of `make_step`.
+    A skipped step does not change the parameters, so `first_nonfinite` of this function can explain
+    the step afterwards. The arguments are those of `make_step`.
     """
     grad_fn = value_and_grad(
         _loss_and_rest(loss_fn),
@@ -276,7 +280,7 @@ def step_gradients(
     if parallel is not None:
         grad_fn = over_devices(grad_fn, parallel, micro_batches)
 
-    def grads(state: TrainState, batch: Any) -> GradResult:
+    def grads(state: TrainState, batch: PyTree) -> GradResult:
         check_state(state)
         extras = {} if state.model_state is None else {"model_state": state.model_state}
         if state.key is not None:
@@ -286,51 +290,56 @@ def step_gradients(
     return grads
 
 
-def _move_or_skip(finite: jax.Array, move: Callable[[T], T], skip: Callable[[T], T], kept: T) -> T:
-    """`move(kept)` where `finite` holds, else `skip(kept)`; each platform in its own cheapest way.
+def _move_or_skip(
+    finite: jax.Array, move: Callable[[T], T], skip: Callable[[T], T], carried: T
+) -> T:
+    """Return `move(carried)` if `finite`, else `skip(carried)`; a cond on CPU, a select elsewhere.
 
-    On a CPU a select makes XLA form the new state beside the old and pass over both once more:
-    with adamw and 10 M parameters it takes 1.7 to 2.5 times the step that never skips, a cond 1.1 to
-    1.3 times (benchmarks/bench_skipping.py). Compiled for a TPU, a select adds no traffic to that step. On a
-    GPU the host has to read a cond's condition before it can launch a branch, at every step.
+    On a CPU, a select makes XLA write the new state beside the old and read both again: with adamw
+    and 10 M parameters, a step with a select takes 1.7 to 2.5 times as long as a step that never
+    skips, and a step with a cond 1.1 to 1.3 times (benchmarks/bench_skipping.py). Compiled for a
+    TPU, a select adds no memory traffic. On a GPU, the host would have to read the condition of a
+    cond at every step before it could launch a branch.
     """
     return jax.lax.platform_dependent(
         finite,
-        kept,
-        cpu=lambda finite, kept: jax.lax.cond(finite, move, skip, kept),
-        default=lambda finite, kept: select_tree(finite, move(kept), skip(kept)),
+        carried,
+        cpu=lambda finite, carried: jax.lax.cond(finite, move, skip, carried),
+        default=lambda finite, carried: select_tree(finite, move(carried), skip(carried)),
     )
 
 
-def no_skip(params: Any, model_state: Any) -> LastSkip:
-    """What a state remembers of skipped steps before there was one."""
+def no_skip(params: PyTree, model_state: PyTree) -> LastSkip:
+    """Return the `LastSkip` of a state before any skipped step."""
     leaves = len(jax.tree.leaves((params, model_state)))
     return LastSkip(jnp.zeros((), jnp.int32), jnp.zeros(leaves, jnp.bool_))
 
 
-def _became_nonfinite(new: Any, old: Any) -> jax.Array:
-    """Which leaves of a model state were finite and are not any more; shape=(leaves,), bool.
+def _became_nonfinite(new: PyTree, old: PyTree) -> jax.Array:
+    """Return which leaves of a model state were finite and now are not; shape=(leaves,), bool.
 
-    A state may hold infinities from the start: a smallest loss so far, or the mask of a cache.
+    A state may contain infinities from the start: a smallest loss so far, or the mask of a cache.
     """
     return nonfinite_leaves(new) & ~nonfinite_leaves(old)
 
 
 def _loss_of_parameters(
-    grads: Callable[[TrainState, Any], GradResult], state: TrainState, batch: Any
-) -> Callable[[Any], jax.Array]:
-    """The loss of one step as a function of the parameters; differentiated, it gives the step's own
-    gradients, formed under the loss scale and unscaled. Not traced unless it is called."""
+    grads: Callable[[TrainState, PyTree], GradResult], state: TrainState, batch: PyTree
+) -> Callable[[PyTree], jax.Array]:
+    """Return the loss of one step as a function of the parameters, traced only if called.
+
+    Its derivative is the step's gradients, computed under the loss scale and unscaled.
+    """
 
     @jax.custom_vjp
-    def loss(params: Any) -> jax.Array:
+    def loss(params: PyTree) -> jax.Array:
         return grads(state._replace(params=params), batch).loss
 
-    def forward(params: Any) -> tuple[jax.Array, Any]:
+    def forward(params: PyTree) -> tuple[jax.Array, PyTree]:
         result = grads(state._replace(params=params), batch)
         return result.loss, jax.tree.map(lambda g, p: g.astype(p.dtype), result.grads, params)
 
-    def backward(gradients: Any, cotangent: jax.Array) -> tuple[Any]:
+    def backward(gradients: PyTree, cotangent: jax.Array) -> tuple[PyTree]:
         return (jax.tree.map(lambda g: g * cotangent.astype(g.real.dtype), gradients),)
 
     loss.defvjp(forward, backward)
@@ -338,16 +347,18 @@ def _loss_of_parameters(
 
 
 def _own(x: Any) -> jax.Array:
-    """A copy that may be donated, strongly typed: a weak type would end at the first step and with
-    it the compiled program's fit."""
+    """Return a copy that may be donated, strongly typed.
+
+    The first step would drop a weak type, and the second step would be compiled again.
+    """
     x = jnp.asarray(x)
     return jnp.array(x, dtype=x.dtype, copy=True)
 
 
 def _loss_and_rest(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's `loss`, `(loss, aux)` or `(loss, aux, model_state)` in one shape."""
+    """Wrap a loss function so that it always returns `loss, (aux, model_state)`."""
 
-    def normalised(params: Any, batch: Any, **extras: Any) -> Any:
+    def normalised(params: PyTree, batch: PyTree, **extras: Any) -> Any:
         out = loss_fn(params, batch, **extras)
         out = out if isinstance(out, tuple) else (out,)
         expected = "(loss, aux, model_state)" if "model_state" in extras else "loss or (loss, aux)"

@@ -1,4 +1,4 @@
-"""Loss, metrics and prediction of a kind of problem."""
+"""Tasks: loss, metrics and prediction of a kind of problem."""
 
 from jmp_train.tasks.kinds import TASKS, TaskKind, make_task
 from jmp_train.tasks.task import Task

@@ -13,33 +13,34 @@ from jmp_train.flax.functional import Functional
 from jmp_train.policy.precision import Precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import Task
+from jmp_train.types import Batch, Key, PyTree
 
 
 def classification(net: Functional, model: Any, spec: DataSpec, precision: Precision) -> Task:
     """Return the task of classifying `batch["image"]` into `batch["label"]`.
 
     Args:
-      net: maps images, (batch, ...), to logits, (batch, classes). With dropout, its call takes
-        `rngs=`.
-      model: the model's configuration; a `dropout` above 0 asks for random streams.
-      spec: the data's; not needed here.
-      precision: its output dtype is that of the logits in the loss.
+      net: network that maps images, (batch, ...), to logits, (batch, classes). With dropout, its
+        call takes `rngs=`.
+      model: configuration of the network; with a `dropout` above 0, it gets random streams.
+      spec: unused; in the signature of all tasks.
+      precision: precision of the network; the logits of the loss have its output dtype.
     """
     del spec
     drops = getattr(model, "dropout", 0) > 0
 
-    def losses(params: Any, batch: Any, key: Any) -> tuple[jax.Array, jax.Array]:
+    def losses(params: PyTree, batch: Batch, key: Key | None) -> tuple[jax.Array, jax.Array]:
         streams = {"rngs": nnx.Rngs(dropout=key)} if drops and key is not None else {}
         logits = net.apply(params, batch["image"], **streams)
         logits = precision.model.cast_to_output(logits)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return loss, logits.argmax(-1) == batch["label"]
 
-    def loss_fn(params: Any, batch: Any, *, key: Any = None) -> Any:
+    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> Any:
         loss, correct = losses(params, batch, key)
         return loss.mean(), {"accuracy": correct.astype(jnp.float32).mean()}
 
-    def metrics_fn(params: Any, batch: Any) -> dict[str, jax.Array]:
+    def metrics_fn(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         loss, correct = losses(params, batch, None)
         return {"loss": loss, "accuracy": correct}
 

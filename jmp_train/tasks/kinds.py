@@ -1,4 +1,4 @@
-"""The kinds of tasks by name, and the task of a model on data."""
+"""Kinds of tasks by name, and the task of a model for a data set."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from jmp_train.tasks.task import Task
 
 
 class TaskKind(NamedTuple):
-    """A kind of task: what it reads, what it reports, and how it is made."""
+    """A kind of task: its constructor, inputs and main metric."""
 
     make: Callable[..., Task]
     """`make(net, model, spec, precision) -> Task`."""
     reads: tuple[str, ...]
-    """Names of the arrays that it needs in a batch."""
+    """Names of the arrays that a batch must have."""
     metric: str
-    """The metric that models are compared by."""
+    """Name of the metric that models are compared by."""
     highest: bool
-    """Whether the highest value of the metric is the best."""
+    """Whether higher values of the metric are better."""
 
 
 TASKS: dict[str, TaskKind] = {
@@ -37,23 +37,23 @@ TASKS: dict[str, TaskKind] = {
 
 
 def make_task(model: Any, spec: DataSpec, precision: str | Policy | Rules | Precision) -> Task:
-    """Return the task of a model's configuration on data, under a precision.
+    """Return the task of a model on a data set, under a precision.
 
     Args:
-      model: has a `task`, one of `TASKS`, and a method `network(spec, *, dtype, param_dtype, rngs)`
-        that constructs an NNX module.
-      spec: the data's.
-      precision: what `get_precision` takes.
+      model: configuration of the model, with an attribute `task`, one of `TASKS`, and a method
+        `network(spec, *, dtype, param_dtype, rngs)` that constructs an NNX module.
+      spec: spec of the data set.
+      precision: an argument of `get_precision`.
 
     Raises:
-      ValueError: for a rule that matches no module, and for data without what the task reads.
+      ValueError: if a rule matches no module, or if the data lack an array that the task reads.
     """
     precision = get_precision(precision)
     kind = TASKS[model.task]
     if not set(kind.reads) <= set(spec.example):
         raise ValueError(
-            f"{model.task} reads {' and '.join(kind.reads)}, and the data have "
-            f"{' and '.join(spec.example)}; expected data that have what the task reads"
+            f"the data have {' and '.join(spec.example)}; expected {' and '.join(kind.reads)}, "
+            f"which {model.task} reads"
         )
 
     def make(policy: Policy, rngs: nnx.Rngs) -> nnx.Module:

@@ -1,4 +1,4 @@
-"""Language modelling: predicting each token of a text from those before it."""
+"""Language modelling: prediction of each token of a text from the tokens before it."""
 
 from __future__ import annotations
 
@@ -15,38 +15,39 @@ from jmp_train.policy.precision import Precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import Task
 from jmp_train.tasks.token_losses import token_losses
+from jmp_train.types import Batch, Key, PyTree
 
 
 def language_modelling(net: Functional, model: Any, spec: DataSpec, precision: Precision) -> Task:
-    """Return the task of predicting `batch["tokens"]`, (batch, length + 1), one by one.
+    """Return the task of predicting each token of `batch["tokens"]`, (batch, length + 1).
 
     Args:
-      net: has the methods `score`, `empty_cache` and `decode` of `models.gpt.Gpt`.
-      model: the model's configuration: `loss_chunk`, the tokens whose logits are in memory at once,
-        and `dropout`.
-      spec: the length of a window, beyond which generated text forgets.
-      precision: not needed here: losses are float32 under every precision.
+      net: network with the methods `score`, `empty_cache` and `decode` of `models.gpt.Gpt`.
+      model: configuration of the network; `loss_chunk` is the number of tokens whose logits are in
+        memory at once, `dropout` the dropout rate.
+      spec: spec of the data; its length of a window is the context length of generated text.
+      precision: unused, because losses are float32 under every precision.
     """
     del precision
 
     def token_loss(x_NxD: jax.Array, table_VxD: jax.Array, targets_N: jax.Array) -> jax.Array:
         return token_losses(x_NxD, table_VxD, targets_N, model.loss_chunk)
 
-    def losses(params: Any, batch: Any, key: Any) -> jax.Array:
+    def losses(params: PyTree, batch: Batch, key: Key | None) -> jax.Array:
         key = None if model.dropout == 0 else key
         tokens = batch["tokens"].astype(jnp.int32)
         return net.apply(params, tokens, token_loss, key, method="score")
 
-    def loss_fn(params: Any, batch: Any, *, key: Any = None) -> Any:
+    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> Any:
         loss = losses(params, batch, key).mean()
         return loss, {"bits_per_byte": loss / math.log(2)}
 
-    def metrics_fn(params: Any, batch: Any) -> dict[str, jax.Array]:
+    def metrics_fn(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
         loss = losses(params, batch, None)
         return {"bits_per_byte": loss / math.log(2), "loss": loss}
 
     def generate(
-        params: Any, prompt_P: jax.Array, key: jax.Array, *, length: int, temperature: Any
+        params: PyTree, prompt_P: jax.Array, key: Key, *, length: int, temperature: Any
     ) -> jax.Array:
         prompt_P = jnp.asarray(prompt_P)
         _check_generate(prompt_P, length, temperature)
@@ -69,11 +70,11 @@ def language_modelling(net: Functional, model: Any, spec: DataSpec, precision: P
 
 
 def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:
-    """Raises ValueError for what no text can be continued with; of traced values only shapes count."""
+    """Raise ValueError for an invalid argument of `generate`; of a tracer, only shape and dtype."""
     if prompt_P.ndim != 1 or not len(prompt_P) or not jnp.issubdtype(prompt_P.dtype, jnp.integer):
         raise ValueError(
             f"the prompt has shape {prompt_P.shape} and dtype {prompt_P.dtype}; expected integers of "
-            "shape (words,), at least one"
+            "shape (tokens,), at least one"
         )
     if not isinstance(length, (int, np.integer)) or length < 1:
         raise ValueError(f"length is {length}; expected a whole number of at least 1")
@@ -83,7 +84,7 @@ def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:
         raise ValueError(f"temperature is {temperature}; expected a number of 0 or more")
 
 
-def _draw(logits_V: jax.Array, key: jax.Array, temperature: Any) -> jax.Array:
-    """A word by its probability at a temperature; at 0 the likeliest."""
+def _draw(logits_V: jax.Array, key: Key, temperature: Any) -> jax.Array:
+    """Sample a token at a temperature; at temperature 0, return the most probable token."""
     warm = jax.random.categorical(key, logits_V / jnp.maximum(temperature, 1e-6))
     return jnp.where(temperature > 0, warm, logits_V.argmax()).astype(jnp.int32)

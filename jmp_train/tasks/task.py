@@ -1,4 +1,4 @@
-"""What a network is trained for, as pure functions."""
+"""A task as pure functions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jmp_train.types import Key, PyTree
+
 
 class Task(NamedTuple):
-    """A network and what it is trained for, as pure functions."""
+    """A network with its loss, metrics and prediction, as pure functions."""
 
-    init: Callable[[jax.Array], Any]
+    init: Callable[[Key], PyTree]
     """`init(key) -> params`."""
     loss_fn: Callable[..., Any]
     """`loss_fn(params, batch, *, key)`, for `make_step`."""
     metrics_fn: Callable[..., dict[str, jax.Array]]
     """`metrics_fn(params, batch)`, for `make_evaluate`."""
     generate: Callable[..., jax.Array] | None = None
-    """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None cannot.
+    """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None if the
+    task does not generate text.
 
-    Raises ValueError for an empty prompt, a length below 1 and a temperature below 0 or not finite."""
+    Raises ValueError for an empty prompt, a length below 1, or a negative or non-finite temperature."""

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without the logits of all tokens in memory at once."""
+"""Cross-entropy over a vocabulary, with the logits of a few tokens in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ import jax
 import jax.numpy as jnp
 
 from jmp_train.numerics.dtypes import at_least_float32
+from jmp_train.types import PyTree
 
 
 def token_losses(
     x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int
 ) -> jax.Array:
-    """The cross-entropy of each token, its logits the products of `x` with an embedding.
+    """Return the cross-entropy of each token; the logits are the products of `x` and an embedding.
 
-    Products take their operands in the dtype that they come in; logits, softmax and loss are
-    float32. Only the logits of `chunk` tokens exist at a time, in the backward pass too, which
-    computes them again and takes its own products in the operands' dtype, adding up the embedding's
-    gradient in float32. That backward pass is a rule of its own (`jax.custom_vjp`), so there is no
-    forward mode: `jax.jvp` and `jax.jacfwd` raise a TypeError.
+    Products have operands in the dtype of the arguments; logits, softmax and losses are float32.
+    Only the logits of `chunk` tokens are in memory at a time. The backward pass computes the logits
+    again, has products in the same dtype, and accumulates the gradient of the embedding in float32.
+    It is a custom rule (`jax.custom_vjp`), so forward mode is not available: `jax.jvp` and
+    `jax.jacfwd` raise a TypeError.
 
     Args:
       x_NxD: features of each token.
-      embedding_VxD: a row for each word of the vocabulary, in the dtype of `x_NxD`.
-      targets_N: int32, the right word of each token.
-      chunk: tokens at a time.
+      embedding_VxD: one row per token of the vocabulary, in the dtype of `x_NxD`.
+      targets_N: int32, the correct token at each position.
+      chunk: number of tokens at a time.
 
     Returns:
-      float32 (tokens,), in nats.
+      Losses in nats, float32 (tokens,).
 
     >>> x, table = jnp.eye(3), jnp.zeros((4, 3))
     >>> token_losses(x, table, jnp.array([0, 1, 2]), 2).round(4).tolist()  # log 4
     [1.386299967765808, 1.386299967765808, 1.386299967765808]
     """
-    # A chunk longer than the tokens would be filled up and computed.
+    # A chunk above the number of tokens would be padded, and the padding computed.
     return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
 
 
@@ -44,8 +45,8 @@ def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, c
         x_CxD, targets_C = part
         logits_CxV = _logits(x_CxD, embedding_VxD)
         total_C = jax.nn.logsumexp(logits_CxV, axis=-1)
-        right_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
-        return None, (total_C - right_C, total_C)
+        target_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
+        return None, (total_C - target_C, total_C)
 
     size = len(x_NxD)
     _, out = jax.lax.scan(body, None, _in_chunks((x_NxD, targets_N), chunk))
@@ -53,8 +54,8 @@ def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, c
     return losses_N, (x_NxD, embedding_VxD, targets_N, totals_N)
 
 
-def _backward(chunk: int, kept: Any, grads_N: jax.Array) -> Any:
-    x_NxD, embedding_VxD, targets_N, totals_N = kept
+def _backward(chunk: int, residuals: Any, grads_N: jax.Array) -> Any:
+    x_NxD, embedding_VxD, targets_N, totals_N = residuals
     vocabulary, size = len(embedding_VxD), len(x_NxD)
 
     def body(grad_VxD: jax.Array, part: Any) -> Any:
@@ -83,8 +84,8 @@ def _logits(x_CxD: jax.Array, embedding_VxD: jax.Array) -> jax.Array:
     return _product("cd,vd->cv", x_CxD, embedding_VxD)
 
 
-def _in_chunks(arrays: Any, chunk: int) -> Any:
-    """Arrays (N, ...) as (chunks, chunk, ...); what is filled up has a gradient of zero."""
+def _in_chunks(arrays: PyTree, chunk: int) -> PyTree:
+    """Reshape arrays (N, ...) to (chunks, chunk, ...); the padding has a gradient of zero."""
 
     def split(x: jax.Array) -> jax.Array:
         count = math.ceil(len(x) / chunk)

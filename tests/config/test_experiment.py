@@ -37,7 +37,7 @@ def test_a_family_differs_in_its_policy_alone(family):
 
 
 @pytest.mark.parametrize(
-    "name,words",
+    "name,message",
     [
         ("mlp_bf17", "did you mean 'mlp_bf16'"),
         ("mlp", "'mlp' is a family; its experiments are mlp_bf16, mlp_fp16, mlp_fp32"),
@@ -48,8 +48,8 @@ def test_a_family_differs_in_its_policy_alone(family):
         ("mlp_bf16.py", "did you mean 'mlp_bf16'"),
     ],
 )
-def test_a_name_that_is_none_is_refused_with_what_there_is(name, words):
-    with pytest.raises(UsageError, match=words):
+def test_an_unknown_name_is_refused_with_the_nearest_known_name(name, message):
+    with pytest.raises(UsageError, match=message):
         find_experiment(name)
 
 
@@ -104,17 +104,17 @@ def test_a_family_extends_and_overrides_the_table_of_precisions(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "table,words",
+    "table,message",
     [
-        ("{'x': {'polcy': 'bf16'}}", "PRECISIONS: 'polcy' is no setting; did you mean 'policy'"),
+        ("{'x': {'polcy': 'bf16'}}", "PRECISIONS: unknown setting 'polcy'; did you mean 'policy'"),
         ("{'x': {'policy': 'bf17'}}", "PRECISIONS: .*bf17.*did you mean"),
         ("{'x': 3}", "PRECISIONS: "),
     ],
 )
-def test_a_wrong_table_of_precisions_is_named(tmp_path, monkeypatch, table, words):
+def test_a_wrong_table_of_precisions_is_named(tmp_path, monkeypatch, table, message):
     text = f"from experiments.mlp import FAMILY as F\nFAMILY = F\nPRECISIONS = {table}\n"
     folder_of(tmp_path, monkeypatch, net=text)
-    with pytest.raises(UsageError, match=f"net.py: {words}"):
+    with pytest.raises(UsageError, match=f"net.py: {message}"):
         find_experiment("net_x")
 
 
@@ -172,7 +172,7 @@ def test_a_file_that_sets_no_experiment_is_not_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields,words",
+    "fields,message",
     [
         ({"policy": "c=float17"}, "did you mean 'float16'"),
         ({"rules": ("head",)}, "rule 'head' has no policy"),
@@ -188,15 +188,15 @@ def test_a_file_that_sets_no_experiment_is_not_run(tmp_path, monkeypatch):
         ({"steps": 10, "steps_per_call": 10}, "log_every|eval_every"),
     ],
 )
-def test_impossible_values_are_refused_by_name(fields, words):
+def test_invalid_values_are_refused_by_name(fields, message):
     if fields == {"steps": 10, "steps_per_call": 10}:
         fields |= {"log_every": 15}
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         make(**fields)
 
 
 @pytest.mark.parametrize(
-    "fields,words",
+    "fields,message",
     [
         ({"initial": 0.0}, "initial is 0.0"),
         ({"initial": float("inf")}, "initial is inf"),
@@ -207,8 +207,8 @@ def test_impossible_values_are_refused_by_name(fields, words):
         ({"hysteresis": 0}, "hysteresis is 0"),
     ],
 )
-def test_an_impossible_loss_scale_is_refused_by_the_fields_own_name(fields, words):
-    with pytest.raises(ValueError, match=words):
+def test_an_invalid_loss_scale_is_refused_by_the_name_of_its_field(fields, message):
+    with pytest.raises(ValueError, match=message):
         LossScaleConfig(**fields)
 
 

@@ -17,7 +17,7 @@ def saved(tmp_path):
 
 
 def rows(*parts):
-    """Examples with their labels as a sorted list, whatever their order."""
+    """Return examples with their labels as a sorted list, to compare sets of examples."""
     return sorted(
         (tuple(map(float, np.ravel(x))), int(y))
         for part in parts
@@ -57,8 +57,8 @@ def test_the_held_out_examples_are_the_same_in_every_run(saved):
 
 def test_a_second_file_is_held_out_in_its_order(saved):
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20) % 4
-    train, held = saved(images=x, classes=y), saved("held", images=x[:5] + 0.5, classes=y[:5])
-    data = NpzConfig(train, held, x="images", y="classes").load()
+    train, held_out = saved(images=x, classes=y), saved("held", images=x[:5] + 0.5, classes=y[:5])
+    data = NpzConfig(train, held_out, x="images", y="classes").load()
     np.testing.assert_array_equal(data.train.arrays["image"], x)
     np.testing.assert_array_equal(data.eval["image"], x[:5] + 0.5)
     np.testing.assert_array_equal(data.eval["label"], y[:5])

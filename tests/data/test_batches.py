@@ -75,8 +75,8 @@ def test_evaluation_batches_have_one_shape_and_mark_the_padding():
     assert [batch["mask"].tolist() for batch in batches] == [[True] * 4] * 2 + [
         [True, True, False, False]
     ]
-    kept = np.concatenate([batch["x"][batch["mask"]] for batch in batches])
-    np.testing.assert_array_equal(kept, np.arange(10))
+    unmasked = np.concatenate([batch["x"][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(unmasked, np.arange(10))
     assert {batch["x"].shape for batch in batches} == {(4,)}
 
 

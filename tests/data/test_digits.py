@@ -1,4 +1,4 @@
-"""The digits: the bundled images, split the same way in every run."""
+"""The digits: the bundled images, with the same split in every run."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Text: every held-out byte is scored once, training never sees one, baselines are the compressors'."""
+"""Text: each held-out byte is scored once and never trained on; baselines match the compressors."""
 
 import bz2
 import hashlib
@@ -115,15 +115,15 @@ def test_a_large_file_is_not_compressed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields,words",
+    "fields,message",
     [
         ({"length": 1}, "length is 1"),
         ({"eval_share": 1.0}, "eval_share is 1.0"),
         ({"path": "/nowhere/a.txt"}, "/nowhere/a.txt does not exist"),
     ],
 )
-def test_an_impossible_setting_is_refused_by_its_name(fields, words):
-    with pytest.raises(ValueError, match=words):
+def test_an_invalid_setting_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
         TextConfig(**fields)
 
 

@@ -25,12 +25,12 @@ def qkv():
 def test_rotary_positions_are_a_turn_in_the_complex_plane(qkv):
     positions = np.arange(12) * 100
     got = jax.jit(attention.rotary)(jnp.asarray(qkv[0]), jnp.asarray(positions))
-    # Angles of up to 1,100 in float32 are off by half an ulp, 2^-15, and so is what they turn.
+    # Float32 angles of up to 1,100 have an error of half an ulp, 2^-15, and so have the features.
     np.testing.assert_allclose(got, rotary_by_complex_numbers(qkv[0], positions), atol=2e-4)
 
 
 def test_turned_products_depend_on_the_distance_alone(qkv):
-    # In float64 the property is exact; float32 angles are off by an ulp of the position.
+    # In float64 the property is exact; float32 angles have an error of an ulp of the position.
     q, k = qkv[0][:1, :1], qkv[1][:1, :1]
 
     rotary = jax.jit(attention.rotary)

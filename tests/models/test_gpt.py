@@ -183,9 +183,14 @@ def test_generated_bytes_are_the_likeliest_ones_of_the_float64_model(params, gen
 
 
 @pytest.mark.parametrize(
-    "prompt,length,temperature,words",
+    "prompt,length,temperature,message",
     [
-        ([], 1, 1.0, r"prompt has shape \(0,\) .* expected integers of shape \(words,\), at least"),
+        (
+            [],
+            1,
+            1.0,
+            r"prompt has shape \(0,\) .* expected integers of shape \(tokens,\), at least",
+        ),
         ([[1, 2]], 1, 1.0, r"prompt has shape \(1, 2\)"),
         ([0.5], 1, 1.0, "dtype float32; expected integers"),
         ([1], 0, 1.0, "length is 0; expected a whole number of at least 1"),
@@ -195,10 +200,10 @@ def test_generated_bytes_are_the_likeliest_ones_of_the_float64_model(params, gen
         ([1], 1, jnp.float32("inf"), "temperature is inf; expected a number of 0 or more"),
     ],
 )
-def test_what_no_text_can_be_continued_with_is_refused(params, prompt, length, temperature, words):
+def test_invalid_arguments_of_generate_are_refused(params, prompt, length, temperature, message):
     generate: Any = task_of().generate
     key = jax.random.key(0)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         generate(params, np.asarray(prompt, int if not prompt else None), key, length=length, temperature=temperature)  # fmt: skip
 
 
@@ -259,7 +264,7 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
 
 
 @pytest.mark.parametrize(
-    "fields,words",
+    "fields,message",
     [
         ({"width": 0}, "width is 0"),
         ({"width": 20, "heads": 4}, r"width is 20; expected a multiple of 2 x heads \(8\)"),
@@ -269,6 +274,6 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
         ({"loss_chunk": 0}, "loss_chunk is 0"),
     ],
 )
-def test_an_impossible_setting_is_refused_by_its_name(fields, words):
-    with pytest.raises(ValueError, match=words):
+def test_an_invalid_setting_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
         GptConfig(**fields)

@@ -82,16 +82,16 @@ def test_rules_come_from_pairs_strings_a_policy_or_rules():
 
 
 @pytest.mark.parametrize(
-    "entries,words",
+    "entries,message",
     [
         (["head"], "has no policy; write it as 'pattern=policy'"),
         ([("head", "c=float17")], "did you mean 'float16'"),
-        ([("re:(", "bf16")], "'re:\\(' is no regular expression"),
+        ([("re:(", "bf16")], "'re:\\(' is an invalid regular expression"),
         ([("", "bf16")], "expected a glob"),
     ],
 )
-def test_rules_that_cannot_be_are_refused(entries, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_rules_are_refused(entries, message):
+    with pytest.raises(ValueError, match=message):
         Rules(entries)
 
 

@@ -1,4 +1,4 @@
-"""Steps over a mesh; run by test_several_devices.py in a process of its own that has four CPU devices."""
+"""Steps over a mesh; test_several_devices.py runs this file in a process with four CPU devices."""
 
 import re
 
@@ -154,7 +154,7 @@ def test_gradients_cross_the_devices_in_the_reduce_dtype(policy, reduce_dtype, a
 
 
 def test_without_it_jit_reduces_in_the_compute_dtype():
-    # What there is to choose: under automatic sharding the sum is part of the backward pass.
+    # Only here: under automatic sharding, the sum is part of the backward pass.
     params, batch = make()
     grad_fn = jt.value_and_grad(mean_loss, "mixed_float16")
     whole, shared = NamedSharding(AUTO, P()), NamedSharding(AUTO, P("data"))

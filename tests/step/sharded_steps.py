@@ -182,7 +182,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("function", ["step", "scan"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_stays_where_it_lies_whatever_the_optimizer(name, function):
+def test_the_state_keeps_its_sharding_with_every_optimizer(name, function):
     optimizer, spec = OPTIMIZERS[name]
     params, batch = make(64)
     stepper = jt.make_step(loss_fn, optimizer)

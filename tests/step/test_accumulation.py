@@ -314,7 +314,7 @@ def test_a_total_that_is_not_real_and_floating_is_refused(dtype):
 @pytest.mark.parametrize(
     "dtype,axis_name,message",
     [
-        ("bfloat16", None, "nothing is reduced; expected a mesh"),
+        ("bfloat16", None, "without an axis to reduce over; expected an axis_name"),
         ("bfloat17", "data", "did you mean 'bfloat16'"),
         ("float8_e4m3fn", "data", "expected one of float64, float32, bfloat16, float16"),
     ],

@@ -10,7 +10,7 @@ from jmp_train.data import eval_batches
 
 
 @pytest.mark.parametrize("size,batch_size", [(10, 4), (8, 4), (3, 4), (1, 1), (257, 64)])
-def test_the_mean_is_over_every_example_once_whatever_the_batch(size, batch_size):
+def test_the_mean_counts_every_example_once_for_every_batch_size(size, batch_size):
     x = np.random.default_rng(size).normal(size=size).astype(np.float32)
     evaluate = jt.make_evaluate(lambda params, batch: {"value": batch["x"] * params})
     result = evaluate(jnp.float32(2.0), eval_batches({"x": x}, batch_size))
@@ -49,7 +49,7 @@ def test_the_metrics_see_the_compute_dtype_and_the_model_state_as_it_is():
 
 def test_an_empty_data_set_is_refused():
     evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
-    with pytest.raises(ValueError, match="holds no example"):
+    with pytest.raises(ValueError, match="has no examples"):
         evaluate(0.0, [])
 
 

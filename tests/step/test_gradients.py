@@ -112,7 +112,7 @@ def test_each_policy_computes_in_its_own_dtype_and_no_better():
 
 @pytest.mark.parametrize("policy", ["float32", "f16", "bf16", "float8_e4m3fn", "mixed_bfloat16"])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
-def test_gradients_are_float32_whatever_the_policy_and_the_parameters(policy, stored):
+def test_gradients_are_float32_for_every_policy_and_parameter_dtype(policy, stored):
     seen = {}
 
     def loss_fn(params, batch):
@@ -160,8 +160,8 @@ class RangeTest(chex.TestCase):
         result = grad_fn(params, batch, loss_scale=kind(2.0**20))
         assert result.scaled_by == 2.0**15 and result.grads["w"] == 1
         # A dynamic scale comes down; a static one is static.
-        kept = 2.0**20 if kind is jt.StaticLossScale else 2.0**15
-        assert result.loss_scale.loss_scale == kept
+        expected = 2.0**20 if kind is jt.StaticLossScale else 2.0**15
+        assert result.loss_scale.loss_scale == expected
 
     @with_and_without_jit
     def test_gradients_below_the_smallest_float16_vanish_unless_the_loss_is_scaled(self):
@@ -219,7 +219,7 @@ class RangeTest(chex.TestCase):
         assert result.loss_scale.loss_scale == np.float32(1001.1)
 
 
-# What goes in and what comes out.
+# Arguments and results.
 
 
 class InterfaceTest(chex.TestCase):

@@ -67,7 +67,13 @@ def test_states_are_trained_side_by_side_under_vmap():
 
 
 @pytest.mark.parametrize(
-    "wrap", [jt.master_weights, jt.bf16_remainder, jt.kahan, jt.stochastic_rounding]
+    "wrap",
+    [
+        jt.optim.master_weights,
+        jt.optim.bf16_remainder,
+        jt.optim.kahan,
+        jt.optim.stochastic_rounding,
+    ],
 )
 def test_a_derivative_through_bit_updates_is_refused(wrap):
     # Of bit patterns it would be zero.

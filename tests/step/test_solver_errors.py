@@ -1,4 +1,4 @@
-"""A solver that raises on what is not finite, in the backward pass of a float16 step (in a child)."""
+"""A solver that raises on non-finite values in the backward pass of a float16 step (in a child)."""
 
 import os
 import subprocess

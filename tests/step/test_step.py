@@ -227,17 +227,19 @@ def test_plain_numbers_in_the_model_state_are_arrays_to_the_step(micro_batches):
 
 
 @pytest.mark.parametrize(
-    "returned,words",
+    "returned,message",
     [
         ({"a": {"mean": jnp.ones(3)}, "n": 1}, r"'a/mean' with shape \(3,\).*expected shape \(\)"),
         ({"a": {"mean": 1.0}}, "no 'n'; expected .* with 'a/mean', 'n'"),
-        ({"a": {"mean": 1.0}, "n": 1, "b": 2}, "'b' in addition; expected"),
+        ({"a": {"mean": 1.0}, "n": 1, "b": 2}, "an extra 'b'; expected"),
         (None, "no 'a/mean', no 'n'; expected"),
-        ({"a": {"mean": 1.0}, "n": [1]}, "no 'n', 'n/0' in addition; expected"),
+        ({"a": {"mean": 1.0}, "n": [1]}, "no 'n', an extra 'n/0'; expected"),
     ],
 )
 @pytest.mark.parametrize("micro_batches,skip", [(1, None), (1, True), (2, None)])
-def test_a_model_state_of_another_shape_or_structure_is_named(returned, words, micro_batches, skip):
+def test_a_model_state_of_another_shape_or_structure_is_named(
+    returned, message, micro_batches, skip
+):
     def changing(params, batch, *, model_state):
         return (params * batch).sum(), None, returned
 
@@ -245,7 +247,7 @@ def test_a_model_state_of_another_shape_or_structure_is_named(returned, words, m
         changing, optax.sgd(0.1), micro_batches=micro_batches, skip_nonfinite=skip
     )
     state = stepper.init(jnp.ones(2), model_state={"a": {"mean": 0.0}, "n": 0})
-    with pytest.raises(TypeError, match=words):
+    with pytest.raises(TypeError, match=message):
         stepper.step.lower(state, jnp.ones((2, 2)))
 
 
@@ -307,16 +309,16 @@ def test_grad_norm_is_the_unscaled_norm_before_clipping():
 
 
 @pytest.mark.parametrize(
-    "returned,words",
+    "returned,message",
     [
         (lambda p: (p.sum(), 1, 2, 3), "returned 4 values; expected loss or"),
         (lambda p: (p.sum(), 1, 2), "returned 3 values; expected loss or"),
         (lambda p: p, "expected a real scalar"),
     ],
 )
-def test_a_loss_function_that_returns_the_wrong_thing_is_told_so(returned, words):
+def test_a_wrong_return_value_of_the_loss_function_is_named(returned, message):
     stepper = jt.make_step(lambda params, batch: returned(params), optax.sgd(0.1))
-    with pytest.raises(TypeError, match=words):
+    with pytest.raises(TypeError, match=message):
         stepper.step(stepper.init(jnp.ones(3)), None)
 
 

@@ -1,4 +1,4 @@
-"""What `make_step` and its functions are given: checked, and said in one line."""
+"""Wrong arguments of `make_step` and its functions raise errors of one line."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_a_static_scale_of_zero_is_refused_where_it_is_used():
     zero = jt.StaticLossScale(0)  # jmp's own tests construct it
     for use in (
         lambda: jt.make_step(loss_fn, optax.adam(0.1), loss_scale=zero),
-        lambda: jt.loss_scaling(optax.adam(0.1), zero),
+        lambda: jt.optim.loss_scaling(optax.adam(0.1), zero),
         lambda: jt.value_and_grad(loss_fn)(PARAMS, BATCH, loss_scale=zero),
     ):
         with pytest.raises(ValueError, match="loss_scale is 0.0; expected 0 < it < inf"):
@@ -164,11 +164,11 @@ def test_a_loss_that_is_none_is_told_without_arguments_of_value_and_grad(returne
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: optax.chain(optax.clip(1.0), x)])
 def test_an_optimizer_in_loss_scaling_is_refused(wrap):
     # It would divide by its own scale gradients that the step has unscaled.
-    scaled = wrap(jt.loss_scaling(optax.sgd(0.1)))
+    scaled = wrap(jt.optim.loss_scaling(optax.sgd(0.1)))
     for policy in ("mixed_float16", "float32"):
         with pytest.raises(ValueError, match="unscaled twice; expected the optimizer alone"):
             jt.make_step(loss_fn, scaled, policy).init(PARAMS)
-    unscaled = wrap(jt.loss_scaling(optax.sgd(0.5), jt.NoOpLossScale()))
+    unscaled = wrap(jt.optim.loss_scaling(optax.sgd(0.5), jt.NoOpLossScale()))
     stepper = jt.make_step(loss_fn, unscaled)
     state, _ = stepper.step(stepper.init(PARAMS), BATCH)
     np.testing.assert_allclose(state.params["w"], 0.25)  # the gradient is -2 / 4
@@ -235,7 +235,7 @@ def test_a_mask_that_is_not_boolean_is_refused(dtype):
         TypeError, match="the mask has dtype .*; expected an array of bool, such as mask != 0"
     ):
         evaluate(jnp.float32(0), [batch])
-    with pytest.raises(TypeError, match="the mask is no array; expected an array of bool"):
+    with pytest.raises(TypeError, match="the mask is not an array; expected an array of bool"):
         evaluate(jnp.float32(0), [{**batch, "mask": [True] * 1001}])
     # Summed in bfloat16, the 1,001 would be 1,000.
     assert evaluate(jnp.float32(0), [{**batch, "mask": batch["mask"] != 0}]) == {"value": 1.0}

@@ -1,4 +1,4 @@
-"""What optimizers are given by a step, and what they may do with it."""
+"""Arguments that a step passes to optimizers, and optimizers that use them."""
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,9 @@ def test_float8_parameters_train_with_their_moving_average(dtype):
     np.testing.assert_allclose(state.ema["w"], average, rtol=4 * 2.0**-24)
 
 
-@pytest.mark.parametrize("wrap", [jt.master_weights, jt.stochastic_rounding, jt.kahan])
+@pytest.mark.parametrize(
+    "wrap", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
+)
 @pytest.mark.parametrize("dtype", FLOAT8[:2])
 def test_float8_parameters_keep_small_updates_under_the_wrappers(wrap, dtype):
     policy = f"params={dtype},compute=float32,output=float32"
@@ -140,7 +142,7 @@ def test_float8_parameters_keep_small_updates_under_the_wrappers(wrap, dtype):
 
 
 def test_float8_parameters_that_optax_adds_to_stand_still():
-    # What the wrappers are for: an update below half a spacing of float8 is lost.
+    # The purpose of the wrappers: an update below half a spacing of float8 is lost.
     policy = "params=float8_e4m3fn,compute=float32,output=float32"
     stepper = jt.make_step(linear, optax.sgd(2.0**-7), policy)
     state = stepper.init({"w": jnp.ones(3)})

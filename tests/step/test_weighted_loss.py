@@ -1,4 +1,4 @@
-"""`WeightedLoss`: any split of a batch gives what the whole gives, whatever the weights."""
+"""`WeightedLoss`: every split of a batch gives the result of the whole batch, for all weights."""
 
 import jax
 import jax.numpy as jnp

@@ -37,7 +37,7 @@ def test_value_and_gradients_are_those_of_float64(dtype, chunk):
     (_, losses), grads = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(x, table)
     exact = in_float64(*(np.asarray(y, np.float64) for y in (x, table)), targets, weights)
     assert losses.dtype == jnp.float32 and all(g.dtype == dtype for g in grads)
-    # The losses are float32 whatever the dtype; gradients of order 4 have their errors rounded to
+    # The losses are float32 for every dtype; gradients of order 4 have their errors rounded to
     # it once, and are rounded to it once themselves.
     np.testing.assert_allclose(losses, exact[0], atol=1e-5)
     eps = float(jnp.finfo(dtype).eps)
