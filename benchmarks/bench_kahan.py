@@ -57,7 +57,7 @@ def share_of_the_sum(name: str, size: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=3)
 def added(value: jax.Array, lost: jax.Array, addition: jax.Array, times: int) -> tuple:
     """Parameters and compensations after so many additions."""
-    add = lambda _, pair: jt.kahan_add(pair[0], pair[1], addition)
+    add = lambda _, pair: jt.numerics.kahan_add(pair[0], pair[1], addition)
     return jax.lax.fori_loop(0, times, add, (value, lost))
 
 

@@ -95,8 +95,8 @@ def counted(tasks: Any, params: Any, batch: Any, scale: Any) -> dict[str, Any]:
     ways = {"unscaled": grads("mixed_float16", None), "scaled": grads("mixed_float16", scaled)}
     nonzero = jax.tree.map(lambda g: g != 0, exact)
     total = sum(m.sum() for m in jax.tree.leaves(nonzero))
-    rounded = jt.shares_in(exact, "float16")
-    rounded_scaled = jt.shares_in(exact, "float16", scale=scale)
+    rounded = jt.numerics.shares_in(exact, "float16")
+    rounded_scaled = jt.numerics.shares_in(exact, "float16", scale=scale)
     return {
         "scale": scale,
         "numbers": sum(g.size for g in jax.tree.leaves(exact)) * jnp.ones((), jnp.int32),
@@ -117,7 +117,7 @@ def counted(tasks: Any, params: Any, batch: Any, scale: Any) -> dict[str, Any]:
         "share_subnormal_by_rounding": rounded.subnormal,
         "share_flushed_by_rounding_scaled": rounded_scaled.flushed,
         "share_subnormal_by_rounding_scaled": rounded_scaled.subnormal,
-        "exponents": jt.exponent_histogram(exact).counts,
+        "exponents": jt.numerics.exponent_histogram(exact).counts,
     }
 
 

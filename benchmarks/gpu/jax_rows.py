@@ -106,7 +106,7 @@ def _ours(row: Row, workload: Workload, task: Task) -> Step:
     return step_of(stepper, _steps(row))
 
 
-def step_of(stepper: jt.Stepper, steps: int = 1) -> Step:
+def step_of(stepper: jt.step.Stepper, steps: int = 1) -> Step:
     """A stepper's step, or its scan of several steps, as users call it."""
     return Step(stepper.step if steps == 1 else stepper.scan, stepper.init, lambda s: s.skipped)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from flax import linen, nnx
 
 from jmp_train.flax import _linen, _nnx, _wrapper
+from jmp_train.policy.precision import Precision
 from jmp_train.policy.rules import Rules, RulesReport
 
 M = TypeVar("M")
@@ -32,7 +33,8 @@ def apply_policy(module: M, rules: Any) -> M:
     Args:
       module: an `nnx.Module`, a `linen.Module`, or an object whose attribute `module` is a
         `linen.Module`, such as a Flax model of Hugging Face.
-      rules: `Rules`, a list of pairs (pattern, policy), or one policy for the whole model.
+      rules: `Rules`, a list of pairs (pattern, policy), one policy for the whole model, or a
+        `Precision`.
 
     Returns:
       A module of a subclass of `type(module)`, with the same fields and methods. NNX: a copy with
@@ -57,7 +59,7 @@ def apply_policy(module: M, rules: Any) -> M:
     >>> [e.outvars[0].aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "dot_general"]
     ['bfloat16', 'float32']
     """
-    rules = Rules(rules)
+    rules = rules.as_rules if isinstance(rules, Precision) else Rules(rules)
     if isinstance(module, nnx.Module):
         return _nnx.apply_policy(module, rules)
     if isinstance(module, linen.Module):
@@ -87,7 +89,7 @@ def explain(module: Any, rules: Any, *args: Any, **kwargs: Any) -> RulesReport:
     layers/0  Linear      p=full,c=bf16,o=full  **
     layers/1  LayerNorm   p=full,c=full,o=full  layers/1
     """
-    rules = Rules(rules)
+    rules = rules.as_rules if isinstance(rules, Precision) else Rules(rules)
     module = module.module if _wrapper.carries_module(module) else module
     if isinstance(module, nnx.Module):
         return rules.explain(_nnx.modules_of(module))

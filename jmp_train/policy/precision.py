@@ -49,6 +49,13 @@ class Precision:
         return None if self.rules.entries else self.policy
 
     @property
+    def as_rules(self) -> Rules:
+        """The rules; without rules, one that gives every module the policy."""
+        if self.rules.entries or self.policy is None:
+            return self.rules
+        return Rules(self.policy)
+
+    @property
     def policies(self) -> tuple[Policy, ...]:
         """Every policy in use, without duplicates."""
         named = tuple(rule.policy for rule in self.rules.entries)

@@ -203,7 +203,7 @@ def test_ctc_gradient_is_that_of_half_logits():
 
 def products(fn, *args):
     """The dtypes of the products that autocast asks for."""
-    rows = jt.explain_autocast(fn, *args).rows
+    rows = jt.debug.explain_autocast(fn, *args).rows
     return [row.dtype for row in rows if row.op == "dot_general"]
 
 

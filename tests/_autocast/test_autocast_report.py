@@ -19,7 +19,7 @@ def test_the_report_names_path_dtype_rule_and_source():
         return jnp.exp(c @ w).sum() + z.sum() + jnp.linalg.cholesky(w).sum()
 
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    report = jt.explain_autocast(f, x, x)
+    report = jt.debug.explain_autocast(f, x, x)
     rows = {(r.path, r.op): r for r in report.rows}
     assert (rows["scan", "dot_general"].dtype, rows["scan", "dot_general"].rule) == (
         "bfloat16",
@@ -42,7 +42,7 @@ def test_the_report_agrees_with_what_is_emitted():
         f = CONSTRUCTS[construct]
         told = collections.Counter(
             (r.op, r.dtype)
-            for r in jt.explain_autocast(f, w, x).rows
+            for r in jt.debug.explain_autocast(f, w, x).rows
             if r.op in ("tanh", "dot_general", "exp")
         )
         seen = collections.Counter(

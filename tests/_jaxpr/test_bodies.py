@@ -60,14 +60,14 @@ def test_autocast_enters_a_body_that_runs_once(primitive):
 
 @pytest.mark.parametrize("primitive", ONCE)
 def test_the_replay_enters_a_body_that_runs_once(primitive):
-    (op,) = jt.first_nonfinite(ONCE[primitive], W, X).ops
+    (op,) = jt.debug.first_nonfinite(ONCE[primitive], W, X).ops
     assert (op.op, op.path.split(":")[0]) == ("exp", primitive)
 
 
 @pytest.mark.parametrize("primitive", ["call", "jit", "remat2"])
 def test_both_reports_name_a_body_alike(primitive):
-    rows = jt.explain_autocast(ONCE[primitive], W, X).rows
-    (op,) = jt.first_nonfinite(ONCE[primitive], W, X).ops
+    rows = jt.debug.explain_autocast(ONCE[primitive], W, X).rows
+    (op,) = jt.debug.first_nonfinite(ONCE[primitive], W, X).ops
     assert {row.path for row in rows if row.op == "exp"} == {op.path}
 
 
@@ -97,7 +97,7 @@ def test_the_replay_runs_a_shard_map_whole():
     mesh = jax.make_mesh((1,), ("i",))
     spec = jax.sharding.PartitionSpec()
     fn = jax.shard_map(overflowing, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
-    assert [op.op for op in jt.first_nonfinite(fn, W, X).ops] == ["shard_map"]
+    assert [op.op for op in jt.debug.first_nonfinite(fn, W, X).ops] == ["shard_map"]
 
 
 def test_a_linen_remat_is_entered_by_both():
@@ -105,5 +105,8 @@ def test_a_linen_remat_is_entered_by_both():
     params = net.init(jax.random.key(0), X)
     assert operand_dtypes(jt.autocast(net.apply), "dot_general", params, X) == [{"bfloat16"}]
     params = jax.tree.map(lambda p: jnp.full_like(p, 3e38), params)
-    assert {op.op for op in jt.first_nonfinite(net.apply, params, X).ops} <= {"dot_general", "add"}
+    assert {op.op for op in jt.debug.first_nonfinite(net.apply, params, X).ops} <= {
+        "dot_general",
+        "add",
+    }
     assert not np.isfinite(net.apply(params, X)).any()

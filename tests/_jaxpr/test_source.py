@@ -71,7 +71,7 @@ def written_below_here(eqn):
 def test_the_layer_that_overflows_is_reported_at_its_call():
     params, apply = linen_model()
     params = jax.tree.map(lambda p: jnp.full_like(p, 6e4), params)
-    for op in jt.first_nonfinite(apply, params, jnp.ones((5, 3))).ops:
+    for op in jt.debug.first_nonfinite(apply, params, jnp.ones((5, 3))).ops:
         assert op.source.startswith(__file__)
 
 

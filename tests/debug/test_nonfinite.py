@@ -20,7 +20,7 @@ HALF = jnp.float16
 
 
 def replay(fn, *args, **kwargs) -> NonFiniteReport:
-    return jt.first_nonfinite(jax.value_and_grad(fn), *args, **kwargs)
+    return jt.debug.first_nonfinite(jax.value_and_grad(fn), *args, **kwargs)
 
 
 def total(x):
@@ -84,7 +84,7 @@ def test_a_logarithm_of_zero_that_a_where_hides_is_named_in_the_backward_pass():
 
 def test_an_operand_without_a_finite_value_tells_what_it_holds():
     infinite = jnp.array([jnp.inf, -jnp.inf, jnp.inf])
-    (op,) = jt.first_nonfinite(lambda x: x - x[0], infinite).ops
+    (op,) = jt.debug.first_nonfinite(lambda x: x - x[0], infinite).ops
     assert op.operands[0][4:] == (3, 0) and op.operands[1][4:] == (1, 0)
     assert "from float32 [no finite value: 3 infinite], float32 [no finite value: 1 in" in str(op)
     assert str(OperandRange("float16", -1.0, 2.5, "", 1, 1)) == "float16 [-1, 2.5]"
@@ -112,7 +112,7 @@ def test_what_a_select_did_not_take_is_not_named():
     def fn(x):
         return jnp.where(jnp.array([True, False]), jnp.exp(x), 1 / (x - x))
 
-    report = jt.first_nonfinite(fn, jnp.array([1.0, 1000.0]))
+    report = jt.debug.first_nonfinite(fn, jnp.array([1.0, 1000.0]))
     assert [op.op for op in report.ops] == ["div"]  # exp(1000) is infinite too, and left out
 
 
@@ -140,7 +140,7 @@ def test_the_iteration_of_a_scan_is_named():
     assert (op.op, op.path, op.kind, op.backward) == ("mul", "scan[3]", "overflow", False)
     assert op.operands[1].largest == 6e4 and op.wide == pytest.approx(6 * 6e4, rel=1e-3)
     # What reaches the loss in iteration 3 overflows the state; without it the backward scan does.
-    backward = jt.first_nonfinite(
+    backward = jt.debug.first_nonfinite(
         lambda w, x, ct: jax.vjp(functools.partial(loss, x=x), w)[1](ct)[0],
         weights.at[3].set(2.0),
         jnp.full(2, 1e-3, HALF),
@@ -212,7 +212,7 @@ def test_control_flow_is_entered(wrap, path):
     fn = wrap(lambda x: jnp.exp(x))  # exp(exp(5)) is above float32's largest
     loop = "[1]" in path
     x = jnp.full(2, 5.0 if loop else 100.0)
-    report = jt.first_nonfinite(lambda x: fn(x), x)
+    report = jt.debug.first_nonfinite(lambda x: fn(x), x)
     assert [(op.op, op.kind) for op in report.ops] == [("exp", "overflow")]
     assert path in report.ops[0].path
     expected = np.exp(np.exp(5.0)) if loop else np.exp(100.0)
@@ -248,7 +248,7 @@ def test_an_overflow_of_the_loss_scale_names_the_gradient_and_the_format():
     assert state.last_skip.nonfinite.tolist() == [True]
 
     grads = step_gradients(loss_fn, get_precision("mixed_float16"))
-    report = jt.first_nonfinite(lambda state, batch: grads(state, batch).grads, before, batch)
+    report = jt.debug.first_nonfinite(lambda state, batch: grads(state, batch).grads, before, batch)
     assert report.results == ("w",)
     (op,) = report.ops
     # d loss / d (x w) is 2 * 2 / 3 times 65,536: above 65,504.
@@ -274,7 +274,7 @@ def test_what_was_not_finite_as_it_was_given_is_named():
     ],
 )
 def test_a_constant_that_is_not_finite_is_named_where_it_is_read(fn, op):
-    report = jt.first_nonfinite(fn, jnp.ones(2))
+    report = jt.debug.first_nonfinite(fn, jnp.ones(2))
     assert report.arguments == ("a constant",)
     assert [found.op for found in report.ops] == ([op] if op else [])
     assert "a constant is not finite as it was given" in str(report)
@@ -282,9 +282,9 @@ def test_a_constant_that_is_not_finite_is_named_where_it_is_read(fn, op):
 
 def test_a_constant_is_not_named_beside_what_else_went_wrong():
     fn = lambda x: (x.at[0].set(jnp.inf), jnp.log(x - 1))
-    report = jt.first_nonfinite(fn, jnp.ones(2))
+    report = jt.debug.first_nonfinite(fn, jnp.ones(2))
     assert [op.op for op in report.ops] == ["log"] and report.arguments == ()
-    report = jt.first_nonfinite(fn, jnp.full(2, jnp.nan))
+    report = jt.debug.first_nonfinite(fn, jnp.full(2, jnp.nan))
     assert report.arguments == ("x",) and not report.ops
 
 
@@ -293,12 +293,12 @@ def test_keys_integers_and_plain_objects_are_handed_on():
         noise = jax.random.normal(key, params.shape)
         return {"y": params / (0 * n) + noise} if mode == "divide" else None
 
-    report = jt.first_nonfinite(fn, jnp.ones(2), jax.random.key(0), "divide", n=jnp.arange(2))
+    report = jt.debug.first_nonfinite(fn, jnp.ones(2), jax.random.key(0), "divide", n=jnp.arange(2))
     assert report.results == ("y",) and [op.op for op in report.ops] == ["div"]
-    assert str(jt.first_nonfinite(lambda x: x + 1, jnp.ones(2))) == "every result is finite"
+    assert str(jt.debug.first_nonfinite(lambda x: x + 1, jnp.ones(2))) == "every result is finite"
 
 
 def test_a_donating_function_leaves_its_arguments_alone():
     x = jnp.zeros(3)
-    jt.first_nonfinite(jax.jit(lambda x: 1 / x, donate_argnums=0), x)
+    jt.debug.first_nonfinite(jax.jit(lambda x: 1 / x, donate_argnums=0), x)
     assert not x.is_deleted()

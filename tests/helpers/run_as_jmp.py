@@ -28,7 +28,9 @@ SUBSTITUTES = {
 def substitute() -> None:
     """Makes `import jmp` find jmp_train, and the modules that jmp's own tests import find ours."""
     assert not any(name.split(".")[0] == "jmp" for name in sys.modules), "the real jmp is imported"
-    policy.__dict__["dtype_to_names"] = jmp_train.dtype_to_names  # jmp keeps it beside Policy
+    policy.__dict__["dtype_to_names"] = (
+        jmp_train.numerics.dtype_to_names
+    )  # jmp keeps it beside Policy
     sys.modules.update(SUBSTITUTES)
 
 

@@ -35,8 +35,8 @@ any_kind = dynamic | st.builds(jt.StaticLossScale, normal) | st.just(jt.NoOpLoss
 @settings(max_examples=100, deadline=None)
 @given(state=any_kind)
 def test_every_loss_scale_comes_back_from_strict_json_to_the_bit(state):
-    text = json.dumps(jt.loss_scale_to_dict(state), allow_nan=False)
-    after = jt.loss_scale_from_dict(json.loads(text))
+    text = json.dumps(jt.loss_scales.loss_scale_to_dict(state), allow_nan=False)
+    after = jt.loss_scales.loss_scale_from_dict(json.loads(text))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert x.dtype == y.dtype and x.shape == () and x.tobytes() == y.tobytes()
@@ -44,7 +44,7 @@ def test_every_loss_scale_comes_back_from_strict_json_to_the_bit(state):
 
 def test_the_dict_holds_every_field_in_plain_numbers():
     state = jt.DynamicLossScale(jnp.float32(48), jnp.int32(1), hysteresis=2).adjust(True)
-    entries = jt.loss_scale_to_dict(state)
+    entries = jt.loss_scales.loss_scale_to_dict(state)
     names = [field.name for field in dataclasses.fields(state)]
     assert list(entries) == ["kind", *names]
     assert {type(value) for value in entries.values()} <= {str, int, float, bool, type(None)}
@@ -52,10 +52,10 @@ def test_the_dict_holds_every_field_in_plain_numbers():
     with pytest.raises(
         TypeError, match="3 is not a loss scale; expected one of NoOpLossScale, Sta"
     ):
-        jt.loss_scale_to_dict(3)  # pyright: ignore[reportArgumentType]
+        jt.loss_scales.loss_scale_to_dict(3)  # pyright: ignore[reportArgumentType]
 
 
-GOOD = jt.loss_scale_to_dict(jt.DynamicLossScale(8.0, hysteresis=2))
+GOOD = jt.loss_scales.loss_scale_to_dict(jt.DynamicLossScale(8.0, hysteresis=2))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ GOOD = jt.loss_scale_to_dict(jt.DynamicLossScale(8.0, hysteresis=2))
 )
 def test_what_no_loss_scale_wrote_is_refused_by_name(entries, message):
     with pytest.raises(ValueError, match=message):
-        jt.loss_scale_from_dict(entries)
+        jt.loss_scales.loss_scale_from_dict(entries)
 
 
 # From GradScaler.
@@ -147,11 +147,11 @@ def test_a_live_gradscalers_state_goes_on_as_it_does_itself(factor, backoff, int
         loaded.load_state_dict(state_dict)
         finite = rng.random(60) < 0.8
         want_scale, want_tracker = zip(*run(loaded, finite), strict=True)
-        scale, counter = go_on(jt.loss_scale_from_gradscaler(state_dict), finite)
+        scale, counter = go_on(jt.loss_scales.loss_scale_from_gradscaler(state_dict), finite)
         assert np.asarray(scale).tolist() == list(want_scale)
         assert np.asarray(counter).tolist() == list(want_tracker)
     disabled = torch.amp.GradScaler("cpu", enabled=False)
-    assert jt.loss_scale_from_gradscaler(disabled.state_dict()) == jt.NoOpLossScale()
+    assert jt.loss_scales.loss_scale_from_gradscaler(disabled.state_dict()) == jt.NoOpLossScale()
 
 
 def test_a_recorded_gradscaler_is_taken_over_in_mid_run():
@@ -169,14 +169,14 @@ def test_a_recorded_gradscaler_is_taken_over_in_mid_run():
     names = ("growth_factor", "backoff_factor", "growth_interval")
     state_dict = {name: case[name] for name in names}
     state_dict |= {"scale": scales[cut].item(), "_growth_tracker": good}
-    scale, counter = go_on(jt.loss_scale_from_gradscaler(state_dict), finite[cut:])
+    scale, counter = go_on(jt.loss_scales.loss_scale_from_gradscaler(state_dict), finite[cut:])
     assert len(set(scales[cut:])) > 3 and good > 0
     np.testing.assert_array_equal(scale, scales[cut + 1 :])
     assert counter[-1] == case["last_growth_tracker"]
 
 
 def test_a_disabled_gradscaler_means_no_loss_scaling():
-    assert jt.loss_scale_from_gradscaler({}) == jt.NoOpLossScale()
+    assert jt.loss_scales.loss_scale_from_gradscaler({}) == jt.NoOpLossScale()
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_a_disabled_gradscaler_means_no_loss_scaling():
 )
 def test_what_no_gradscaler_wrote_is_refused_by_its_own_names(entries, message):
     with pytest.raises(ValueError, match=message):
-        jt.loss_scale_from_gradscaler(entries)
+        jt.loss_scales.loss_scale_from_gradscaler(entries)
 
 
 def test_a_gradscalers_state_in_the_wrong_place_is_told_the_right_one():
     with pytest.raises(ValueError, match="use loss_scale_from_gradscaler"):
-        jt.loss_scale_from_dict(GRADSCALER)
+        jt.loss_scales.loss_scale_from_dict(GRADSCALER)

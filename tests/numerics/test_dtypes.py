@@ -57,8 +57,8 @@ def test_the_short_name_parses_back(scalar_type):
 
 def test_dtype_to_names_takes_every_spelling_of_a_key_as_jmp_does():
     keys = (jnp.float32, np.float32, np.dtype(np.float32))
-    assert {jt.dtype_to_names[key] for key in keys} == {("full", "f32", "float32", "fp32")}
-    assert jt.dtype_to_names[jnp.bfloat16] == ("bf16", "bfloat16")
+    assert {jt.numerics.dtype_to_names[key] for key in keys} == {("full", "f32", "float32", "fp32")}
+    assert jt.numerics.dtype_to_names[jnp.bfloat16] == ("bf16", "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -142,11 +142,11 @@ def test_the_fastest_dtype_of_a_device(platform, capability, fastest):
     device = types.SimpleNamespace(platform=platform)
     if capability is not None:
         device.compute_capability = capability
-    assert jt.fastest_dtype(device).name == fastest
+    assert jt.numerics.fastest_dtype(device).name == fastest
 
 
 def test_the_fastest_dtype_is_by_default_that_of_the_first_device(monkeypatch):
     devices = [types.SimpleNamespace(platform="tpu"), types.SimpleNamespace(platform="cpu")]
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    assert jt.fastest_dtype().name == "bfloat16"
+    assert jt.numerics.fastest_dtype().name == "bfloat16"
     assert str(jt.get_policy("auto")) == "p=full,c=bf16,o=full"

@@ -27,7 +27,7 @@ def parameters(name, exponent=0):
 
 @functools.partial(jax.jit, static_argnums=3)
 def added(value, lost, addition, times):
-    add = lambda _, pair: jt.kahan_add(*pair, addition)
+    add = lambda _, pair: jt.numerics.kahan_add(*pair, addition)
     return jax.lax.fori_loop(0, times, add, (value, lost))
 
 
@@ -117,7 +117,7 @@ def test_additions_that_vary_add_up_where_equal_ones_do_not(name):
     draws = rng.uniform(0, 2, (4096, len(start))) * start * direction * 2.0**-size
     steps = draws.astype(np.float32)
     carry = (jnp.asarray(start, name), jnp.zeros(start.shape, jnp.bfloat16))
-    add = lambda carry, step: (jt.kahan_add(*carry, step), None)
+    add = lambda carry, step: (jt.numerics.kahan_add(*carry, step), None)
     value, lost = jax.jit(lambda c, s: jax.lax.scan(add, c, s)[0])(carry, steps)
     exact = steps.astype(np.float64).sum(0)
     share = (np.float64(value) + np.float64(lost) - start) / exact

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 TARGETS = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz")
 
-histogram = jax.jit(jt.exponent_histogram)
+histogram = jax.jit(jt.numerics.exponent_histogram)
 
 
 def near_the_edges():
@@ -72,7 +72,7 @@ def shares_by_casting(x, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_shares_are_those_of_the_cast(target):
     for x in (*EVERY.values(), near_the_edges()):
-        got = jt.shares_in(x, target)
+        got = jt.numerics.shares_in(x, target)
         expected = shares_by_casting(x, target)
         # The shares are counts over the size, in float32: exact to a unit in the last place.
         counts = {k: round(float(v) * x.size) for k, v in got._asdict().items()}
@@ -83,19 +83,19 @@ def test_the_shares_are_those_of_the_cast(target):
 def test_a_scale_moves_gradients_into_the_format():
     x = np.random.default_rng(0).lognormal(-18.0, 4.0, 5000).astype(np.float32)
     for scale in (1.0, 1024.0, 65536.0):
-        got = jt.shares_in({"g": x}, "float16", scale=scale)
+        got = jt.numerics.shares_in({"g": x}, "float16", scale=scale)
         expected = shares_by_casting(x * np.float32(scale), "float16")
         assert {k: round(float(v) * x.size) for k, v in got._asdict().items()} == expected
-    assert float(jt.shares_in(x, "float16").flushed) > 0.3 > float(got.flushed)
+    assert float(jt.numerics.shares_in(x, "float16").flushed) > 0.3 > float(got.flushed)
 
 
 def test_a_format_wider_than_float32_is_refused():
     with pytest.raises(ValueError, match="no wider than float32"):
-        jt.shares_in(jnp.ones(2), "float64")
+        jt.numerics.shares_in(jnp.ones(2), "float64")
 
 
 def test_a_tree_without_numbers_has_no_shares():
-    assert float(jt.shares_in({}, "float16").normal) == 0.0
+    assert float(jt.numerics.shares_in({}, "float16").normal) == 0.0
     assert int(histogram({"n": jnp.arange(3)}).counts.sum()) == 0
     assert nonfinite_leaves({}).shape == (0,)
 

@@ -21,9 +21,9 @@ FORMATS = {
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
 each_format = pytest.mark.parametrize("name", FORMATS)
-stochastic_round = jax.jit(jt.stochastic_round, static_argnums=1)
-round_to_nearest = jax.jit(jt.round_to_nearest, static_argnums=1)
-split, join = jax.jit(jt.split_bf16_remainder), jax.jit(jt.join_bf16_remainder)
+stochastic_round = jax.jit(jt.numerics.stochastic_round, static_argnums=1)
+round_to_nearest = jax.jit(jt.numerics.round_to_nearest, static_argnums=1)
+split, join = jax.jit(jt.numerics.split_bf16_remainder), jax.jit(jt.numerics.join_bf16_remainder)
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def test_the_largest_float32_rounds_to_infinity_and_comes_back():
 @pytest.mark.parametrize("dtypes", [(jnp.float16, jnp.uint16), (jnp.bfloat16, jnp.int16)])
 def test_join_refuses_what_split_does_not_give(dtypes):
     with pytest.raises(TypeError, match="expected bfloat16 and uint16"):
-        jt.join_bf16_remainder(jnp.zeros(1, dtypes[0]), jnp.zeros(1, dtypes[1]))
+        jt.numerics.join_bf16_remainder(jnp.zeros(1, dtypes[0]), jnp.zeros(1, dtypes[1]))
 
 
 # Stochastic rounding
@@ -226,7 +226,9 @@ def test_a_bfloat16_rounds_up_in_exactly_its_share_of_the_random_words():
     words = jnp.arange(65536, dtype=jnp.uint16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.random, "bits", lambda key, shape, dtype: words[:, None])
-        rounded = jt.stochastic_round(jnp.broadcast_to(x, (65536, len(x))), "bfloat16", None)
+        rounded = jt.numerics.stochastic_round(
+            jnp.broadcast_to(x, (65536, len(x))), "bfloat16", None
+        )
     np.testing.assert_array_equal((np.asarray(rounded, np.float32) > 1).sum(axis=0), low)
 
 
@@ -251,7 +253,7 @@ def test_the_64_bits_of_the_other_formats_are_compared_with_the_exact_share(name
             draw = jnp.array([word >> 32, word % 2**32], jnp.uint32)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(jax.random, "bits", lambda *_, draw=draw: draw)
-                got = float(jt.stochastic_round(x, name, None))
+                got = float(jt.numerics.stochastic_round(x, name, None))
             assert got == (above if goes_up else below)
 
 
@@ -272,7 +274,7 @@ def test_beyond_the_largest_value_stochastic_rounding_is_a_cast(name):
 def test_stochastic_rounding_is_reproducible_from_its_key(make_key):
     x = np.random.default_rng(0).normal(size=10_000).astype(np.float32)
     first = patterns(stochastic_round(x, "bfloat16", make_key(0)))
-    again = patterns(jt.stochastic_round(x, "bfloat16", make_key(0)))  # without jit
+    again = patterns(jt.numerics.stochastic_round(x, "bfloat16", make_key(0)))  # without jit
     other = patterns(stochastic_round(x, "bfloat16", make_key(1)))
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.2
@@ -285,7 +287,7 @@ def test_elements_are_rounded_independently():
     assert abs(up.var(ddof=1) / 250 - 1) < 5 * math.sqrt(2 / 1999)
 
 
-@pytest.mark.parametrize("function", [jt.round_to_nearest, functools.partial(jt.stochastic_round, key=jax.random.key(0))])  # fmt: skip
+@pytest.mark.parametrize("function", [jt.numerics.round_to_nearest, functools.partial(jt.numerics.stochastic_round, key=jax.random.key(0))])  # fmt: skip
 def test_other_formats_are_refused(function):
     with pytest.raises(ValueError, match="cannot round to float32; expected one of bfloat16"):
         function(jnp.ones(2), dtype=jnp.float32)
@@ -344,7 +346,7 @@ def test_kahan_addition_follows_float64(name):
     lost = jnp.zeros(200, jnp.bfloat16)
     exact = np.ones(200)
     steps = (rng.normal(size=(500, 200)) * 1e-4 + 2e-4).astype(np.float32)
-    add = jax.jit(jt.kahan_add)
+    add = jax.jit(jt.numerics.kahan_add)
     plain = np.asarray(value)
     for step in steps:
         value, lost = add(value, lost, step)
@@ -362,7 +364,7 @@ def test_the_compensation_is_what_the_rounding_lost_exactly():
     rng = np.random.default_rng(0)
     value = rng.normal(size=10_000).astype(ml_dtypes.bfloat16)
     step = (rng.integers(-128, 128, 10_000) * 2.0**-12).astype(np.float32)
-    new, lost = jt.kahan_add(value, np.zeros(10_000, ml_dtypes.bfloat16), step)
+    new, lost = jt.numerics.kahan_add(value, np.zeros(10_000, ml_dtypes.bfloat16), step)
     total = value.astype(np.float32) + step
     expected = total.astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(patterns(new), patterns(expected))
@@ -373,7 +375,7 @@ def test_the_compensation_is_what_the_rounding_lost_exactly():
 
 
 def test_a_compensation_of_an_overflow_is_zero():
-    new, lost = jt.kahan_add(jnp.float16(65504), jnp.bfloat16(0), 1e5)
+    new, lost = jt.numerics.kahan_add(jnp.float16(65504), jnp.bfloat16(0), 1e5)
     assert float(new) == np.inf and float(lost) == 0
 
 

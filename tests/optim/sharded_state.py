@@ -16,16 +16,16 @@ KINDS = {
 }
 SPECS = {"w": P("data", "model"), "b": P("data"), "norm": P("model")}
 NARROW = {
-    "master_weights": lambda: jt.master_weights(optax.sgd(0.1, 0.9)),
-    "bf16_remainder": lambda: jt.bf16_remainder(optax.sgd(0.1, 0.9)),
-    "stochastic_rounding": lambda: jt.stochastic_rounding(optax.sgd(0.1, 0.9)),
-    "kahan": lambda: jt.kahan(optax.sgd(0.1, 0.9)),
-    "loss_scaling": lambda: jt.loss_scaling(jt.kahan(optax.sgd(0.1, 0.9))),
+    "master_weights": lambda: jt.optim.master_weights(optax.sgd(0.1, 0.9)),
+    "bf16_remainder": lambda: jt.optim.bf16_remainder(optax.sgd(0.1, 0.9)),
+    "stochastic_rounding": lambda: jt.optim.stochastic_rounding(optax.sgd(0.1, 0.9)),
+    "kahan": lambda: jt.optim.kahan(optax.sgd(0.1, 0.9)),
+    "loss_scaling": lambda: jt.optim.loss_scaling(jt.optim.kahan(optax.sgd(0.1, 0.9))),
 }
 OPTIMIZERS = {
     **NARROW,
-    "fp32_state": lambda: jt.fp32_state(optax.sgd(0.1, 0.9)),
-    "accumulation": lambda: jt.bf16_remainder(optax.MultiSteps(optax.sgd(0.1, 0.9), 2)),
+    "fp32_state": lambda: jt.optim.fp32_state(optax.sgd(0.1, 0.9)),
+    "accumulation": lambda: jt.optim.bf16_remainder(optax.MultiSteps(optax.sgd(0.1, 0.9), 2)),
     "state_in_bfloat16": lambda: make_optimizer(
         OptimizerConfig(state="bfloat16", max_grad_norm=None), steps=10
     ),
@@ -90,7 +90,7 @@ def test_updates_and_the_next_state_keep_the_sharding(name, mesh):
 @each_mesh
 def test_a_state_of_make_step_follows_too(mesh):
     stepper = jt.make_step(
-        lambda p, b: p["w"].sum(), jt.kahan(optax.sgd(0.1, 0.9)), "p=bf16,c=bf16"
+        lambda p, b: p["w"].sum(), jt.optim.kahan(optax.sgd(0.1, 0.9)), "p=bf16,c=bf16"
     )
     params = sharded(mesh)
     with jax.set_mesh(mesh):

@@ -63,7 +63,7 @@ def data(steps):
     return jnp.asarray(np.random.default_rng(1).normal(size=(steps, 8, 16)), jnp.float32)
 
 
-@pytest.mark.parametrize("way", [jt.bf16_remainder, jt.master_weights])
+@pytest.mark.parametrize("way", [jt.optim.bf16_remainder, jt.optim.master_weights])
 @pytest.mark.parametrize(
     "name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in list(OPTIMIZERS)[1:])]
 )
@@ -76,8 +76,8 @@ def test_a_thousand_steps_are_those_of_float32_parameters_bit_for_bit(name, way)
     state, info = stepper.scan(stepper.init(start()), data(steps))
     assert info.loss[-10:].mean() < info.loss[:10].mean()
     ours = state.opt_state[1]
-    if way is jt.bf16_remainder:
-        ours = jax.tree.map(jt.join_bf16_remainder, state.params, ours)
+    if way is jt.optim.bf16_remainder:
+        ours = jax.tree.map(jt.numerics.join_bf16_remainder, state.params, ours)
     assert_same_bits(ours, master)
     assert_same_bits(state.opt_state.inner, inner)
     assert_same_bits(state.params, jax.tree.map(nearest_away, master))
@@ -86,7 +86,7 @@ def test_a_thousand_steps_are_those_of_float32_parameters_bit_for_bit(name, way)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equal_gradients_give_the_bits_of_the_float32_optimizer(name):
     """Optax on float32 parameters, as its own page says, with the same gradients for both."""
-    optimizer, ours = OPTIMIZERS[name](), jt.bf16_remainder(OPTIMIZERS[name]())
+    optimizer, ours = OPTIMIZERS[name](), jt.optim.bf16_remainder(OPTIMIZERS[name]())
 
     @jax.jit
     def step(carry, grads):
@@ -104,7 +104,7 @@ def test_equal_gradients_give_the_bits_of_the_float32_optimizer(name):
     for _ in range(50):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), full)
         carry, our_carry = step(carry, grads), our_step(our_carry, grads)
-    joined = jax.tree.map(jt.join_bf16_remainder, our_carry[0], our_carry[1].remainder)
+    joined = jax.tree.map(jt.numerics.join_bf16_remainder, our_carry[0], our_carry[1].remainder)
     assert_same_bits((joined, our_carry[1].inner), carry)
 
 
@@ -112,7 +112,9 @@ def test_mixed_bfloat16_differs_first_where_a_cast_breaks_a_tie():
     """Its cast takes ties to even. The two trainings agree in every bit until a float32 parameter lies
     halfway between an even bfloat16 and a larger odd one; at that step the losses' weights differ."""
     steppers = (
-        jt.make_step(loss_fn, jt.bf16_remainder(OPTIMIZERS["adamw"]()), "p=bf16,c=bf16,o=f32"),
+        jt.make_step(
+            loss_fn, jt.optim.bf16_remainder(OPTIMIZERS["adamw"]()), "p=bf16,c=bf16,o=f32"
+        ),
         jt.make_step(loss_fn, OPTIMIZERS["adamw"](), "mixed_bfloat16"),
     )
     narrow, mixed = (stepper.init(start()) for stepper in steppers)
@@ -121,7 +123,9 @@ def test_mixed_bfloat16_differs_first_where_a_cast_breaks_a_tie():
         tie = any(((b & 0x1FFFF) == 0x8000).any() for b in bits)
         narrow, _ = steppers[0].step(narrow, x)
         mixed, _ = steppers[1].step(mixed, x)
-        joined = jax.tree.map(jt.join_bf16_remainder, narrow.params, narrow.opt_state.remainder)
+        joined = jax.tree.map(
+            jt.numerics.join_bf16_remainder, narrow.params, narrow.opt_state.remainder
+        )
         if tie:
             break
         assert_same_bits((joined, narrow.opt_state.inner), (mixed.params, mixed.opt_state))

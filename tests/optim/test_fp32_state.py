@@ -38,11 +38,11 @@ def test_optax_alone_does_keep_its_state_in_the_parameters_dtype():
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         params = {"w": jnp.ones(3, jnp.float64)}
-        assert floating_dtypes(jt.fp32_state(optax.adam(0.1)).init(params)) == {"float64"}
+        assert floating_dtypes(jt.optim.fp32_state(optax.adam(0.1)).init(params)) == {"float64"}
 
 
 def test_a_dtype_that_the_optimizer_was_told_to_use_is_kept():
-    state = jt.fp32_state(optax.adam(0.1, mu_dtype=jnp.bfloat16)).init({"w": jnp.ones(3)})
+    state = jt.optim.fp32_state(optax.adam(0.1, mu_dtype=jnp.bfloat16)).init({"w": jnp.ones(3)})
     assert state[0].mu["w"].dtype == jnp.bfloat16
 
 
@@ -63,7 +63,7 @@ def test_adam_on_16_bit_parameters_follows_float64_adam(dtype):
     rng = np.random.default_rng(0)
     start = rng.normal(size=200).astype(dtype)
     grads = (rng.normal(size=200) * 1e-5).astype(dtype)
-    optimizer = jt.fp32_state(optax.adam(0.1))
+    optimizer = jt.optim.fp32_state(optax.adam(0.1))
     params = jnp.asarray(start)
     state = optimizer.init(params)
     for _ in range(20):
@@ -85,6 +85,6 @@ def test_an_optimizer_sees_16_bit_parameters_in_float32():
         seen.append((updates.dtype, params.dtype))
         return updates, state
 
-    optimizer = jt.fp32_state(optax.GradientTransformation(lambda params: (), update))
+    optimizer = jt.optim.fp32_state(optax.GradientTransformation(lambda params: (), update))
     optimizer.update(jnp.ones(2, jnp.float16), (), jnp.ones(2, jnp.bfloat16))
     assert seen == [(jnp.float32, jnp.float32)]

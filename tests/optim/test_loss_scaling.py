@@ -47,7 +47,7 @@ def clipped_adamw():
     "policy,inner",
     [
         ("mixed_float16", clipped_adamw()),
-        ("float16", jt.master_weights(clipped_adamw())),
+        ("float16", jt.optim.master_weights(clipped_adamw())),
     ],
     ids=["mixed", "master_weights"],
 )
@@ -63,7 +63,7 @@ def test_a_loop_of_ones_own_follows_make_step(policy, inner):
     want = stepper.init(params)
 
     cast = jt.get_policy(policy)
-    optimizer = jt.loss_scaling(inner, loss_scale)
+    optimizer = jt.optim.loss_scaling(inner, loss_scale)
     params = cast.cast_to_param(params)
     opt_state = optimizer.init(params)
 
@@ -71,7 +71,7 @@ def test_a_loop_of_ones_own_follows_make_step(policy, inner):
     def step(params, opt_state, batch):
         def scaled(params):
             loss = loss_fn(cast.cast_to_compute(params), cast.cast_to_compute(batch))
-            return jt.scale_loss(loss, opt_state)
+            return jt.optim.scale_loss(loss, opt_state)
 
         grads = jax.grad(scaled)(params)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -94,7 +94,7 @@ def test_a_loop_of_ones_own_follows_make_step(policy, inner):
 
 
 def test_gradients_are_unscaled_before_they_are_clipped():
-    optimizer = jt.loss_scaling(
+    optimizer = jt.optim.loss_scaling(
         optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), jt.DynamicLossScale(2.0**10)
     )
     params = jnp.zeros(2)
@@ -105,7 +105,7 @@ def test_gradients_are_unscaled_before_they_are_clipped():
 
 
 def test_float16_gradients_are_unscaled_in_float32():
-    optimizer = jt.loss_scaling(optax.sgd(1.0), jt.DynamicLossScale(2.0**16))
+    optimizer = jt.optim.loss_scaling(optax.sgd(1.0), jt.DynamicLossScale(2.0**16))
     smallest = jnp.float16(2.0**-24)
     updates, _ = optimizer.update(smallest, optimizer.init(smallest), smallest)
     assert updates.dtype == jnp.float32 and updates == -(2.0**-40)
@@ -116,16 +116,19 @@ def test_what_update_is_told_reaches_the_inner_optimizer():
         return updates * value, state
 
     inner = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    optimizer = jt.loss_scaling(inner, jt.StaticLossScale(4.0))
+    optimizer = jt.optim.loss_scaling(inner, jt.StaticLossScale(4.0))
     updates, _ = optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(1)), value=jnp.float32(3))
     assert updates == 0.75
 
 
 def test_narrow_parameters_are_left_to_the_inner_optimizer_that_takes_them():
     """So that `fp32_state`, and `make_step` with it, hands on the parameters as they are."""
-    for inner, as_it_is in ((jt.master_weights(optax.sgd(1.0)), True), (optax.sgd(1.0), False)):
-        optimizer = jt.loss_scaling(inner)
-        assert (jt.fp32_state(optimizer) is optimizer) == as_it_is
+    for inner, as_it_is in (
+        (jt.optim.master_weights(optax.sgd(1.0)), True),
+        (optax.sgd(1.0), False),
+    ):
+        optimizer = jt.optim.loss_scaling(inner)
+        assert (jt.optim.fp32_state(optimizer) is optimizer) == as_it_is
 
 
 # Skipped steps.
@@ -133,7 +136,7 @@ def test_narrow_parameters_are_left_to_the_inner_optimizer_that_takes_them():
 
 @pytest.mark.parametrize("bad", [jnp.inf, -jnp.inf, jnp.nan])
 def test_a_skipped_step_changes_nothing_but_the_scale_and_the_counts(bad):
-    optimizer = jt.loss_scaling(clipped_adamw(), jt.DynamicLossScale(8.0))
+    optimizer = jt.optim.loss_scaling(clipped_adamw(), jt.DynamicLossScale(8.0))
     params = {"w": jnp.array([0.0, -0.0, 1.5, -3e38, 1e-30]), "b": jnp.float32(-0.0)}
     good = jax.tree.map(jnp.ones_like, params)
     before = optimizer.update(good, optimizer.init(params), params)[1]
@@ -147,17 +150,17 @@ def test_a_skipped_step_changes_nothing_but_the_scale_and_the_counts(bad):
     assert (then.skipped, then.skipped_in_row) == (1, 0)
 
 
-@pytest.mark.parametrize("way", [lambda o: o, jt.master_weights])
+@pytest.mark.parametrize("way", [lambda o: o, jt.optim.master_weights])
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 def test_every_16_bit_parameter_stays_as_it_is_on_a_skipped_step(half, way):
     bits = np.arange(2**16, dtype=np.uint16)
     number = bits.view(half).astype(np.float32)
     # A sum makes any NaN the quiet one, and a CPU flushes float32's subnormals, some of bfloat16's.
     stays = ~np.isnan(number) & ((number == 0) | (np.abs(number) >= np.finfo(np.float32).tiny))
-    if way is jt.master_weights:
+    if way is jt.optim.master_weights:
         stays = np.ones_like(stays)
     params = jnp.asarray(bits.view(half))
-    optimizer = jt.loss_scaling(way(optax.sgd(1.0)))
+    optimizer = jt.optim.loss_scaling(way(optax.sgd(1.0)))
     updates, _ = optimizer.update(jnp.full(2**16, INF), optimizer.init(params), params)
     after = np.asarray(jax.jit(optax.apply_updates)(params, updates)).view(np.uint16)
     np.testing.assert_array_equal(after[stays], bits[stays])
@@ -172,7 +175,7 @@ def test_apply_if_finite_differs_in_what_its_docstring_says():
 
 
 def test_the_counts_of_skipped_steps_stop_at_the_top_of_int32():
-    optimizer = jt.loss_scaling(optax.sgd(1.0))
+    optimizer = jt.optim.loss_scaling(optax.sgd(1.0))
     top = jnp.int32(2**31 - 1)
     state = optimizer.init(INF)._replace(skipped=top, skipped_in_row=top)
     _, state = optimizer.update(INF, state)
@@ -181,9 +184,9 @@ def test_the_counts_of_skipped_steps_stop_at_the_top_of_int32():
 
 @pytest.mark.parametrize("loss_scale", [jt.NoOpLossScale(), jt.StaticLossScale(4.0)])
 def test_a_constant_scale_skips_too_and_stays(loss_scale):
-    optimizer = jt.loss_scaling(optax.sgd(1.0), loss_scale)
+    optimizer = jt.optim.loss_scaling(optax.sgd(1.0), loss_scale)
     state = optimizer.init(jnp.zeros(2))
-    scaled = jt.scale_loss(jnp.ones(2), state)
+    scaled = jt.optim.scale_loss(jnp.ones(2), state)
     updates, state = jax.jit(optimizer.update)(scaled, state)
     np.testing.assert_array_equal(updates, [-1, -1])
     updates, state = jax.jit(optimizer.update)(scaled * INF, state)
@@ -196,12 +199,12 @@ def test_a_constant_scale_skips_too_and_stays(loss_scale):
 
 def test_around_multi_steps_a_micro_batch_that_is_not_finite_is_left_out():
     inner = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
-    optimizer = jt.loss_scaling(inner, jt.DynamicLossScale(4.0))  # pyright: ignore[reportArgumentType]
+    optimizer = jt.optim.loss_scaling(inner, jt.DynamicLossScale(4.0))  # pyright: ignore[reportArgumentType]
     params = jnp.zeros(1)
     state = optimizer.init(params)
     total = params
     for micro_batch in (1.0, jnp.inf, 3.0):
-        grads = jt.scale_loss(jnp.full(1, micro_batch), state)
+        grads = jt.optim.scale_loss(jnp.full(1, micro_batch), state)
         updates, state = optimizer.update(grads, state, params)
         total += updates
     assert total == -2.0  # the mean of 1 and 3, though the scale fell from 4 to 2 between them
@@ -211,13 +214,13 @@ def test_around_multi_steps_a_micro_batch_that_is_not_finite_is_left_out():
 def test_inside_multi_steps_every_step_after_a_bad_micro_batch_is_skipped():
     """Why the documentation says never: if Optax mends it, the advice can go."""
     optimizer = optax.MultiSteps(
-        jt.loss_scaling(optax.sgd(1.0), jt.DynamicLossScale(4.0)), every_k_schedule=2
+        jt.optim.loss_scaling(optax.sgd(1.0), jt.DynamicLossScale(4.0)), every_k_schedule=2
     )
     params = jnp.zeros(1)
     state = optimizer.init(params)
     totals = []
     for micro_batch in (1.0, 3.0, jnp.inf, 3.0, 1.0, 3.0):
-        grads = jt.scale_loss(jnp.full(1, micro_batch), state)
+        grads = jt.optim.scale_loss(jnp.full(1, micro_batch), state)
         updates, state = optimizer.update(grads, state, params)
         totals.append(float(updates[0]))
     assert totals == [0.0, -2.0, 0.0, 0.0, 0.0, 0.0]
@@ -226,7 +229,7 @@ def test_inside_multi_steps_every_step_after_a_bad_micro_batch_is_skipped():
 
 
 def test_the_scale_is_found_at_any_depth():
-    scaling = jt.loss_scaling(optax.adam(1.0), jt.DynamicLossScale(2.0**5))
+    scaling = jt.optim.loss_scaling(optax.adam(1.0), jt.DynamicLossScale(2.0**5))
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     for optimizer in (
         scaling,
@@ -234,19 +237,19 @@ def test_the_scale_is_found_at_any_depth():
         optax.partition({"x": scaling, "y": optax.set_to_zero()}, {"a": "x", "b": "y"}),
         optax.MultiSteps(scaling, 2),
         optax.inject_hyperparams(
-            lambda rate: jt.loss_scaling(optax.sgd(rate), jt.StaticLossScale(32))
+            lambda rate: jt.optim.loss_scaling(optax.sgd(rate), jt.StaticLossScale(32))
         )(rate=1.0),
     ):
         state = optimizer.init(params)
         assert isinstance(state_of(state), LossScalingState)
-        assert jax.jit(jt.scale_loss)(jnp.float16(3.0), state) == 96.0
+        assert jax.jit(jt.optim.scale_loss)(jnp.float16(3.0), state) == 96.0
 
 
 def test_a_state_with_no_scale_or_two_is_refused():
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match="has 0 loss scales; expected one"):
-        jt.scale_loss(1.0, optax.adam(1.0).init(params))
-    each = {name: jt.loss_scaling(optax.sgd(1.0)) for name in params}
+        jt.optim.scale_loss(1.0, optax.adam(1.0).init(params))
+    each = {name: jt.optim.loss_scaling(optax.sgd(1.0)) for name in params}
     two = optax.partition(each, {"a": "a", "b": "b"}).init(params)
     with pytest.raises(ValueError, match="has 2 loss scales; .* around the whole optimizer"):
-        jt.scale_loss(1.0, two)
+        jt.optim.scale_loss(1.0, two)

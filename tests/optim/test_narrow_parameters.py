@@ -11,7 +11,12 @@ from helpers.bits import bits, every_pattern, unsigned
 import jmp_train as jt
 from jmp_train.optim import BitUpdate
 
-WAYS = (jt.master_weights, jt.bf16_remainder, jt.stochastic_rounding, jt.kahan)
+WAYS = (
+    jt.optim.master_weights,
+    jt.optim.bf16_remainder,
+    jt.optim.stochastic_rounding,
+    jt.optim.kahan,
+)
 DTYPES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
@@ -68,7 +73,7 @@ def test_zeros_leave_numpy_and_jax_parameters_as_they_are():
 @pytest.mark.parametrize("outer", [optax.scale(0.5), optax.scale_by_learning_rate(0.1)])
 def test_a_transformation_that_changes_updates_outside_is_refused(outer):
     params = jnp.ones(2, jnp.bfloat16)
-    optimizer = optax.chain(jt.master_weights(optax.sgd(1.0)), outer)
+    optimizer = optax.chain(jt.optim.master_weights(optax.sgd(1.0)), outer)
     updates, _ = optimizer.update(jnp.ones(2), optimizer.init(params), params)
     with pytest.raises(TypeError, match="holds float32; expected the uint16"):
         optax.apply_updates(params, updates)
@@ -85,13 +90,15 @@ def test_optax_maps_over_what_the_state_holds_for_each_parameter(way):
     """For the sharding of a state, say: `optax.tree.map_params` inits with a tree without leaves."""
     params = {"a": jnp.ones((3, 2), jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
     specs = {"a": "sharded", "b": "whole"}
-    optimizer = jt.loss_scaling(way(optax.adam(0.1)))
+    optimizer = jt.optim.loss_scaling(way(optax.adam(0.1)))
     state = optimizer.init(params)
     mapped = optax.tree.map_params(optimizer, lambda _, spec: spec, state, specs)
     shapes = {"sharded": (3, 2), "whole": (2,)}
     pairs = list(zip(jax.tree.leaves(mapped), jax.tree.leaves(state), strict=True))
     found = [word for word, x in pairs if isinstance(word, str) and x.shape == shapes[word]]
-    copies = 2 if way is jt.stochastic_rounding else 3  # two moments, and what the wrapper keeps
+    copies = (
+        2 if way is jt.optim.stochastic_rounding else 3
+    )  # two moments, and what the wrapper keeps
     assert sorted(found) == ["sharded"] * copies + ["whole"] * copies
 
 
@@ -100,12 +107,12 @@ def test_the_remainder_is_for_bfloat16_alone(dtype):
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": {"c": jnp.ones(2, dtype)}}
     message = f"parameter 'b/c' is {jnp.dtype(dtype)}; expected bfloat16"
     with pytest.raises(ValueError, match=message):
-        jt.bf16_remainder(optax.adam(0.1)).init(params)
+        jt.optim.bf16_remainder(optax.adam(0.1)).init(params)
 
 
 def test_a_format_that_cannot_be_rounded_to_is_refused():
     with pytest.raises(ValueError, match="'w' is float8_e4m3fnuz; expected bfloat16 or float16"):
-        jt.kahan(optax.sgd(0.1)).init({"w": jnp.ones(2, jnp.float8_e4m3fnuz)})
+        jt.optim.kahan(optax.sgd(0.1)).init({"w": jnp.ones(2, jnp.float8_e4m3fnuz)})
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -127,7 +134,7 @@ def test_a_chain_around_it_in_make_step_says_where_it_belongs(way):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS)
 def test_float32_parameters_beside_narrow_ones_are_the_inner_optimizers(way, dtype):
-    if way is jt.bf16_remainder and dtype is not ml_dtypes.bfloat16:
+    if way is jt.optim.bf16_remainder and dtype is not ml_dtypes.bfloat16:
         return
     start = np.linspace(0.5, 1.5, 8)
     params = {"w": jnp.asarray(start, dtype), "norm": jnp.asarray(start, jnp.float32), "no": None}

@@ -26,7 +26,12 @@ from jmp_train.records.checkpoints import Checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("master", "remainder", "stochastic", "kahan")
 NAMES = ("adamw", "adam", "sgd", "lion", "muon")
-FUNCTIONS = (jt.master_weights, jt.bf16_remainder, jt.stochastic_rounding, jt.kahan)
+FUNCTIONS = (
+    jt.optim.master_weights,
+    jt.optim.bf16_remainder,
+    jt.optim.stochastic_rounding,
+    jt.optim.kahan,
+)
 each_way = pytest.mark.parametrize("way", WAYS)
 slow_but_adamw = pytest.mark.parametrize(
     "name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])]
@@ -209,7 +214,9 @@ def test_a_tree_with_float32_leaves_comes_back_from_orbax(tmp_path, way):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
-@pytest.mark.parametrize("way", [jt.master_weights, jt.stochastic_rounding, jt.kahan])
+@pytest.mark.parametrize(
+    "way", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
+)
 def test_float16_and_float8_parameters_walk_too(way, dtype):
     """200 steps of 1e-4 (float16) or 5e-3 (float8), each below half a spacing at 1."""
     size = 1e-4 if dtype == jnp.float16 else 5e-3
@@ -226,7 +233,9 @@ def test_float16_and_float8_parameters_walk_too(way, dtype):
     got = np.asarray(params, np.float64)
     # Stochastic: the variance of a rounding is at most spacing^2 / 4, 200 of them, 2,000 elements.
     spacing = float(ml_dtypes.finfo(dtype).eps)
-    noise = 5 * spacing / 2 * np.sqrt(200 / 2000) if way is jt.stochastic_rounding else spacing
+    noise = (
+        5 * spacing / 2 * np.sqrt(200 / 2000) if way is jt.optim.stochastic_rounding else spacing
+    )
     assert abs(got.mean() - (1 + 200 * size)) < noise
     assert np.asarray(jnp.ones((), dtype) + jnp.asarray(size, dtype)) == 1
 
@@ -234,7 +243,7 @@ def test_float16_and_float8_parameters_walk_too(way, dtype):
 # Other loops
 
 
-@pytest.mark.parametrize("function", [jt.bf16_remainder, jt.kahan])
+@pytest.mark.parametrize("function", [jt.optim.bf16_remainder, jt.optim.kahan])
 def test_the_training_states_of_flax_apply_the_updates_too(function):
     module = nn.Dense(3, param_dtype=jnp.bfloat16)
     params = module.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
@@ -258,7 +267,7 @@ def test_the_training_states_of_flax_apply_the_updates_too(function):
     assert model.kernel[...].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("function", [jt.bf16_remainder, jt.stochastic_rounding])
+@pytest.mark.parametrize("function", [jt.optim.bf16_remainder, jt.optim.stochastic_rounding])
 def test_accumulation_and_skipping_inside_leave_the_parameters_alone(function):
     params = start()
     optimizer = function(optax.apply_if_finite(optax.MultiSteps(optax.adam(0.1), 2), 5))
@@ -275,9 +284,12 @@ def test_accumulation_and_skipping_inside_leave_the_parameters_alone(function):
 
 def test_partitions_and_injected_hyperparameters_work_around_it():
     params = start()
-    make = lambda rate: jt.kahan(optax.adam(rate))
+    make = lambda rate: jt.optim.kahan(optax.adam(rate))
     optimizer = optax.partition(
-        {"a": optax.inject_hyperparams(make)(rate=0.1), "b": jt.master_weights(optax.sgd(0.1))},
+        {
+            "a": optax.inject_hyperparams(make)(rate=0.1),
+            "b": jt.optim.master_weights(optax.sgd(0.1)),
+        },
         {"w": "a", "b": "b"},
     )
     updates, _ = optimizer.update(params, optimizer.init(params), params)

@@ -10,7 +10,12 @@ from helpers.bits import bits, every_pattern
 
 import jmp_train as jt
 
-WAYS = (jt.master_weights, jt.bf16_remainder, jt.stochastic_rounding, jt.kahan)
+WAYS = (
+    jt.optim.master_weights,
+    jt.optim.bf16_remainder,
+    jt.optim.stochastic_rounding,
+    jt.optim.kahan,
+)
 DTYPES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
@@ -20,7 +25,7 @@ DTYPES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.flo
 @pytest.mark.parametrize("way", WAYS)
 def test_a_zero_update_keeps_every_pattern(way, dtype, zero, steps):
     """All patterns of a format. -0 + 0 is +0 as in IEEE 754; a NaN stays one, perhaps another."""
-    if way is jt.bf16_remainder and dtype is not ml_dtypes.bfloat16:
+    if way is jt.optim.bf16_remainder and dtype is not ml_dtypes.bfloat16:
         return
     before = every_pattern(dtype)
     params = jnp.asarray(before.view(dtype))
@@ -32,7 +37,7 @@ def test_a_zero_update_keeps_every_pattern(way, dtype, zero, steps):
         params = optax.apply_updates(params, updates)
     after = np.asarray(params)
     number = before.view(dtype).astype(np.float32)
-    added = zero + 0.0 if way is jt.kahan else zero  # its compensation, +0, is added first
+    added = zero + 0.0 if way is jt.optim.kahan else zero  # its compensation, +0, is added first
     is_zero, nan = number == 0, np.isnan(number)
     number[is_zero] += np.float32(added)
     assert np.isnan(after[nan].astype(np.float32)).all()
@@ -44,7 +49,7 @@ def test_a_zero_update_keeps_every_pattern(way, dtype, zero, steps):
 def test_a_zero_update_keeps_a_subnormal_compensation():
     """Half a spacing at 2^-118 is the subnormal 2^-126; a half of that waits for the other half."""
     value, rest = jnp.bfloat16(2.0**-118), jnp.bfloat16(2.0**-127)
-    new, lost = jax.jit(jt.kahan_add)(value, rest, jnp.float32(0))
+    new, lost = jax.jit(jt.numerics.kahan_add)(value, rest, jnp.float32(0))
     assert bits(new) == bits(value)
     assert bits(lost) == bits(rest)
 
