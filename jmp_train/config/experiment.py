@@ -18,7 +18,6 @@ from jmp_train.types import DTypeLike
 
 ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
-E = TypeVar("E", bound="Experiment[Any, Any]")
 
 
 @dataclasses.dataclass(frozen=True)
