@@ -173,6 +173,7 @@ def test_the_last_skip_tells_its_step_and_the_gradients_that_were_not_finite():
     stepper = jt.make_step(two_parts, optax.sgd(0.1), "mixed_float16")
     good = {"a": jnp.full(2, 2.0**-8), "b": jnp.full(2, 2.0**-8)}
     state = stepper.init(params)
+    assert state.last_skip is not None
     assert int(state.last_skip.step) == 0 and not state.last_skip.nonfinite.any()
     for batch in (good, {**good, "b": jnp.array([1.0, jnp.inf])}, good):
         state, _ = stepper.step(state, batch)
