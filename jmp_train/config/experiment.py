@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from jmp_train.errors import nearest
 from jmp_train.fields import check_fields
@@ -18,7 +18,6 @@ from jmp_train.types import DTypeLike
 
 ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
-E = TypeVar("E", bound="Experiment[Any, Any]")
 
 
 @dataclasses.dataclass(frozen=True)

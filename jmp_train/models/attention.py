@@ -18,7 +18,7 @@ def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000
     Features i and i + K/2 form a pair, rotated by the angle `position * theta**(-2 i / K)`.
 
     Args:
-      x_BxTxHxK: queries or keys, (batch, positions, heads, features); the number of features is even.
+      x_BxTxHxK: queries or keys, (batch, positions, heads, features); an even number of features.
       positions_T: int32, (positions,).
       theta: base of the angles; the longest wavelength is about 2 pi times `theta` positions.
 

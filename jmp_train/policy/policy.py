@@ -109,8 +109,9 @@ def get_policy(policy: str | Policy) -> Policy:
     | `"auto"` | f32 | `fastest_dtype()` | f32 |
 
     In the `key=value` form, the parameter dtype defaults to float32, the compute dtype to the
-    parameter dtype, and the output dtype to the compute dtype (the grammar of google-deepmind/jmp). A dtype is one of `bf16`,
-    `bfloat16`, `f16`, `float16`, `f32`, `float32`, `full`, `f64`, `float64`, `half`.
+    parameter dtype, and the output dtype to the compute dtype (the grammar of google-deepmind/jmp).
+    A dtype is one of `bf16`, `bfloat16`, `f16`, `float16`, `f32`, `float32`, `full`, `f64`,
+    `float64`, `half`.
 
     Args:
       policy: the string; a `Policy` is returned unchanged.

@@ -71,7 +71,7 @@ class Rules:
         return next((i for i, r in enumerate(self.entries) if _compiled(r.pattern)(path)), None)
 
     def policy_of(self, path: str) -> Policy:
-        """Return the policy of the module at a path: from its rule, else from its nearest ancestor."""
+        """Return the policy of the module at a path: its rule's, else its nearest ancestor's."""
         index = self.index_of(path)
         if index is not None:
             return self.entries[index].policy

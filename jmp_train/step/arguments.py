@@ -15,6 +15,7 @@ from jmp_train.loss_scales.states import NoOpLossScale, check_loss_scale
 from jmp_train.optim.loss_scaling import scales_of
 from jmp_train.step.donation import DONATED, was_donated
 from jmp_train.step.state import TrainState
+from jmp_train.types import PyTree
 
 _OPTIMIZERS = [
     "adabelief",
@@ -90,7 +91,7 @@ def check_state(state: Any) -> None:
         raise ValueError(DONATED)
 
 
-def check_scaled_once(opt_state: Any) -> None:
+def check_scaled_once(opt_state: PyTree) -> None:
     """Raise ValueError if the optimizer itself divides gradients by a loss scale."""
     if any(not isinstance(scale, NoOpLossScale) for scale in scales_of(opt_state)):
         raise ValueError(

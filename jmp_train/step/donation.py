@@ -42,7 +42,7 @@ class Donating:
         self._placed: dict[Any, Any] = {}  # jitted functions by output shardings
         functools.update_wrapper(self, function)
 
-    def __call__(self, state: Any, batch: PyTree) -> Any:
+    def __call__(self, state: PyTree, batch: PyTree) -> Any:
         try:
             return self._for(state)(state, batch)
         except (RuntimeError, ValueError) as error:
@@ -51,7 +51,7 @@ class Donating:
                 raise ValueError(DONATED) from error
             raise
 
-    def _for(self, state: Any) -> Any:
+    def _for(self, state: PyTree) -> Any:
         """Return the jitted function whose new state has the sharding of `state`."""
         step = getattr(state, "step", None)  # replicated on every device of the state
         sharding = None if isinstance(step, Tracer) else getattr(step, "sharding", None)
@@ -66,10 +66,10 @@ class Donating:
             self._placed[tree, shardings] = found
         return found
 
-    def lower(self, state: Any, batch: PyTree) -> jax.stages.Lowered:
+    def lower(self, state: PyTree, batch: PyTree) -> jax.stages.Lowered:
         return self._for(state).lower(state, batch)
 
-    def trace(self, state: Any, batch: PyTree) -> jax.stages.Traced:
+    def trace(self, state: PyTree, batch: PyTree) -> jax.stages.Traced:
         return self._for(state).trace(state, batch)
 
     def _cache_size(self) -> int:

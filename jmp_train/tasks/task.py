@@ -23,4 +23,5 @@ class Task(NamedTuple):
     """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None if the
     task does not generate text.
 
-    Raises ValueError for an empty prompt, a length below 1, or a negative or non-finite temperature."""
+    Raises ValueError for an empty prompt, for a length below 1, and for a temperature that is
+    negative or not finite."""

@@ -73,13 +73,22 @@ def test_classes_may_be_more_than_the_labels_show_and_labels_may_be_whole_floats
 @pytest.mark.parametrize(
     "labels,line",
     [
-        ([1, 2], r"are 1, 2 \(2 different\); expected every integer from 0 to 1, .*classes 3\)$"),
-        ([0, 3], r"are 0, 3 \(2 different\); expected every integer from 0 to 1, .*classes 4\)$"),
+        (
+            [1, 2],
+            r"are 1, 2 \(2 different\); expected every integer from 0 to 1, .*--data.classes 3 if some classes have no examples$",
+        ),
+        (
+            [0, 3],
+            r"are 0, 3 \(2 different\); expected every integer from 0 to 1, .*--data.classes 4 if some classes have no examples$",
+        ),
         (
             [0, 1, 3],
-            r"are 0, 1, 3 \(3 different\); expected every integer from 0 to 2, .*classes 4\)$",
+            r"are 0, 1, 3 \(3 different\); expected every integer from 0 to 2, .*--data.classes 4 if some classes have no examples$",
         ),
-        ([0], r"are 0 \(1 different\); expected every integer from 0 to 1, .*classes 2\)$"),
+        (
+            [0],
+            r"are 0 \(1 different\); expected every integer from 0 to 1, .*--data.classes 2 if some classes have no examples$",
+        ),
         (range(1, 13), r"are 1, 2, 3, 4, 5, \.\.\., 12 \(12 different\); expected .* from 0 to 11"),
         ([0.0, 2.0], r"are 0, 2 \(2 different\); expected every integer from 0 to 1"),
     ],
