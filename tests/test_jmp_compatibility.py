@@ -17,7 +17,7 @@ import pytest
 import jmp_train
 
 RUNNER = pathlib.Path(__file__).with_name("helpers") / "run_as_jmp.py"
-ROOT = RUNNER.parent.parent
+ROOT = RUNNER.parents[2]
 
 
 def python(*arguments):

@@ -40,9 +40,18 @@ CONFIG_WORDS = [
     (["--rules", "head"], r"rule 'head' has no policy; write it as 'pattern=policy'"),
     (["--rules", "=bf16"], r"rule pattern ''; expected a glob such as"),
     (["--rules", "head=bf61"], r"'bf61'; did you mean 'bf16'"),
-    (["--rules", "re:(=bf16"], r"'re:\(' is an invalid regular expression.*expected a glob such as"),
-    (["--rules", "re:a{9999999999}=bf16"], r"is an invalid regular expression.*expected a glob such as"),
-    (["--rules", "re:" + "(" * 5000 + "=bf16"], r"is an invalid regular expression.*expected a glob"),
+    (
+        ["--rules", "re:(=bf16"],
+        r"'re:\(' is an invalid regular expression.*expected a glob such as",
+    ),
+    (
+        ["--rules", "re:a{9999999999}=bf16"],
+        r"is an invalid regular expression.*expected a glob such as",
+    ),
+    (
+        ["--rules", "re:" + "(" * 5000 + "=bf16"],
+        r"is an invalid regular expression.*expected a glob",
+    ),
     (["--rules", "layer/0=bf16"], r"'layer/0' .* matches no module; the nearest are 'layers/0'"),
 ]
 IMPOSSIBLE = [

@@ -1,4 +1,4 @@
-"""Runs a test file written for jmp with jmp_train in jmp's place, and prints what came of it.
+"""Run a test file written for jmp with jmp_train in place of jmp, and print the outcome.
 
     python tests/helpers/run_as_jmp.py path/of/some_test.py
 
@@ -8,30 +8,40 @@ The last line is JSON: how many tests ran, and the names of those that failed an
 import importlib.util
 import json
 import sys
+import types
 import unittest
 
 from absl import flags
 
 import jmp_train
-from jmp_train import precision
-from jmp_train.loss_scales import states as loss_scale
+from jmp_train import tree
+from jmp_train.loss_scales import states
+from jmp_train.numerics import dtypes
 from jmp_train.policy import policy
+
+
+def _module(name: str, *sources: types.ModuleType) -> types.ModuleType:
+    """Return a module of jmp that has the names of several of ours, which divides them otherwise."""
+    module = types.ModuleType(name)
+    for source in sources:
+        vars(module).update((k, v) for k, v in vars(source).items() if not k.startswith("__"))
+    return module
+
 
 SUBSTITUTES = {
     "jmp": jmp_train,
-    "jmp._src": precision,
-    "jmp._src.loss_scale": loss_scale,
-    "jmp._src.policy": policy,
+    "jmp._src": types.ModuleType("jmp._src"),
+    "jmp._src.loss_scale": _module("jmp._src.loss_scale", tree, states),
+    "jmp._src.policy": _module("jmp._src.policy", tree, dtypes, policy),
 }
 
 
 def substitute() -> None:
-    """Makes `import jmp` find jmp_train, and the modules that jmp's own tests import find ours."""
+    """Make `import jmp` find jmp_train, and imports of modules of jmp find ours."""
     assert not any(name.split(".")[0] == "jmp" for name in sys.modules), "the real jmp is imported"
-    policy.__dict__["dtype_to_names"] = (
-        jmp_train.numerics.dtype_to_names
-    )  # jmp keeps it beside Policy
     sys.modules.update(SUBSTITUTES)
+    for name in ("loss_scale", "policy"):
+        setattr(SUBSTITUTES["jmp._src"], name, SUBSTITUTES[f"jmp._src.{name}"])
 
 
 def run(path: str) -> dict:
