@@ -45,8 +45,12 @@ compare: $(STAMP)  ## one family in fp32, fp16 and bf16: make compare EXP=mlp
 profile: $(STAMP)  ## trace some steps, for Perfetto: make profile EXP=mlp_bf16
 	@$(PY) -m jmp_train profile $${EXP:+"$$EXP"} $(ARGS)
 
+# Most of a quick test's time is compilation, so XLA compiles them without optimising for the CPU;
+# test-all compiles as users do.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
 test: $(STAMP)  ## the tests, on the CPU, in under 6 minutes
-	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+	JAX_PLATFORMS=cpu XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(STAMP)  ## the slow ones too
 	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal -m 'slow or not slow' $(ARGS)

@@ -82,7 +82,9 @@ def test_attention_runs_in_cudnn_under_policies(way, policy):
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= targets
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("float32", marks=pytest.mark.slow), "mixed_float16"]
+)
 def test_donated_state_is_not_copied(policy):
     _, state, _ = abstract_step("policy", policy)
     memory = program("policy", policy).memory_analysis()

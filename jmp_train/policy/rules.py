@@ -57,7 +57,7 @@ class Rules:
 
     entries: tuple[Rule, ...]
 
-    def __init__(self, entries: Iterable[Any] | Rules):
+    def __init__(self, entries: str | Policy | Iterable[Any] | Rules):
         if isinstance(entries, Rules):
             entries = entries.entries
         if isinstance(entries, (str, Policy)):  # one policy for all

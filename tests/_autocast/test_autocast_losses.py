@@ -165,7 +165,7 @@ def assert_precise(name, loss, dtype):
     assert abs(ours - exact) <= abs(float32 - exact) + 32 * 2.0**-23 * abs(exact)
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in ELEMENTWISE])
 def test_loss_is_as_precise_as_float32_on_half_logits(name, dtype):
     assert_precise(name, LOSSES[name][0], dtype)
@@ -178,6 +178,7 @@ def test_with_precision_keeps_any_loss_in_float32(name, dtype):
     assert_precise(name, jt.with_precision("float32")(LOSSES[name][0]), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, jax.checkpoint], ids=["jit", "vmap", "remat"])
 def test_ctc_loss_is_precise_inside_transformations(wrap, dtype):

@@ -30,7 +30,11 @@ OPTIMIZERS = {
         OptimizerConfig(state="bfloat16", max_grad_norm=None), steps=10
     ),
 }
-each_mesh = pytest.mark.parametrize("mesh", KINDS.values(), ids=KINDS)
+each_mesh = pytest.mark.parametrize(
+    "mesh",
+    [KINDS["Auto"], pytest.param(KINDS["Explicit"], marks=pytest.mark.slow)],
+    ids=KINDS,
+)
 
 
 def sharded(mesh):

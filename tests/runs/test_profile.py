@@ -60,6 +60,7 @@ def test_calls_of_several_steps_are_traced_whole(capsys, tmp_path):
     assert len([e for e in events if e.get("name") == "train"]) == 2
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_a_run_alone_and_a_run_may_begin_beside_it(capsys, tmp_path):
     train = ["train", "mlp_bf16", *SMALL, "--run-dir", str(tmp_path)]
     profile(capsys, tmp_path, "--profile-steps", "1")

@@ -180,7 +180,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("function", ["step", "scan"])
+@pytest.mark.parametrize("function", ["step", pytest.param("scan", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_keeps_its_sharding_with_every_optimizer(name, function):
     optimizer, spec = OPTIMIZERS[name]

@@ -43,7 +43,7 @@ def plateau():
         lambda: optax.polyak_sgd(max_learning_rate=0.3),
         lambda: contrib.momo(0.3),
         lambda: contrib.momo_adam(0.3),
-        optax.lbfgs,
+        pytest.param(optax.lbfgs, marks=pytest.mark.slow),
         lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15)),
         lambda: optax.adam(0.1),
     ],
