@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.numerics.dtypes import at_least_float32, half_dtype, is_floating, parse_dtype
+from jmp_train.types import DTypeLike, PyTree
 
 T = TypeVar("T")
 
 
-def cast_floating(tree: T, dtype: Any) -> T:
+def cast_floating(tree: T, dtype: DTypeLike) -> T:
     """Cast the floating array leaves of a pytree to `dtype`.
 
     A cast rounds to the nearest representable value, ties to even. In float16, magnitudes of 65,520
@@ -63,7 +64,7 @@ def cast_to_half(tree: T) -> T:
     return cast_floating(tree, half_dtype())
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
     """Return whether all numbers of a pytree are finite: a bool of shape ().
 
     >>> bool(all_finite({"a": jnp.ones(3)})), bool(all_finite({"a": jnp.array(jnp.inf)}))
@@ -102,7 +103,7 @@ def select_tree(pred: Any, on_true: T, on_false: T) -> T:
     )
 
 
-def nonfinite_leaves(tree: Any) -> jax.Array:
+def nonfinite_leaves(tree: PyTree) -> jax.Array:
     """Return a bool for each floating leaf of a pytree: whether it has an infinity or a NaN.
 
     `path_names` returns the names of the leaves in the same order. In a jitted function that also
@@ -115,7 +116,7 @@ def nonfinite_leaves(tree: Any) -> jax.Array:
     return jnp.stack(flags) if flags else jnp.zeros(0, jnp.bool_)
 
 
-def path_names(tree: Any) -> list[str]:
+def path_names(tree: PyTree) -> list[str]:
     """Return the path of each leaf, such as `"layers/0/kernel"`.
 
     >>> path_names({"layers": [{"kernel": 1}]})

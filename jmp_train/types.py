@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-__all__ = ["Batch", "DTypeLike", "Key", "PyTree"]
+__all__ = ["Batch", "DTypeLike", "Json", "Key", "PyTree"]
 
 # `Any`, because Python cannot express "nested containers of arrays": a recursive union of dict, list
 # and tuple would refuse dataclasses and Flax states, and every access to a leaf would be an error.
@@ -21,3 +21,6 @@ Batch = Mapping[str, np.ndarray | jax.Array]
 
 Key = jax.Array
 """A PRNG key: typed, of shape (), or raw, uint32 with one axis."""
+
+Json = dict[str, Any]
+"""A JSON object: text, numbers, booleans, None, lists and objects by name."""

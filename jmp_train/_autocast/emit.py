@@ -18,6 +18,7 @@ from jmp_train._autocast.plans import OpPlan, Plan
 from jmp_train._autocast.values import Value, array_of_kind, exact_array, value_of
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import CONSTRUCTS
+from jmp_train._jaxpr.compat import Equation
 from jmp_train._jaxpr.walk import walk
 
 
@@ -37,7 +38,7 @@ class Emitter:
     def run(self, plan: Plan, values: Sequence[Any]) -> list[Any]:
         """Return the values of a plan's outputs from those of its inputs."""
 
-        def equation(index: int, eqn: Any, operands: list[Any]) -> list[Any]:
+        def equation(index: int, eqn: Equation, operands: list[Any]) -> list[Any]:
             with compat.context_of(eqn):
                 return self.op(plan.ops[index], operands)
 
@@ -119,7 +120,7 @@ _SCATTERS = {
 }
 
 
-def _scatter(eqn: Any, operand: Any, indices: Any, updates: Any) -> Any:
+def _scatter(eqn: Equation, operand: Any, indices: Any, updates: Any) -> Any:
     """Scatter in another dtype: the equation's parameters have a computation in the traced one."""
     names = ("indices_are_sorted", "unique_indices", "mode")
     return _SCATTERS[eqn.primitive.name](

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
+from jmp_train._jaxpr.compat import AbstractValue
 from jmp_train.numerics.dtypes import is_floating, parse_dtype
 
 FLOAT32 = np.dtype(np.float32)
@@ -53,7 +54,7 @@ def written(dtype: Any) -> Kind:
     return Kind(np.dtype(dtype), np.dtype(dtype))
 
 
-def kind_of_aval(aval: Any) -> Kind | None:
+def kind_of_aval(aval: AbstractValue) -> Kind | None:
     """Return the kind of a floating array as written; None for any other dtype."""
     dtype = getattr(aval, "dtype", None)
     if dtype is None or not isinstance(aval, ShapedArray) or not is_floating(dtype):
@@ -61,7 +62,7 @@ def kind_of_aval(aval: Any) -> Kind | None:
     return written(dtype)
 
 
-def kind_of_input(aval: Any) -> Kind | None:
+def kind_of_input(aval: AbstractValue) -> Kind | None:
     """Return the kind of an array that comes from outside: a weight, a bias, a batch."""
     kind = kind_of_aval(aval)
     return kind and dataclasses.replace(kind, input_size=math.prod(aval.shape))

@@ -7,20 +7,19 @@ that encloses it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from jmp_train._autocast.kinds import Kind, joined, kind_of_aval
 from jmp_train._autocast.plans import OpPlan, Plan, PlannedValue, Requests
 from jmp_train._autocast.regions import MarkedRegion
 from jmp_train._jaxpr.bodies import bodies_of
-from jmp_train._jaxpr.compat import scan_counts
+from jmp_train._jaxpr.compat import Equation, scan_counts
 
 PlanBody = Callable[..., Plan]
 Values = Sequence[PlannedValue]
 
 
 def _planned(
-    eqn: Any,
+    eqn: Equation,
     values: Values,
     bodies: Sequence[Plan],
     requests: list[Requests],
@@ -36,7 +35,7 @@ def _kinds(values: Values) -> list[Kind | None]:
     return [value.kind for value in values]
 
 
-def plan_once(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | None) -> OpPlan:
+def plan_once(plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None) -> OpPlan:
     """Plan one body that runs once: it is given its operands in the dtypes that it requests."""
     (jaxpr,) = bodies_of(eqn)
     body = plan(jaxpr, _kinds(values), region, numbers=[v.number for v in values])
@@ -44,7 +43,9 @@ def plan_once(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | N
     return _planned(eqn, values, [body], requests, body.outs)
 
 
-def plan_unrounded(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | None) -> OpPlan:
+def plan_unrounded(
+    plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None
+) -> OpPlan:
     """Plan one body whose operands stay unrounded.
 
     `shard_map` sums their gradients over devices, and `custom_vjp` rules may read them in float32.
@@ -55,7 +56,7 @@ def plan_unrounded(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegio
     return _planned(eqn, values, [body], requests, body.outs)
 
 
-def plan_cond(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | None) -> OpPlan:
+def plan_cond(plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None) -> OpPlan:
     """Plan branches: a cast that every branch makes is made outside, any other inside."""
     kinds = _kinds(values[1:])
     bodies = [plan(branch, kinds, region) for branch in bodies_of(eqn)]
@@ -69,7 +70,9 @@ def plan_cond(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | N
     return _planned(eqn, values, bodies, requests, outs)
 
 
-def plan_while(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | None) -> OpPlan:
+def plan_while(
+    plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None
+) -> OpPlan:
     """Plan a loop: carries keep their dtypes; constants go in in every dtype that is requested."""
     nc, nb = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     carry = [kind_of_aval(v.aval) for v in eqn.outvars]
@@ -81,7 +84,7 @@ def plan_while(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | 
     return _planned(eqn, values, [test, step], requests + [_as_is(k) for k in carry], carry)
 
 
-def plan_scan(plan: PlanBody, eqn: Any, values: Values, region: MarkedRegion | None) -> OpPlan:
+def plan_scan(plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None) -> OpPlan:
     """Plan a scan as `plan_while` does; scanned inputs are cast a slice at a time, inside."""
     nc, ncar = scan_counts(eqn.params)
     carry = [kind_of_aval(v.aval) for v in eqn.outvars[:ncar]]

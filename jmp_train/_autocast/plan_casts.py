@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +10,10 @@ import numpy as np
 from jmp_train._autocast.kinds import kind_of_aval, native_dtype, promote
 from jmp_train._autocast.plans import ArrayRequests, OpPlan, PlannedValue
 from jmp_train._autocast.regions import is_stored_as
+from jmp_train._jaxpr.compat import Equation
 
 
-def plan_cast(eqn: Any, value: PlannedValue) -> tuple[OpPlan, ArrayRequests | None]:
+def plan_cast(eqn: Equation, value: PlannedValue) -> tuple[OpPlan, ArrayRequests | None]:
     """Return the plan of a cast, and the requests of its operand where its result shares the array.
 
     A widening cast keeps the narrow array available, so that casting back is free; a narrowing one

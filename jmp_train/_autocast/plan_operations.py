@@ -34,6 +34,7 @@ from jmp_train._autocast.op_rules import (
 )
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._autocast.regions import MarkedRegion
+from jmp_train._jaxpr.compat import Equation
 from jmp_train.numerics.dtypes import is_floating
 
 
@@ -41,7 +42,7 @@ from jmp_train.numerics.dtypes import is_floating
 class Operation:
     """An equation and the kinds of its operands; its methods plan it under each of the rules."""
 
-    eqn: Any
+    eqn: Equation
     kinds: Sequence[Kind | None]
 
     def plan(
@@ -182,12 +183,12 @@ class Operation:
         return op
 
 
-def _complex(eqn: Any) -> bool:
+def _complex(eqn: Equation) -> bool:
     dtypes = (getattr(a.aval, "dtype", np.dtype(bool)) for a in (*eqn.invars, *eqn.outvars))
     return any(jnp.issubdtype(d, np.complexfloating) for d in dtypes)
 
 
-def _features(eqn: Any, kinds: Sequence[Kind | None]) -> frozenset[int]:
+def _features(eqn: Equation, kinds: Sequence[Kind | None]) -> frozenset[int]:
     """Return how many elements the bias of a product has.
 
     As many as its weight has output features, times the batch where the weight is batched.
@@ -213,7 +214,7 @@ def _features(eqn: Any, kinds: Sequence[Kind | None]) -> frozenset[int]:
 
 
 def _with_values(
-    eqn: Any, kinds: Sequence[Kind | None], outs: Sequence[Kind | None]
+    eqn: Equation, kinds: Sequence[Kind | None], outs: Sequence[Kind | None]
 ) -> list[Kind | None]:
     """Return the kinds of results, marked where their values are 0 and 1 or logarithms."""
     name, known = eqn.primitive.name, [k for k in kinds if k]
@@ -230,7 +231,7 @@ def _with_values(
     ]
 
 
-def _sum_of(eqn: Any, kinds: Sequence[Kind | None]) -> str:
+def _sum_of(eqn: Equation, kinds: Sequence[Kind | None]) -> str:
     """Return why a product is a sum, of float32 like `reduce_sum`; '' where it is a matrix product.
 
     An inner product has no output dimension of its own: `sum(a * b)`, as losses spell it.

@@ -31,7 +31,7 @@ from jmp_train._autocast.plan_operations import Operation
 from jmp_train._autocast.plans import ArrayRequests, OpPlan, Plan, PlannedValue
 from jmp_train._autocast.regions import MarkedRegion, region_of
 from jmp_train._jaxpr.bodies import construct_of
-from jmp_train._jaxpr.compat import Body, body_of
+from jmp_train._jaxpr.compat import Body, Equation, Jaxpr, body_of
 from jmp_train._jaxpr.walk import walk
 
 
@@ -50,7 +50,7 @@ class Planner:
 
     def plan(
         self,
-        jaxpr: Any,
+        jaxpr: Jaxpr,
         ins: Sequence[Kind | None],
         region: MarkedRegion | None = None,
         fixed_outputs: int = 0,
@@ -98,7 +98,7 @@ class _Planning:
         args = [PlannedValue(k, ArrayRequests(), n) for k, n in zip(ins, numbers, strict=True)]
         ops: list[OpPlan] = []
 
-        def equation(index: int, eqn: Any, values: list[PlannedValue]) -> list[PlannedValue]:
+        def equation(index: int, eqn: Equation, values: list[PlannedValue]) -> list[PlannedValue]:
             op, outs = self.equation(index, eqn, values)
             ops.append(op)
             return outs
@@ -128,7 +128,7 @@ class _Planning:
         return found - self.raised
 
     def equation(
-        self, index: int, eqn: Any, values: list[PlannedValue]
+        self, index: int, eqn: Equation, values: list[PlannedValue]
     ) -> tuple[OpPlan, list[PlannedValue]]:
         region, shared = region_of(eqn, self.region), None
         construct = construct_of(eqn)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jmp_train._autocast.kinds import Formats, Kind
 from jmp_train._autocast.regions import MarkedRegion
-from jmp_train._jaxpr.compat import Body
+from jmp_train._jaxpr.compat import Body, Equation
 
 Requests = dict[np.dtype, bool]
 """The dtypes that an array is requested in, and whether each is certain."""
@@ -64,7 +64,7 @@ class OpPlan:
       constant: per operand, where it has bodies: whether it is a constant of the code.
     """
 
-    eqn: Any
+    eqn: Equation
     rule: str
     dtype: np.dtype | None
     operand_dtypes: list[np.dtype | None]

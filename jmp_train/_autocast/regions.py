@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train._autocast.kinds import FLOAT32, parse_compute_dtype
+from jmp_train._jaxpr.compat import Equation
 
 _PRECISION = "with_precision."
 _COMPUTE = "compute_in."
@@ -38,7 +39,7 @@ class MarkedRegion(NamedTuple):
     lists: bool
 
 
-def region_of(eqn: Any, outer: MarkedRegion | None) -> MarkedRegion | None:
+def region_of(eqn: Equation, outer: MarkedRegion | None) -> MarkedRegion | None:
     """Return the innermost region that an equation was written in, `outer` where none."""
     return _region_in(str(eqn.source_info.name_stack)) or outer
 
@@ -54,7 +55,7 @@ def _region_in(stack: str) -> MarkedRegion | None:
     return MarkedRegion(np.dtype(getattr(jnp, word.split()[0])), lists=mark == _COMPUTE)
 
 
-def is_stored_as(eqn: Any) -> bool:
+def is_stored_as(eqn: Equation) -> bool:
     """Return whether a cast is one of `store_as`."""
     return _STORED in str(eqn.source_info.name_stack)
 

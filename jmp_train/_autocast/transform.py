@@ -29,6 +29,7 @@ from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.regions import inner_name
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._autocast.values import value_of
+from jmp_train._jaxpr.compat import AbstractValue
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -106,7 +107,7 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
     return wrapped  # type: ignore[return-value]
 
 
-def _as_written(value: Any, aval: Any) -> Any:
+def _as_written(value: Any, aval: AbstractValue) -> Any:
     """Return an output in the dtype that the function had, as an array."""
     kind = kind_of_aval(aval)
     if kind is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.compat import Equation
 
 
 class Construct(NamedTuple):
@@ -48,12 +49,12 @@ CONSTRUCTS: dict[str, Construct] = {
 }
 
 
-def construct_of(eqn: Any) -> Construct | None:
+def construct_of(eqn: Equation) -> Construct | None:
     """Return the construct of an equation; None where it has no body to enter."""
     return CONSTRUCTS.get(eqn.primitive.name)
 
 
-def bodies_of(eqn: Any) -> list[Any]:
+def bodies_of(eqn: Equation) -> list[Any]:
     """Return the jaxprs of an equation that has bodies: several for `cond` and `while`."""
     found: list[Any] = []
     for name in CONSTRUCTS[eqn.primitive.name].parameters:
@@ -62,7 +63,7 @@ def bodies_of(eqn: Any) -> list[Any]:
     return found
 
 
-def body_names(eqn: Any) -> list[str]:
+def body_names(eqn: Equation) -> list[str]:
     """Return how a path names each body: `"jit:step"`, `"scan"`, `"cond/0"`, `"while/body"`."""
     name = eqn.primitive.name
     construct = CONSTRUCTS[name].name

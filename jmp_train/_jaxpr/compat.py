@@ -19,6 +19,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 
+# JAX 0.10 and 0.11 keep these in different classes, and publish not all of them.
+Equation = Any
+Jaxpr = Any
+Atom = Any
+AbstractValue = Any
+
 OLDEST = (0, 10)
 
 
@@ -39,7 +45,7 @@ if jax.__version_info__[:2] < OLDEST:
 class Body(NamedTuple):
     """A jaxpr and the values of its constants; JAX 0.10 has two classes for this, 0.11 one."""
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     consts: Sequence[Any]
 
     @property
@@ -64,12 +70,12 @@ class Body(NamedTuple):
     def eqns(self) -> Sequence[Any]:
         return self.jaxpr.eqns
 
-    def is_constant(self, atom: Any) -> bool:
+    def is_constant(self, atom: Atom) -> bool:
         """Return whether an atom is a literal or a constant, known before anything runs."""
         return isinstance(atom, jex_core.Literal) or any(atom is v for v in self.constvars)
 
 
-def body_of(jaxpr: Any) -> Body:
+def body_of(jaxpr: Jaxpr) -> Body:
     """Return the body of an open or a closed jaxpr."""
     return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
 
@@ -95,7 +101,7 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
     return body_of(trace(with_consts, avals)).jaxpr, body.consts
 
 
-def aval_like(aval: Any, dtype: Any) -> Any:
+def aval_like(aval: AbstractValue, dtype: Any) -> Any:
     """Return the same array type with another dtype, strongly typed."""
     return aval.update(dtype=dtype, weak_type=False)
 
@@ -107,7 +113,7 @@ def bind(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[An
 
 
 @contextlib.contextmanager
-def context_of(eqn: Any) -> Iterator[None]:
+def context_of(eqn: Equation) -> Iterator[None]:
     """Re-emit under the name stack, source line and settings that an equation was written in."""
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
@@ -116,7 +122,7 @@ def context_of(eqn: Any) -> Iterator[None]:
         yield
 
 
-def function_name(jaxpr: Any) -> str:
+def function_name(jaxpr: Jaxpr) -> str:
     """Return the name of the function that a jaxpr was traced from, '' where JAX stores none."""
     info = getattr(body_of(jaxpr).jaxpr, "debug_info", None)
     return str(getattr(info, "func_name", "") or "").split(" ")[0]

@@ -10,9 +10,10 @@ import functools
 import importlib.util
 import os
 import sysconfig
-from typing import Any
 
 from jax.extend import source_info_util
+
+from jmp_train._jaxpr.compat import Equation
 
 #: Rooms of this package that contain networks and losses, as a user's code does. Every other room
 #: is machinery, whose lines say nothing about the network that it runs.
@@ -20,12 +21,12 @@ NETWORK_ROOMS = frozenset({"models", "tasks"})
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax")
 
 
-def source_line(eqn: Any) -> str:
+def source_line(eqn: Equation) -> str:
     """Return where an equation was written: `path/file.py:12:4 (function)`, as JAX prints it."""
     return source_info_util.summarize(eqn.source_info)
 
 
-def user_line(eqn: Any) -> str:
+def user_line(eqn: Equation) -> str:
     """Return `path/file.py:12 (function)` of the innermost frame that is the user's.
 
     Frames of Python's standard library, JAX, Flax, Optax and this package's machinery are passed

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from jax.extend.core import Literal
 
-from jmp_train._jaxpr.compat import Body
+from jmp_train._jaxpr.compat import Atom, Body
 
 V = TypeVar("V")
 
@@ -29,7 +29,7 @@ class Environment(Generic[V]):
         self._values: dict[Any, V] = dict(zip(variables, values, strict=True))
         self._literal = literal
 
-    def read(self, atom: Any) -> V:
+    def read(self, atom: Atom) -> V:
         return self._literal(atom) if isinstance(atom, Literal) else self._values[atom]
 
     def read_all(self, atoms: Iterable[Any]) -> list[V]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -13,7 +13,7 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_positional
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.errors import UsageError
 from jmp_train.runs.compare import compare, families, variants_of
 
@@ -42,7 +42,7 @@ class CompareOptions:
 class CompareArguments(CompareOptions):
     """Train one family in several precisions and seeds, and compare."""
 
-    experiment: Experiment[Any, Any] = dataclasses.field(kw_only=True)
+    experiment: AnyExperiment = dataclasses.field(kw_only=True)
 
 
 def command(arguments: list[str]) -> None:

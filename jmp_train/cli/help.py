@@ -18,7 +18,7 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment, Experiment
 
 #: The options that the help of an experiment shows first.
 COMMON = (
@@ -78,7 +78,7 @@ def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
         yield StructFieldSpec(field.name, kind, value, helptext=texts.get(field.name))
 
 
-def _short_learning_rate(experiment: Experiment[Any, Any]) -> StructFieldSpec:
+def _short_learning_rate(experiment: AnyExperiment) -> StructFieldSpec:
     """Return an option for the help alone: `parse` writes --lr out in full."""
     (option,) = SHORT.values()
     text = f"Peak learning rate; short for {option}."

@@ -13,7 +13,7 @@ import tyro
 
 from jmp_train.cli.help import SHORT, registry
 from jmp_train.cli.messages import one_line
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
 from jmp_train.fields import fits
@@ -68,7 +68,7 @@ def _full_name(argument: str) -> str:
     return SHORT.get(option, option) + equals + value
 
 
-def _refuse_group(arguments: list[str], experiment: Experiment[Any, Any]) -> None:
+def _refuse_group(arguments: list[str], experiment: AnyExperiment) -> None:
     """Refuse `--optimizer adam`: tyro's nearest options to a group are those of an equal spelling."""
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         option, equals, value = argument.partition("=")
@@ -95,7 +95,7 @@ def _suggest(group: Any, value: str) -> str:
     return names[0].replace("_", "-") if taker is None else f"{taker.replace('_', '-')} {value}"
 
 
-def _refuse_long_warmup(arguments: list[str], experiment: Experiment[Any, Any]) -> None:
+def _refuse_long_warmup(arguments: list[str], experiment: AnyExperiment) -> None:
     """Refuse a given warm-up that does not fit; `fit_warmup` scales any other."""
     flag = "--optimizer.warmup-steps"
     given = any(part.partition("=")[0].replace("_", "-") == flag for part in arguments)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.settings import with_settings
 from jmp_train.errors import UsageError
@@ -49,7 +48,7 @@ def take_run_dir(arguments: list[str], command: str) -> tuple[Path, list[str]]:
     return Path(folder), rest
 
 
-def stored_experiment(run_dir: Path) -> Experiment[Any, Any]:
+def stored_experiment(run_dir: Path) -> AnyExperiment:
     """Return the experiment that a run was trained as.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -12,7 +12,7 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import find_experiment
 from jmp_train.runs.profile import profile_experiment
 
@@ -21,7 +21,7 @@ from jmp_train.runs.profile import profile_experiment
 class ProfileArguments:
     """Trace some training steps of an experiment, for Perfetto."""
 
-    experiment: Experiment[Any, Any]
+    experiment: AnyExperiment
     run_dir: Annotated[
         Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME/TIME)")
     ] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -14,10 +14,11 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.reports.progress import display_name
 from jmp_train.runs.train import train
+from jmp_train.types import Json
 
 _USAGE = """\
 usage: jmp-train train NAME [--run-dir DIR] [--force] [--lr RATE]
@@ -37,7 +38,7 @@ Experiments:
 class TrainArguments:
     """Train an experiment, or resume the run in --run-dir."""
 
-    experiment: Experiment[Any, Any]
+    experiment: AnyExperiment
     run_dir: Annotated[
         Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME/TIME)")
     ] = None
@@ -67,7 +68,7 @@ def command(arguments: list[str]) -> None:
     print(run_dir)
 
 
-def _results(name: str, summary: dict[str, Any]) -> str:
+def _results(name: str, summary: Json) -> str:
     metrics = ", ".join(f"{display_name(k)} {v:.4f}" for k, v in summary["eval"].items())
     times = f"{summary['train_time_s']:.1f} s (and {summary['compile_time_s']:.1f} s to compile)"
     lines = [f"{name}: {metrics} on held-out data after {summary['steps']} steps in {times}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from jmp_train.errors import nearest
 from jmp_train.fields import check_fields
@@ -138,3 +138,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         except ValueError as error:
             return str(error)
         return ""
+
+
+AnyExperiment = Experiment[Any, Any]
+"""An experiment of any model and data."""

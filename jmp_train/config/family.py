@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import with_settings
 
 #: Settings of the precisions of every family, by the suffix of the experiment's name. A family file
@@ -44,7 +44,7 @@ def names_in(path: Path) -> list[str]:
     return [f"{path.stem}_{suffix}" for suffix in _suffixes(values.get("PRECISIONS"))]
 
 
-def member(family: Experiment[Any, Any], precisions: Any, suffix: str) -> Experiment[Any, Any]:
+def member(family: AnyExperiment, precisions: Any, suffix: str) -> AnyExperiment:
     """Return the experiment of a family in one precision.
 
     Args:

@@ -9,9 +9,8 @@ import sys
 import traceback
 import types
 from pathlib import Path
-from typing import Any
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.config.family import member, names_in
 from jmp_train.errors import UsageError, nearest
 
@@ -46,7 +45,7 @@ def _names(path: Path) -> list[str]:
         return [path.stem] if path.is_file() else []
 
 
-def find_experiment(name: str) -> Experiment[Any, Any]:
+def find_experiment(name: str) -> AnyExperiment:
     """Return the experiment with a name.
 
     Args:

@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 
 from jmp_train.errors import nearest
 from jmp_train.fields import fits
+from jmp_train.types import Json
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Json, prefix: str = "") -> Json:
     """Flatten nested dicts to one dict by dotted path.
 
     >>> flatten({"steps": 3, "optimizer": {"name": "sgd"}})
     {'steps': 3, 'optimizer.name': 'sgd'}
     """
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}.")
@@ -51,8 +52,8 @@ def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C
     """
     kinds = typing.get_type_hints(type(config))
     fields = [field.name for field in dataclasses.fields(config)]  # pyright: ignore
-    inner: dict[str, dict[str, Any]] = {}
-    changed: dict[str, Any] = {}
+    inner: dict[str, Json] = {}
+    changed: Json = {}
     for path, value in settings.items():
         name, dot, rest = path.partition(".")
         nested = name in fields and dataclasses.is_dataclass(getattr(config, name))

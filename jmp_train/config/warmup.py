@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 
-E = TypeVar("E", bound="Experiment[Any, Any]")
+E = TypeVar("E", bound="AnyExperiment")
 
 
 def fit_warmup(experiment: E) -> tuple[E, str]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import bodies_of, body_names, construct_of
+from jmp_train._jaxpr.compat import Equation, Jaxpr
 from jmp_train._jaxpr.walk import walk
 from jmp_train.debug.description import describe
 from jmp_train.debug.report import NonFiniteReport
@@ -79,7 +80,7 @@ class Replay:
         return env.read_all(body.outvars)
 
     def _evaluate(
-        self, eqn: Any, operands: list[ReplayedValue], place: Place
+        self, eqn: Equation, operands: list[ReplayedValue], place: Place
     ) -> list[ReplayedValue]:
         construct = construct_of(eqn)
         name = construct.name if construct else ""
@@ -99,7 +100,7 @@ class Replay:
         return self._caused(eqn, operands, [ReplayedValue(out) for out in outs], place)
 
     def _caused(
-        self, eqn: Any, operands: list[ReplayedValue], outs: list[ReplayedValue], place: Place
+        self, eqn: Equation, operands: list[ReplayedValue], outs: list[ReplayedValue], place: Place
     ) -> list[ReplayedValue]:
         """Return the results of an equation: the cause of non-finite values that have none."""
         view = eqn.primitive.name in _VIEWS
@@ -117,7 +118,7 @@ class Replay:
             self._after = read[-1]
         return done
 
-    def _node(self, eqn: Any, operands: list[ReplayedValue], out: Any, place: Place) -> Cause:
+    def _node(self, eqn: Equation, operands: list[ReplayedValue], out: Any, place: Place) -> Cause:
         causes = [operand.causes for operand in operands]
         if eqn.primitive.name == "select_n":
             causes = _selected(operands)
@@ -130,7 +131,9 @@ class Replay:
             node.origin = Origin(eqn, operands, out, place, self._after, rank)
         return node
 
-    def _scan(self, eqn: Any, operands: list[ReplayedValue], place: Place) -> list[ReplayedValue]:
+    def _scan(
+        self, eqn: Equation, operands: list[ReplayedValue], place: Place
+    ) -> list[ReplayedValue]:
         params = eqn.params
         num_consts, num_carry = compat.scan_counts(params)
         consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
@@ -146,7 +149,9 @@ class Replay:
             stacked.reverse()
         return [*carry, *map(_stacked, zip(*stacked, strict=True))]
 
-    def _while(self, eqn: Any, operands: list[ReplayedValue], place: Place) -> list[ReplayedValue]:
+    def _while(
+        self, eqn: Equation, operands: list[ReplayedValue], place: Place
+    ) -> list[ReplayedValue]:
         params = eqn.params
         split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         cond_consts, body_consts = operands[: split[0]], operands[split[0] : split[1]]
@@ -160,7 +165,7 @@ class Replay:
         raise AssertionError("itertools.count does not end")
 
     def _iteration(
-        self, jaxpr: Any, eqn: Any, place: Place
+        self, jaxpr: Jaxpr, eqn: Equation, place: Place
     ) -> Callable[[int, list[ReplayedValue]], list[ReplayedValue]]:
         """Return one iteration of a loop: compiled, and entered where a result is not finite."""
         compiled = jax.jit(_function_of(jaxpr))
@@ -224,11 +229,11 @@ def _stacked(slices: Sequence[ReplayedValue]) -> ReplayedValue:
     return ReplayedValue(jnp.stack([x.array for x in slices]), tuple(causes))
 
 
-def _function_of(jaxpr: Any) -> Callable[..., list[Any]]:
+def _function_of(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
     body = compat.body_of(jaxpr)
     return lambda *args: compat.eval_jaxpr(body.jaxpr, body.consts, *args)
 
 
-def _bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+def _bind(eqn: Equation, arrays: Sequence[Any]) -> list[Any]:
     with compat.context_of(eqn):
         return compat.bind(eqn.primitive, arrays, eqn.params)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_train._jaxpr.compat import Equation
 from jmp_train.tree import all_finite
 
 
@@ -25,7 +26,7 @@ class Cause:
 class Origin(NamedTuple):
     """An operation that made non-finite values, described where a chain of causes begins at it."""
 
-    eqn: Any
+    eqn: Equation
     operands: list[ReplayedValue]
     out: Any
     place: Place
@@ -47,10 +48,10 @@ class Place(NamedTuple):
     path: tuple[str, ...] = ()
     stack: str = ""
 
-    def inside(self, eqn: Any, name: str) -> Place:
+    def inside(self, eqn: Equation, name: str) -> Place:
         return Place((*self.path, name), self.stack_of(eqn))
 
-    def stack_of(self, eqn: Any) -> str:
+    def stack_of(self, eqn: Equation) -> str:
         return f"{self.stack}/{eqn.source_info.name_stack}"
 
 

@@ -16,6 +16,7 @@ from jmp_train._autocast.transform import autocast
 from jmp_train.flax import _region
 from jmp_train.policy.rules import Rules
 from jmp_train.tree import cast_floating, widen_to_full
+from jmp_train.types import PyTree
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,10 +55,10 @@ def _as(kind: Callable[..., M], module: nn.Module) -> M:
 def _under_rules(kind: type, rules: Rules) -> type:
     """Return a subclass whose `init` and `apply` run a module of the class under the rules."""
 
-    def apply(self: Any, variables: Any, *args: Any, rngs: Any = None, **options: Any) -> Any:
+    def apply(self: Any, variables: PyTree, *args: Any, rngs: Any = None, **options: Any) -> Any:
         mutable = options.get("mutable", False)
 
-        def pure(variables: Any, args: Any, rngs: Any, options: Any) -> Any:
+        def pure(variables: PyTree, args: Any, rngs: Any, options: Any) -> Any:
             with _regions(rules) as seen:
                 out = _as(kind, self).apply(variables, *args, rngs=rngs, **options)
             seen |= _paths_of(variables.get("params", {}))
@@ -113,7 +114,7 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
         yield seen
 
 
-def cast_params(variables: Any, rules: Rules) -> Any:
+def cast_params(variables: PyTree, rules: Rules) -> Any:
     """Cast each parameter to the parameter dtype of its module."""
 
     def cast(path: Any, x: Any) -> Any:
@@ -124,7 +125,7 @@ def cast_params(variables: Any, rules: Rules) -> Any:
     return {**variables, "params": params} if "params" in variables else variables
 
 
-def _paths_of(params: Any, prefix: str = "") -> set[str]:
+def _paths_of(params: PyTree, prefix: str = "") -> set[str]:
     """Return the paths of the modules that have parameters."""
     found = {prefix}
     for name, value in params.items():

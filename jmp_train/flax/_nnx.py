@@ -14,6 +14,7 @@ from jmp_train._autocast.transform import autocast
 from jmp_train.flax import _intercept, _region
 from jmp_train.policy.rules import Rules
 from jmp_train.tree import cast_floating, widen_to_full
+from jmp_train.types import PyTree
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -81,7 +82,7 @@ def _run(model: Any, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
     rest = [None if _is_object(leaf) else leaf for leaf in leaves]
     graph, params, state = nnx.split((model, objects), nnx.Param, ...)
 
-    def pure(params: Any, state: Any, rest: Any) -> Any:
+    def pure(params: PyTree, state: PyTree, rest: Any) -> Any:
         inner, objects = nnx.merge(graph, params, state, copy=True)
         _mark(inner, rules)
         given = iter(objects)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jmp_train._autocast.regions import compute_in, store_as
 from jmp_train.policy.rules import Rules
+from jmp_train.types import DTypeLike, PyTree
 
 _FLOAT32 = np.dtype(np.float32)
 HALF = (np.dtype(np.float16), np.dtype(jax.numpy.bfloat16))
@@ -49,7 +50,7 @@ def run(region: ModuleRegion, method: Callable[..., Any], args: Any, kwargs: Any
         return out if region.output is None else _stored_as(out, region.output)
 
 
-def _stored_as(tree: Any, dtype: np.dtype) -> Any:
+def _stored_as(tree: PyTree, dtype: np.dtype) -> Any:
     """Store the arrays of a tree in a dtype; scalars, which may be losses, are not cast."""
     return jax.tree.map(lambda x: store_as(x, dtype) if _is_array(x) and x.ndim else x, tree)
 
@@ -58,6 +59,6 @@ def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array)
 
 
-def is_half(dtype: Any) -> bool:
+def is_half(dtype: DTypeLike | None) -> bool:
     """Return whether the `dtype` of a layer is a half-precision one, which a rule replaces."""
     return dtype is not None and np.dtype(dtype) in HALF

@@ -9,6 +9,7 @@ from flax import linen, nnx
 
 from jmp_train.flax import _linen
 from jmp_train.policy.rules import Rules
+from jmp_train.types import PyTree
 
 W = TypeVar("W")
 
@@ -41,7 +42,7 @@ def apply_policy(wrapper: W, rules: Rules) -> W:
     return under
 
 
-def _cast(params: Any, rules: Rules) -> Any:
+def _cast(params: PyTree, rules: Rules) -> Any:
     """Cast the wrapper's parameters, which may be one of several collections."""
     if "params" in params:
         return _linen.cast_params(params, rules)

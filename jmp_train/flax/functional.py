@@ -12,6 +12,7 @@ from flax import linen, nnx
 from jmp_train.flax import _linen, _nnx
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision
+from jmp_train.types import PyTree
 
 _FLOAT32 = Policy(np.float32, np.float32, np.float32)
 
@@ -59,7 +60,7 @@ def functional_nnx(
     def init(key: jax.Array) -> Any:
         return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
 
-    def apply(params: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def apply(params: PyTree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         return getattr(nnx.merge(graph, params), method)(*args, **kwargs)
 
     return Functional(init, apply)
@@ -90,7 +91,7 @@ def functional_linen(module: linen.Module, precision: Precision, *example: Any) 
         params = module.init(key, *zeros)["params"]
         return precision.cast_to_param(params)
 
-    def apply(params: Any, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+    def apply(params: PyTree, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         return module.apply({"params": params}, *args, method=method, **kwargs)
 
     return Functional(init, apply)

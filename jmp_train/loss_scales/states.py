@@ -31,6 +31,7 @@ from jmp_train.loss_scales.checks import (
     whole_number,
 )
 from jmp_train.numerics.dtypes import at_least_float32
+from jmp_train.types import DTypeLike, PyTree
 
 T = TypeVar("T")
 
@@ -298,7 +299,7 @@ class DynamicLossScale:
         _, static = self.tree_flatten_with_keys()
         return self.tree_unflatten(static, (jnp.where(finite, grown, reduced), counter, left))
 
-    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+    def tree_flatten_with_keys(self) -> tuple[PyTree, PyTree]:
         leaves = ("loss_scale", "counter", "hysteresis_left")
         children = [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in leaves]
         return children, tuple(getattr(self, name) for name in self._STATIC)
@@ -327,7 +328,7 @@ def check_loss_scale(loss_scale: Any) -> None:
     raise TypeError(f"loss_scale is {loss_scale!r}; expected a loss scale such as {suggestion}")
 
 
-def largest_power_of_two(dtype: Any) -> float:
+def largest_power_of_two(dtype: DTypeLike) -> float:
     """Return the largest power of two that a floating dtype represents.
 
     >>> largest_power_of_two(jnp.float16)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.errors import nearest
+from jmp_train.types import DTypeLike
 
 # Without short names. The two fnuz formats are those of AMD CDNA 3.
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
@@ -84,12 +85,12 @@ def fastest_dtype(device: Any = None) -> np.dtype:
     return np.dtype(jnp.float32)
 
 
-def is_floating(dtype: Any) -> bool:
+def is_floating(dtype: DTypeLike) -> bool:
     """Return whether a dtype is real floating; PRNG key dtypes, integers and booleans are not."""
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def at_least_float32(dtype: Any) -> np.dtype:
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """Return float32 for a narrower floating dtype, and any other dtype unchanged.
 
     JAX has no implicit promotion for 8-bit floats, so `jnp.promote_types` does not work here.
@@ -130,7 +131,7 @@ def parse_dtype(name: Any, *, policy: str | None = None) -> np.dtype:
     return dtype
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DTypeLike) -> str:
     """Return the short name of a dtype, which `parse_dtype` accepts.
 
     >>> dtype_name(jnp.float32), dtype_name(jnp.bfloat16)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.numerics.dtypes import parse_dtype
+from jmp_train.types import DTypeLike, PyTree
 
 #: Exponents of float32 numbers: -149 (the smallest subnormal) to 127.
 EXPONENTS = range(-149, 128)
@@ -39,7 +40,7 @@ class FormatShares(NamedTuple):
     nan: jax.Array  # shape=()
 
 
-def exponent_histogram(tree: Any) -> ExponentHistogram:
+def exponent_histogram(tree: PyTree) -> ExponentHistogram:
     """Count the exponents of all floating numbers of a pytree. Can be jitted.
 
     A subnormal number has the exponent of its value, -149 for the smallest float32.
@@ -64,7 +65,7 @@ def exponent_histogram(tree: Any) -> ExponentHistogram:
     return ExponentHistogram(bins[: len(EXPONENTS)], *bins[len(EXPONENTS) :])
 
 
-def shares_in(tree: Any, dtype: Any, *, scale: Any = 1.0) -> FormatShares:
+def shares_in(tree: PyTree, dtype: DTypeLike, *, scale: Any = 1.0) -> FormatShares:
     """Return the shares of a pytree's numbers that a format represents and loses. Can be jitted.
 
     Rounding is to nearest even and exact at ties. `scale` shows the effect of a loss scale on
@@ -98,7 +99,7 @@ def shares_in(tree: Any, dtype: Any, *, scale: Any = 1.0) -> FormatShares:
 _INF = np.uint32(0x7F800000)
 
 
-def _magnitudes(tree: Any, scale: Any = None) -> list[jax.Array]:
+def _magnitudes(tree: PyTree, scale: Any = None) -> list[jax.Array]:
     """Return the float32 bits of |x| for each floating leaf, flat. Their order is that of |x|."""
     found = []
     for x in jax.tree.leaves(tree):

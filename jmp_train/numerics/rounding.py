@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.numerics.dtypes import is_floating
+from jmp_train.types import DTypeLike
 
 #: The formats that this module rounds to.
 NARROW_FORMATS: tuple[np.dtype, ...] = tuple(
@@ -22,7 +23,7 @@ NARROW_FORMATS: tuple[np.dtype, ...] = tuple(
 _BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
-def stochastic_round(x: Any, dtype: Any, key: Any) -> jax.Array:
+def stochastic_round(x: Any, dtype: DTypeLike, key: Any) -> jax.Array:
     """Round float32 to one of its two neighbours in a narrower format, without bias.
 
     A value between the neighbours `below` and `above` is rounded to `above` with probability
@@ -67,7 +68,7 @@ def stochastic_round(x: Any, dtype: Any, key: Any) -> jax.Array:
     return _assemble(x, truncated + up, dtype)
 
 
-def round_to_nearest(x: Any, dtype: Any) -> jax.Array:
+def round_to_nearest(x: Any, dtype: DTypeLike) -> jax.Array:
     """Round float32 to the nearest value of a narrower format, ties to even.
 
     The result is that of `x.astype(dtype)`, subnormals included. It is computed with integers, so a
@@ -248,7 +249,7 @@ def _float32(x: Any) -> jax.Array:
     return to_float32(x)
 
 
-def _narrow_format(dtype: Any) -> np.dtype:
+def _narrow_format(dtype: DTypeLike) -> np.dtype:
     dtype = np.dtype(dtype)
     if dtype not in NARROW_FORMATS:
         expected = ", ".join(d.name for d in NARROW_FORMATS)

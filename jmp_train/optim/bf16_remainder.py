@@ -21,13 +21,14 @@ from jmp_train.optim.narrow_parameters import (
     narrow_transformation,
     unzip_narrow,
 )
+from jmp_train.types import PyTree
 
 
 class Bf16RemainderState(NamedTuple):
     """State of `bf16_remainder`."""
 
-    inner: Any  # state of the inner optimizer, float32
-    remainder: Any  # like the parameters, uint16; None for a float32 parameter
+    inner: PyTree  # state of the inner optimizer, float32
+    remainder: PyTree  # like the parameters, uint16; None for a float32 parameter
 
 
 def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
@@ -71,14 +72,14 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
     `split_bf16_remainder`.
     """
 
-    def first(params: Any, values: Any) -> Any:
+    def first(params: PyTree, values: Any) -> PyTree:
         # All zeros. Computed from the parameters, they have the same sharding, under jit too.
         return map_narrow(lambda p, value: split_bf16_remainder(value)[1], params, values)
 
-    def read(params: Any, remainder: Any) -> Any:
+    def read(params: PyTree, remainder: Any) -> PyTree:
         return map_narrow(join_bf16_remainder, params, remainder)
 
-    def move(params: Any, remainder: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+    def move(params: PyTree, remainder: Any, values: Any, updates: PyTree) -> tuple[PyTree, PyTree]:
         del remainder
         halves = map_narrow(
             lambda p, value, u: split_bf16_remainder(add_float32(value, to_float32(u))),

@@ -8,6 +8,7 @@ import optax
 
 from jmp_train.optim.narrow_parameters import NarrowParameters
 from jmp_train.tree import widen_to_full
+from jmp_train.types import PyTree
 
 
 def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -48,10 +49,10 @@ def fp32_state(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         return optimizer
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         return inner.init(widen_to_full(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any) -> PyTree:
         params = None if params is None else widen_to_full(params)
         return inner.update(widen_to_full(updates), state, params, **extra_args)
 

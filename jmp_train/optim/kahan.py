@@ -15,13 +15,14 @@ from jmp_train.optim.narrow_parameters import (
     narrow_transformation,
     unzip_narrow,
 )
+from jmp_train.types import PyTree
 
 
 class KahanState(NamedTuple):
     """State of `kahan`."""
 
-    inner: Any  # state of the inner optimizer, float32
-    compensation: Any  # like the parameters, bfloat16; None for a float32 parameter
+    inner: PyTree  # state of the inner optimizer, float32
+    compensation: PyTree  # like the parameters, bfloat16; None for a float32 parameter
 
 
 def kahan(optimizer: optax.GradientTransformation) -> NarrowParameters:
@@ -69,13 +70,15 @@ def kahan(optimizer: optax.GradientTransformation) -> NarrowParameters:
     Source: Zamirai et al. 2020, "Revisiting BFloat16 Training", algorithm 3.
     """
 
-    def first(params: Any, values: Any) -> Any:
+    def first(params: PyTree, values: Any) -> PyTree:
         del values
         # All zeros. Computed from the parameters, they have the same sharding, under jit too.
         zeros = map_narrow(lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params)
         return map_narrow(lambda p, zero: kahan_add(p, zero, zero)[1], params, zeros)
 
-    def move(params: Any, compensation: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+    def move(
+        params: PyTree, compensation: Any, values: Any, updates: PyTree
+    ) -> tuple[PyTree, PyTree]:
         del values
         sums = map_narrow(
             lambda p, lost, u: kahan_add(p, lost, to_float32(u)), params, compensation, updates

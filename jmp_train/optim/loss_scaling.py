@@ -12,15 +12,16 @@ from jmp_train.loss_scales.states import DynamicLossScale, LossScale, check_loss
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import NarrowParameters
 from jmp_train.tree import all_finite, select_tree
+from jmp_train.types import PyTree
 
 
 class LossScalingState(NamedTuple):
     """State of `loss_scaling`."""
 
-    loss_scale: Any  # LossScale that multiplies the next loss
+    loss_scale: PyTree  # LossScale that multiplies the next loss
     skipped: jax.Array  # shape=(), int32: number of skipped steps
     skipped_in_row: jax.Array  # shape=(), int32: skipped steps since the last step taken
-    inner: Any  # state of the inner optimizer, float32
+    inner: PyTree  # state of the inner optimizer, float32
 
 
 def loss_scaling(
@@ -76,7 +77,7 @@ def loss_scaling(
     inner = fp32_state(optimizer)
     first = DynamicLossScale(2.0**16) if loss_scale is None else loss_scale
 
-    def init(params: Any) -> LossScalingState:
+    def init(params: PyTree) -> LossScalingState:
         return LossScalingState(
             loss_scale=jax.tree.map(lambda x: jnp.array(x, dtype=x.dtype), first),
             skipped=jnp.zeros((), jnp.int32),
@@ -85,7 +86,7 @@ def loss_scaling(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
     ) -> tuple[Any, LossScalingState]:
         grads = state.loss_scale.unscale(updates)
         finite = all_finite(grads)
@@ -105,7 +106,7 @@ def loss_scaling(
     return (NarrowParameters if narrow else optax.GradientTransformationExtraArgs)(init, update)
 
 
-def scale_loss(loss: Any, opt_state: Any) -> Any:
+def scale_loss(loss: Any, opt_state: PyTree) -> PyTree:
     """Multiply a loss by the loss scale in an optimizer's state, in float32 or wider.
 
     Args:
@@ -133,13 +134,13 @@ def scale_loss(loss: Any, opt_state: Any) -> Any:
     return found[0].scale(loss)
 
 
-def scales_of(opt_state: Any) -> list[LossScale]:
+def scales_of(opt_state: PyTree) -> list[LossScale]:
     """Return the loss scales in an optimizer's state, at any depth."""
     found = optax.tree.get_all_with_path(opt_state, LossScalingState.__name__)
     return [state.loss_scale for _, state in found]
 
 
-def _no_updates(updates: Any) -> Any:
+def _no_updates(updates: PyTree) -> PyTree:
     """Return updates that change nothing: -0.0 for floating leaves, 0 for a `BitUpdate`.
 
     x + -0.0 is x for every x, whereas -0.0 + 0.0 is +0.0.

@@ -16,13 +16,14 @@ from jmp_train.numerics.rounding import (
 )
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import NarrowParameters, map_narrow, narrow_transformation
+from jmp_train.types import DTypeLike, PyTree
 
 
 class MasterWeightsState(NamedTuple):
     """State of `master_weights`."""
 
-    inner: Any  # state of the inner optimizer, float32
-    master: Any  # like the parameters, float32; None for a float32 parameter
+    inner: PyTree  # state of the inner optimizer, float32
+    master: PyTree  # like the parameters, float32; None for a float32 parameter
 
 
 def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
@@ -60,15 +61,15 @@ def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
     Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1.
     """
 
-    def first(params: Any, values: Any) -> Any:
+    def first(params: PyTree, values: Any) -> PyTree:
         del params
         return values
 
-    def read(params: Any, master: Any) -> Any:
+    def read(params: PyTree, master: Any) -> PyTree:
         del params
         return master
 
-    def move(params: Any, master: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+    def move(params: PyTree, master: Any, values: Any, updates: PyTree) -> tuple[PyTree, PyTree]:
         del values
         master = map_narrow(lambda p, m, u: add_float32(m, to_float32(u)), params, master, updates)
         return map_narrow(lambda p, m: _nearest(m, p.dtype), params, master), master
@@ -83,7 +84,7 @@ def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
     )
 
 
-def _nearest(master: jax.Array, dtype: Any) -> jax.Array:
+def _nearest(master: jax.Array, dtype: DTypeLike) -> jax.Array:
     if dtype == jnp.bfloat16:
         return split_bf16_remainder(master)[0]
     return round_to_nearest(master, dtype)

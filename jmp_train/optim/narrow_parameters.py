@@ -19,6 +19,7 @@ import optax
 
 from jmp_train.numerics.dtypes import is_floating
 from jmp_train.numerics.rounding import NARROW_FORMATS, to_float32
+from jmp_train.types import DTypeLike, PyTree
 
 
 class NarrowParameters(optax.GradientTransformationExtraArgs):
@@ -55,11 +56,11 @@ class BitUpdate:
     __array_ufunc__ = None  # so that a NumPy array leaves the addition to __radd__
 
     @classmethod
-    def between(cls, old: Any, new: Any) -> BitUpdate:
+    def between(cls, old: PyTree, new: PyTree) -> BitUpdate:
         """Return the update from `old` to `new`, two arrays of one narrow dtype and shape."""
         return cls(_bits(new) - _bits(old))
 
-    def __radd__(self, old: Any) -> jax.Array:
+    def __radd__(self, old: PyTree) -> jax.Array:
         dtype, unsigned = jnp.result_type(old), jnp.result_type(self.difference)
         if unsigned != _unsigned(dtype):
             raise TypeError(
@@ -74,12 +75,12 @@ class BitUpdate:
 
 
 @jax.custom_jvp
-def _add_bits(old: Any, difference: Any) -> jax.Array:
+def _add_bits(old: PyTree, difference: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(_bits(old) + difference, jnp.result_type(old))
 
 
 @_add_bits.defjvp
-def _no_derivative(primals: Any, tangents: Any) -> Any:
+def _no_derivative(primals: Any, tangents: Any) -> PyTree:
     # The derivative of a bit pattern would silently be zero.
     raise TypeError(
         "parameters under master_weights, bf16_remainder, kahan or stochastic_rounding cannot be "
@@ -88,7 +89,7 @@ def _no_derivative(primals: Any, tangents: Any) -> Any:
     )
 
 
-def _unsigned(dtype: Any) -> np.dtype:
+def _unsigned(dtype: DTypeLike) -> np.dtype:
     return np.dtype(np.uint8 if jnp.finfo(dtype).bits == 8 else np.uint16)
 
 
@@ -103,7 +104,7 @@ def is_narrow(x: Any) -> bool:
     return is_floating(dtype) and jnp.finfo(dtype).bits < 32
 
 
-def check_narrow(name: str, params: Any, dtypes: tuple[np.dtype, ...] = NARROW_FORMATS) -> None:
+def check_narrow(name: str, params: PyTree, dtypes: tuple[np.dtype, ...] = NARROW_FORMATS) -> None:
     """Check the dtypes of parameters that are given to a transformation.
 
     Args:
@@ -134,7 +135,7 @@ def check_narrow(name: str, params: Any, dtypes: tuple[np.dtype, ...] = NARROW_F
         )
 
 
-def map_narrow(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
+def map_narrow(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
     """Return `function(param, *leaves)` for each narrow parameter, and None for the others.
 
     Args:
@@ -148,19 +149,19 @@ def map_narrow(function: Callable[..., Any], params: Any, *trees: Any) -> Any:
     return treedef.unflatten([function(*row) if is_narrow(row[0]) else None for row in rows])
 
 
-def widened(params: Any, memory: Any = None) -> Any:
+def widened(params: PyTree, memory: Any = None) -> PyTree:
     """Return the float32 value of each narrow parameter, and None for the others."""
     del memory
     return map_narrow(to_float32, params)
 
 
-def unzip_narrow(params: Any, pairs: Any) -> tuple[Any, Any]:
+def unzip_narrow(params: PyTree, pairs: Any) -> tuple[PyTree, PyTree]:
     """Split a tree of pairs from `map_narrow` into a tree of first and one of second elements."""
     first = map_narrow(lambda p, pair: pair[0], params, pairs)
     return first, map_narrow(lambda p, pair: pair[1], params, pairs)
 
 
-def in_full(params: Any, full: Any) -> Any:
+def in_full(params: PyTree, full: PyTree) -> PyTree:
     """Return the parameters with each narrow one replaced by its float32 value.
 
     Args:
@@ -170,7 +171,7 @@ def in_full(params: Any, full: Any) -> Any:
     return _merge(params, full, params)
 
 
-def bit_updates(updates: Any, params: Any, new: Any) -> Any:
+def bit_updates(updates: PyTree, params: PyTree, new: PyTree) -> PyTree:
     """Return the updates with a `BitUpdate` for each narrow parameter.
 
     Args:
@@ -181,14 +182,14 @@ def bit_updates(updates: Any, params: Any, new: Any) -> Any:
     return _merge(params, map_narrow(BitUpdate.between, params, new), updates)
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Apply updates to parameters of any dtype; otherwise the same as `optax.apply_updates`.
 
     JAX does not promote 8-bit floats, so Optax cannot add a float32 update to one. This function
     forms the sum in float32, as for a 16-bit parameter, and rounds it once.
     """
 
-    def add(p: Any, u: Any) -> Any:
+    def add(p: Any, u: Any) -> PyTree:
         if jnp.finfo(p.dtype).bits > 8 or isinstance(u, BitUpdate):
             p = jnp.asarray(p)
             return (p + u).astype(p.dtype)
@@ -203,7 +204,7 @@ def narrow_transformation(
     make_state: Callable[[Any, Any], Any],
     *,
     first: Callable[[Any, Any], Any],
-    move: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    move: Callable[[Any, Any, Any, Any], tuple[PyTree, PyTree]],
     read: Callable[[Any, Any], Any] = widened,
     dtypes: tuple[np.dtype, ...] = NARROW_FORMATS,
 ) -> NarrowParameters:
@@ -224,13 +225,15 @@ def narrow_transformation(
       dtypes: narrow dtypes that the method supports.
     """
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         check_narrow(name, params, dtypes)
         values = widened(params)
         memory = first(params, values)
         return make_state(optimizer.init(in_full(params, values)), memory)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
         inner_state, memory = state
         values = read(params, memory)
         full = in_full(params, values)
@@ -241,13 +244,13 @@ def narrow_transformation(
     return NarrowParameters(init, update)
 
 
-def _flatten(params: Any) -> tuple[list[Any], Any]:
+def _flatten(params: PyTree) -> tuple[list[Any], Any]:
     if params is None:
         raise ValueError("the parameters are missing; expected update(updates, state, params)")
     return jax.tree.flatten(params)
 
 
-def _merge(params: Any, narrow: Any, others: Any) -> Any:
+def _merge(params: PyTree, narrow: PyTree, others: PyTree) -> PyTree:
     leaves, treedef = _flatten(params)
     rows = zip(leaves, treedef.flatten_up_to(narrow), treedef.flatten_up_to(others), strict=True)
     return treedef.unflatten([n if is_narrow(p) else other for p, n, other in rows])

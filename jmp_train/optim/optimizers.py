@@ -17,6 +17,7 @@ from jmp_train.optim.kahan import kahan
 from jmp_train.optim.master_weights import master_weights
 from jmp_train.optim.stochastic_rounding import stochastic_rounding
 from jmp_train.tree import cast_floating
+from jmp_train.types import DTypeLike, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, schedule], [config.warmup_steps])
 
 
-def check_parameters(config: OptimizerConfig, param_dtype: Any) -> None:
+def check_parameters(config: OptimizerConfig, param_dtype: DTypeLike) -> None:
     """Check that a method for narrow parameters supports the dtype in which they are stored.
 
     Args:
@@ -175,15 +176,15 @@ def make_optimizer(
 
 
 def _narrow(
-    optimizer: optax.GradientTransformation, dtype: Any
+    optimizer: optax.GradientTransformation, dtype: DTypeLike
 ) -> optax.GradientTransformationExtraArgs:
     """Run an optimizer on parameters and gradients cast to a dtype, as Optax alone does."""
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> Any:
         return inner.init(cast_floating(params, dtype))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra_args: Any) -> Any:
         params = None if params is None else cast_floating(params, dtype)
         return inner.update(cast_floating(updates, dtype), state, params, **extra_args)
 

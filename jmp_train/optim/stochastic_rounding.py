@@ -11,12 +11,13 @@ import optax
 from jmp_train.numerics.rounding import add_float32, stochastic_round, to_float32
 from jmp_train.optim.fp32_state import fp32_state
 from jmp_train.optim.narrow_parameters import NarrowParameters, map_narrow, narrow_transformation
+from jmp_train.types import PyTree
 
 
 class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`."""
 
-    inner: Any  # state of the inner optimizer, float32
+    inner: PyTree  # state of the inner optimizer, float32
     key: jax.Array  # PRNG key of the next update, as raw data: shape=(2,), uint32, for threefry
 
 
@@ -63,11 +64,11 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
     start = start if typed else jax.random.wrap_key_data(start)
     implementation = jax.random.key_impl(start)
 
-    def first(params: Any, values: Any) -> jax.Array:
+    def first(params: PyTree, values: Any) -> jax.Array:
         del params, values
         return jax.random.key_data(start)
 
-    def move(params: Any, data: Any, values: Any, updates: Any) -> tuple[Any, Any]:
+    def move(params: PyTree, data: Any, values: Any, updates: PyTree) -> tuple[PyTree, PyTree]:
         now = jax.random.wrap_key_data(data, impl=implementation)
         following, now = jax.random.split(now)
         leaves, treedef = jax.tree.flatten(params)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from jmp_train.records.digest import array_digests, json_digest
+from jmp_train.types import Json, PyTree
 
 T = TypeVar("T")
 
@@ -36,8 +37,8 @@ class Restored(NamedTuple):
     """A checkpoint, loaded."""
 
     step: int
-    state: Any
-    extra: dict[str, Any]  # what was saved beside the state
+    state: PyTree
+    extra: Json  # what was saved beside the state
 
 
 class Checkpoints:
@@ -103,9 +104,9 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: Any,
+        state: PyTree,
         *,
-        extra: dict[str, Any],
+        extra: Json,
         metrics: dict[str, float] | None,
         wait: bool = False,
     ) -> None:
@@ -173,7 +174,7 @@ class Checkpoints:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def restore_latest(
-        self, like: Any, *, check: Callable[[int, dict[str, Any]], None] | None = None
+        self, like: Any, *, check: Callable[[int, Json], None] | None = None
     ) -> Restored | None:
         """Return the newest checkpoint that can be loaded; None where there is no checkpoint.
 
@@ -222,7 +223,7 @@ class Checkpoints:
         free = (self._directory / f"damaged-{name}{end}" for end in ends)
         path.rename(next(target for target in free if not target.exists()))
 
-    def _metadata(self, step: int) -> dict[str, Any]:
+    def _metadata(self, step: int) -> Json:
         """Return what was saved beside the state."""
         metadata = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
         if metadata.pop("digest", None) != json_digest(metadata):
@@ -277,7 +278,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _named(tree: Any) -> list[tuple[str, str, Any]]:
+def _named(tree: PyTree) -> list[tuple[str, str, Any]]:
     """Return the path, digest and array of each leaf."""
     return [
         (name, digest, x)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jmp_train.types import PyTree
+
 _STARTS = (0x243F6A88, 0x85A308D3)  # of the two sums: the first digits of pi after the point
 _MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))  # MurmurHash3's 32-bit finaliser
 
 
-def array_digests(tree: Any) -> dict[str, str]:
+def array_digests(tree: PyTree) -> dict[str, str]:
     """Return a digest of each array of a pytree, by its path.
 
     The words of an array, each mixed with its position by MurmurHash3's finaliser, are summed modulo

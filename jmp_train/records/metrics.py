@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jmp_train.types import Json
+
 log = logging.getLogger(__name__)
 
 _EVENTS_FLUSHED_EVERY = 10.0  # seconds; it waits for the disk
@@ -49,7 +51,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Json]:
     """Return the records of a metrics.jsonl in order; a torn last line is left out.
 
     Raises:
@@ -105,7 +107,7 @@ class MetricsWriter:
         except OSError as error:
             self._end_events(error)
 
-    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+    def write(self, step: int, split: str, values: Json) -> None:
         """Write one record. On a full disk there is a warning, and the record waits for room.
 
         Args:
@@ -185,7 +187,7 @@ class _Events:
                 self._writer.write_event(self._event(step=resume_step + 1, **what))
         self._flushed = 0.0
 
-    def write(self, step: int, split: str, values: dict[str, Any]) -> None:
+    def write(self, step: int, split: str, values: Json) -> None:
         for name, value in values.items():
             if not isinstance(value, list) and math.isfinite(value):
                 summary = self._scalar(f"{split}/{name}", float(value))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from typing import Any
 
 import jax
+
+from jmp_train.types import Json
 
 _PACKAGES = ("jmp-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 
-def device_and_versions() -> dict[str, Any]:
+def device_and_versions() -> Json:
     """Return the device of this process and the versions of Python and the packages, as JSON."""
     device = jax.devices()[0]
     return {

@@ -6,16 +6,15 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.debug import NonFiniteOp, NonFiniteReport
 from jmp_train.reports.divergence import Float32Gradients, first_names
 
 
 def advise(
     *,
-    experiment: Experiment[Any, Any],
+    experiment: AnyExperiment,
     operations: NonFiniteReport | None,
     float32: Float32Gradients | None,
     skips: bool,
@@ -93,7 +92,7 @@ def _bfloat16(text: str) -> str:
     return re.sub(r"(?<![a-z0-9])16-(mixed|true)", r"bf16-\1", text)
 
 
-def _rules_for(ops: Sequence[NonFiniteOp], experiment: Experiment[Any, Any]) -> tuple[str, ...]:
+def _rules_for(ops: Sequence[NonFiniteOp], experiment: AnyExperiment) -> tuple[str, ...]:
     """Return rules that put the modules of operations in float32, before the rules of the run."""
     modules = dict.fromkeys(filter(None, map(module_of, ops)))
     rest = experiment.rules or (f"**={experiment.policy}",)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from jmp_train.debug import NonFiniteReport
+from jmp_train.types import Json
 
 _SHOWN = 6  # of each kind; the JSON holds all
 
@@ -67,7 +67,7 @@ class Divergence:
     rules: tuple[str, ...]
     loss_scale: float
     skips: bool
-    history: tuple[dict[str, Any], ...]
+    history: tuple[Json, ...]
     gradients: tuple[str, ...]
     parameters: tuple[str, ...]
     operations: NonFiniteReport | None
@@ -94,7 +94,7 @@ class Divergence:
         lines.append(f"newest checkpoint: {there}; nothing was saved after it")
         return "\n".join(lines)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the report as JSON values."""
         return dataclasses.asdict(self) | {
             "advice": [{"why": why, "words": options} for why, options in self.advice]
@@ -115,7 +115,7 @@ def _operation_lines(report: NonFiniteReport) -> list[str]:
     return lines
 
 
-def _scale_lines(history: Sequence[dict[str, Any]], last: float) -> list[str]:
+def _scale_lines(history: Sequence[Json], last: float) -> list[str]:
     if all(record.get("loss_scale") == 1.0 for record in history):
         return []
     points = [f"{r['loss_scale']:g} at step {r['step']}" for r in history[-_SHOWN:]]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.reports.progress import display_name
+from jmp_train.types import DTypeLike, Json
 
 
 def _pyplot() -> Any:
@@ -22,12 +23,12 @@ def _pyplot() -> Any:
     return plt
 
 
-def _series(records: Sequence[dict[str, Any]], split: str, name: str) -> tuple[list, list]:
+def _series(records: Sequence[Json], split: str, name: str) -> tuple[list, list]:
     found = [(r["step"], float(r[name])) for r in records if r["split"] == split and name in r]
     return [step for step, _ in found], [value for _, value in found]
 
 
-def plot_run(records: Sequence[dict[str, Any]], directory: Path, *, title: str) -> list[Path]:
+def plot_run(records: Sequence[Json], directory: Path, *, title: str) -> list[Path]:
     """Draw the curves of one run.
 
     Args:
@@ -111,7 +112,7 @@ def plot_comparison(
 
 
 def plot_exponents(
-    exponents: Mapping[int, int], dtype: Any, path: Path, *, scale: float, title: str
+    exponents: Mapping[int, int], dtype: DTypeLike, path: Path, *, scale: float, title: str
 ) -> None:
     """Draw how many numbers have which exponent, unscaled and scaled, over the range of a format.
 

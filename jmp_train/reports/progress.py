@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -13,6 +12,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from jmp_train.types import Json
 
 _SHOWN = ("loss", "accuracy", "bits_per_byte", "loss_scale", "skipped_steps", "steps_per_second")
 
@@ -31,7 +32,7 @@ def display_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def format_values(values: dict[str, Any]) -> str:
+def format_values(values: Json) -> str:
     """Return the most important values as one line.
 
     >>> format_values({"loss": 0.12345, "loss_scale": 65536.0, "steps_per_second": 812.3})
@@ -79,7 +80,7 @@ class RunProgress:
             self._task = self._bar.add_task(name, total=total, completed=start, values="")
             self._bar.start()
 
-    def train(self, step: int, values: dict[str, Any]) -> None:
+    def train(self, step: int, values: Json) -> None:
         """Show the values of a step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, values=format_values(values))
@@ -89,7 +90,7 @@ class RunProgress:
         line = f"step {step:>{len(str(self._total))}}/{self._total}  {format_values(values)}"
         print_line(self._console, f"{line}  {left:.0f} s left")
 
-    def evaluation(self, step: int, values: dict[str, Any]) -> None:
+    def evaluation(self, step: int, values: Json) -> None:
         """Show an evaluation."""
         line = f"eval at step {step}  " + "  ".join(
             f"{display_name(k)} {v:.4f}" for k, v in values.items()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.batches import eval_batches, train_batches
 from jmp_train.data.dataset import Dataset
 from jmp_train.errors import UsageError
@@ -18,6 +18,7 @@ from jmp_train.step.evaluation import make_evaluate
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import Stepper, make_step
 from jmp_train.tasks.task import Task
+from jmp_train.types import PyTree
 
 
 class Parts(NamedTuple):
@@ -26,11 +27,11 @@ class Parts(NamedTuple):
     dataset: Dataset
     task: Task
     stepper: Stepper
-    batches: Any  # a Grain dataset: one item for each call of the step
+    batches: PyTree  # a Grain dataset: one item for each call of the step
     evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
 
 
-def build(experiment: Experiment[Any, Any]) -> Parts:
+def build(experiment: AnyExperiment) -> Parts:
     """Build the parts of an experiment.
 
     Raises:
@@ -55,14 +56,14 @@ def build(experiment: Experiment[Any, Any]) -> Parts:
     )
 
 
-def _load_dataset(experiment: Experiment[Any, Any]) -> Dataset:
+def _load_dataset(experiment: AnyExperiment) -> Dataset:
     try:
         return experiment.data.load()
     except (OSError, ValueError) as error:  # a missing or damaged file
         raise UsageError(str(error)) from None
 
 
-def make_task_of(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
+def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> Task:
     """Return the task of an experiment on its dataset.
 
     Raises:
@@ -74,7 +75,7 @@ def make_task_of(experiment: Experiment[Any, Any], dataset: Dataset) -> Task:
         raise UsageError(str(error)) from None
 
 
-def _make_stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
+def _make_stepper(experiment: AnyExperiment, task: Task) -> Stepper:
     return make_step(
         task.loss_fn,
         make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
@@ -87,7 +88,7 @@ def _make_stepper(experiment: Experiment[Any, Any], task: Task) -> Stepper:
     )
 
 
-def check_batch_size(experiment: Experiment[Any, Any], dataset: Dataset) -> None:
+def check_batch_size(experiment: AnyExperiment, dataset: Dataset) -> None:
     """Raise UsageError for a batch of more examples than the dataset has."""
     examples = len(dataset.train)
     if experiment.batch_size > examples:
@@ -97,14 +98,14 @@ def check_batch_size(experiment: Experiment[Any, Any], dataset: Dataset) -> None
         )
 
 
-def first_state(experiment: Experiment[Any, Any], parts: Parts) -> TrainState:
+def first_state(experiment: AnyExperiment, parts: Parts) -> TrainState:
     """Return the state before the first step."""
     init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
     return parts.stepper.init(jax.jit(parts.task.init)(init_key), key=step_key)
 
 
 def compile_step(
-    experiment: Experiment[Any, Any], parts: Parts, state: TrainState
+    experiment: AnyExperiment, parts: Parts, state: TrainState
 ) -> tuple[jax.stages.Compiled, float]:
     """Return the compiled step for the shapes of a run, and the seconds that compiling took."""
     step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jmp_train.config.warmup import fitting_warmup
+from jmp_train.types import Json
 
 _MAY_CHANGE = (
     "steps",
@@ -19,7 +18,7 @@ _MAY_CHANGE = (
 _ORDER_OF_DATA = ("batch_size", "steps_per_call", "seed")  # and all of data.*
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+def differences(before: Json, now: Json) -> dict[str, str]:
     """Return `PATH OLD -> NEW` for each setting that differs, by its dotted path.
 
     >>> differences({"steps": 10, "seed": 0}, {"steps": 20, "seed": 0})
@@ -29,7 +28,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {k: f"{k} {before.get(k)} -> {now.get(k)}" for k in fields}
 
 
-def refused(changed: dict[str, str], before: dict[str, Any], asked_warmup: int) -> list[str]:
+def refused(changed: dict[str, str], before: Json, asked_warmup: int) -> list[str]:
     """Return the texts of the changes that only --force allows.
 
     A warm-up may change with the number of steps: if the saved run has the warm-up that

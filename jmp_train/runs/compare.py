@@ -6,12 +6,11 @@ import dataclasses
 import statistics
 import typing
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError, nearest
@@ -21,6 +20,7 @@ from jmp_train.reports.plots import plot_comparison
 from jmp_train.reports.progress import display_name, print_line
 from jmp_train.runs.loop import Diverged
 from jmp_train.runs.train import train
+from jmp_train.types import Json
 
 _MATMUL = typing.get_args(typing.get_type_hints(Experiment)["matmul_precision"])
 
@@ -30,7 +30,7 @@ def families() -> list[str]:
     return sorted({name.rpartition("_")[0] for name in experiment_files()} - {""})
 
 
-def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]:
+def variants_of(family: str, precisions: str) -> dict[str, AnyExperiment]:
     """Return the experiments to compare by label; the others are compared with the first.
 
     Args:
@@ -65,12 +65,12 @@ def variants_of(family: str, precisions: str) -> dict[str, Experiment[Any, Any]]
 
 def compare(
     family: str,
-    variants: dict[str, Experiment[Any, Any]],
+    variants: dict[str, AnyExperiment],
     *,
     seeds: int,
     out: Path,
     console: Console,
-) -> dict[str, Any]:
+) -> Json:
     """Train each variant with each seed, then print, write and draw the comparison.
 
     The loop over seeds is the outer one, so that a machine that slows down slows all variants alike.
@@ -91,7 +91,7 @@ def compare(
       Diverged: if every run diverged; the results are written before.
       Stopped: as `jmp_train.runs.train.train`.
     """
-    summaries: dict[str, list[dict[str, Any]]] = {label: [] for label in variants}
+    summaries: dict[str, list[Json]] = {label: [] for label in variants}
     diverged: dict[str, list[int]] = {label: [] for label in variants}  # their seeds
     quiet = Console(quiet=True)
     fitted = {label: fit_warmup(experiment) for label, experiment in variants.items()}
@@ -153,8 +153,8 @@ def compare(
     return result
 
 
-def _row(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    def spread(values: list[float]) -> dict[str, Any]:
+def _row(runs: list[Json], metric: str) -> Json:
+    def spread(values: list[float]) -> Json:
         mean = statistics.fmean(values) if values else None
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         return {"mean": mean, "std": deviation, "values": values}
@@ -168,7 +168,7 @@ def _row(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     }
 
 
-def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _cells(result: Json) -> tuple[list[str], list[list[str]]]:
     metric = result["metric"]
     header = [
         "precision",
@@ -202,7 +202,7 @@ def _cells(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def markdown_table(result: dict[str, Any]) -> str:
+def markdown_table(result: Json) -> str:
     """Return a comparison as a Markdown table.
 
     Args:
@@ -213,7 +213,7 @@ def markdown_table(result: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _rich_table(result: dict[str, Any]) -> Table:
+def _rich_table(result: Json) -> Table:
     header, rows = _cells(result)
     table = Table(box=None, header_style="bold")
     for i, name in enumerate(header):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.runs.build import Parts
 
@@ -16,7 +16,7 @@ class RunContext(NamedTuple):
     """The values that stay the same while a run lasts."""
 
     name: str  # of the experiment
-    experiment: Experiment[Any, Any]
+    experiment: AnyExperiment
     run_dir: Path
     console: Console
     force: bool  # resume with any settings

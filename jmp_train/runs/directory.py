@@ -6,20 +6,20 @@ import dataclasses
 import json
 import unicodedata
 from pathlib import Path
-from typing import Any
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import flatten
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.records.metrics import strict_json, write_json
 from jmp_train.runs.changes import differences, refused
+from jmp_train.types import Json
 
 # Left by a process that was killed before its run began, or written by `profile`.
 _NO_RUN = {"lock", "config.json.partial", "profile"}
 
 
-def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
+def read_config(run_dir: Path) -> tuple[str, Json]:
     """Return the name of a run's experiment, and its settings by dotted path.
 
     Raises:
@@ -44,12 +44,12 @@ def read_config(run_dir: Path) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
-def config_json(name: str, experiment: Experiment[Any, Any]) -> dict[str, Any]:
+def config_json(name: str, experiment: AnyExperiment) -> Json:
     """Return the content of config.json."""
     return strict_json({"experiment": name, **dataclasses.asdict(experiment)})
 
 
-def write_config(run_dir: Path, name: str, experiment: Experiment[Any, Any]) -> None:
+def write_config(run_dir: Path, name: str, experiment: AnyExperiment) -> None:
     """Write config.json.
 
     Raises:
@@ -62,7 +62,7 @@ def write_config(run_dir: Path, name: str, experiment: Experiment[Any, Any]) -> 
 
 
 def check_directory(
-    run_dir: Path, name: str, experiment: Experiment[Any, Any], asked_warmup: int, force: bool
+    run_dir: Path, name: str, experiment: AnyExperiment, asked_warmup: int, force: bool
 ) -> list[str]:
     """Return the texts of the settings that changed since the run of a directory began.
 
@@ -116,7 +116,7 @@ def check_path(run_dir: Path) -> None:
 
 
 def open_checkpoints(
-    run_dir: Path, experiment: Experiment[Any, Any], *, clean: bool = False
+    run_dir: Path, experiment: AnyExperiment, *, clean: bool = False
 ) -> Checkpoints:
     """Open the checkpoints of a run; `clean` as in `Checkpoints`.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.runs.build import build, matmul_precision
 from jmp_train.runs.resume import restore_newest
+from jmp_train.types import Json
 
 
-def evaluate_run(run_dir: Path, experiment: Experiment[Any, Any]) -> dict[str, Any]:
+def evaluate_run(run_dir: Path, experiment: AnyExperiment) -> Json:
     """Evaluate the newest checkpoint of a run on its held-out data.
 
     Args:

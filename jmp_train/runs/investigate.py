@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.dataset import Dataset
 from jmp_train.debug import NonFiniteReport, first_nonfinite
 from jmp_train.loss_scales.states import LossScale, NoOpLossScale, StaticLossScale
@@ -30,6 +30,7 @@ from jmp_train.step.state import TrainState
 from jmp_train.step.step import step_gradients
 from jmp_train.tasks.task import Task
 from jmp_train.tree import nonfinite_leaves, path_names, widen_to_full
+from jmp_train.types import Json, PyTree
 
 
 def explain(context: RunContext, error: Diverged) -> Diverged:
@@ -107,7 +108,7 @@ def _replay_last(
     return operations, float32, ()
 
 
-def _accepts(experiment: Experiment[Any, Any], dataset: Dataset, rules: tuple[str, ...]) -> bool:
+def _accepts(experiment: AnyExperiment, dataset: Dataset, rules: tuple[str, ...]) -> bool:
     """Return whether the model has the modules that rules name."""
     try:
         experiment.task(dataset.spec, get_precision("float32", rules))
@@ -137,7 +138,7 @@ def scale_of(state: TrainState, value: float) -> LossScale:
     return state.loss_scale if none else StaticLossScale(value)
 
 
-def _gradients(experiment: Experiment[Any, Any], task: Task) -> Callable[..., GradResult]:
+def _gradients(experiment: AnyExperiment, task: Task) -> Callable[..., GradResult]:
     """Return the gradients of the step, as a function of its state and batch."""
     return step_gradients(
         task.loss_fn, experiment.precision, micro_batches=experiment.micro_batches
@@ -145,12 +146,12 @@ def _gradients(experiment: Experiment[Any, Any], task: Task) -> Callable[..., Gr
 
 
 def replay(
-    experiment: Experiment[Any, Any], task: Task, state: TrainState, batch: Any
+    experiment: AnyExperiment, task: Task, state: TrainState, batch: PyTree
 ) -> NonFiniteReport:
     """Return the operations of a step that went non-finite first."""
     grads = _gradients(experiment, task)
 
-    def gradients(params: Any, batch: Any, model_state: Any) -> dict[str, Any]:
+    def gradients(params: PyTree, batch: PyTree, model_state: PyTree) -> Json:
         result = grads(state._replace(params=params, model_state=model_state), batch)
         return {"loss": result.loss, "gradient": result.grads}
 
@@ -158,7 +159,7 @@ def replay(
 
 
 def float32_gradients(
-    experiment: Experiment[Any, Any], dataset: Dataset, state: TrainState, last: LastCall
+    experiment: AnyExperiment, dataset: Dataset, state: TrainState, last: LastCall
 ) -> Float32Gradients:
     """Return the gradients of a step with the same parameters and batch in float32 throughout."""
     full = dataclasses.replace(
@@ -173,7 +174,7 @@ def float32_gradients(
     dtype = _narrowest(experiment)
 
     @jax.jit
-    def measure(state: TrainState, batch: Any) -> Any:
+    def measure(state: TrainState, batch: PyTree) -> Any:
         result = gradients(state, batch)
         leaves = jax.tree.leaves(result.grads)
         finite = [jnp.where(jnp.isfinite(g), jnp.abs(g), 0).max(initial=0) for g in leaves]
@@ -199,7 +200,7 @@ def float32_gradients(
     )
 
 
-def _narrowest(experiment: Experiment[Any, Any]) -> np.dtype[Any]:
+def _narrowest(experiment: AnyExperiment) -> np.dtype[Any]:
     """Return the narrowest compute dtype of a run; of two as wide, the one of the smaller range."""
     dtypes = [policy.compute_dtype for policy in experiment.precision.policies]
     return min(dtypes, key=lambda dtype: (dtype.itemsize, float(jnp.finfo(dtype).max)))

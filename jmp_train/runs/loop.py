@@ -13,6 +13,7 @@ import numpy as np
 from jmp_train.loss_scales.states import DynamicLossScale
 from jmp_train.step.state import StepInfo, TrainState
 from jmp_train.tree import all_finite, path_names
+from jmp_train.types import Json, PyTree
 
 _all_finite = jax.jit(all_finite)
 
@@ -30,7 +31,7 @@ class LastCall(NamedTuple):
 
     step: int  # steps taken
     state: TrainState
-    batch: Any  # of the last step alone
+    batch: PyTree  # of the last step alone
     loss_scale: float  # of the last step
     skipped: bool  # whether the last step was skipped, and so can be replayed
     bad: int  # the first step known to have gone wrong; of skipped ones, the last
@@ -69,7 +70,7 @@ def run_loop(
     stop: int,
     steps_per_call: int,
     every: Every,
-    log: Callable[[int, dict[str, Any]], None],
+    log: Callable[[int, Json], None],
     evaluate: Callable[[int, TrainState], None],
     checkpoint: Callable[[int, TrainState, float], None],
     should_stop: Callable[[], bool] = lambda: False,
@@ -142,16 +143,14 @@ def run_loop(
     return LoopResult(state, at, seconds)
 
 
-def _train_values(
-    info: StepInfo, state: TrainState, steps_per_call: int, logged: int
-) -> dict[str, Any]:
+def _train_values(info: StepInfo, state: TrainState, steps_per_call: int, logged: int) -> Json:
     """Return the last step's values on the host, and the last skip's if it came after `logged`."""
     info, skipped, in_row, last_skip = jax.device_get(
         (info, state.skipped, state.skipped_in_row, state.last_skip)
     )
     if steps_per_call > 1:
         info = jax.tree.map(lambda x: x[-1], info)
-    values: dict[str, Any] = {"loss": float(info.loss)}
+    values: Json = {"loss": float(info.loss)}
     if isinstance(info.aux, dict):
         values = {k: v.item() for k, v in info.aux.items() if np.ndim(v) == 0} | values
     if info.grad_norm is not None:
@@ -176,9 +175,7 @@ def nonfinite_gradients(state: TrainState) -> list[str]:
     return [name for name, bad in zip(names, flags, strict=True) if bad]
 
 
-def _diverged(
-    at: int, values: dict[str, Any], state: TrainState, skips_nonfinite: bool, limit: int
-) -> str:
+def _diverged(at: int, values: Json, state: TrainState, skips_nonfinite: bool, limit: int) -> str:
     """Return why the run cannot continue; '' where it can."""
     in_row, scale = values["skipped_in_row"], values["loss_scale"]
     lowest = state.loss_scale.lowest if isinstance(state.loss_scale, DynamicLossScale) else 0.0

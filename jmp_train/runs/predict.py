@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
 from jmp_train.runs.build import build, matmul_precision
@@ -17,7 +16,7 @@ from jmp_train.runs.resume import restore_newest
 
 def predict_run(
     run_dir: Path,
-    experiment: Experiment[Any, Any],
+    experiment: AnyExperiment,
     prompt: bytes,
     *,
     length: int,

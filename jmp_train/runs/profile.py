@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.data.batches import iterate
 from jmp_train.runs.build import (
@@ -22,11 +22,12 @@ from jmp_train.runs.build import (
 from jmp_train.runs.directory import check_path, not_writable
 from jmp_train.runs.loop import Every, run_loop
 from jmp_train.step.state import StepInfo, TrainState
+from jmp_train.types import PyTree
 
 _WARM_UP = 3  # calls before the trace: the first ones allocate memory and choose algorithms
 
 
-def profile_experiment(experiment: Experiment[Any, Any], run_dir: Path, *, steps: int) -> Path:
+def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) -> Path:
     """Trace training steps from the beginning of an experiment, in the loop of `train`.
 
     Nothing is saved but the trace. A run in the directory is neither read nor changed.
@@ -54,7 +55,7 @@ def profile_experiment(experiment: Experiment[Any, Any], run_dir: Path, *, steps
         compiled, _ = compile_step(experiment, parts, state)
         calls = itertools.count()
 
-        def annotated(state: TrainState, batch: Any) -> tuple[TrainState, StepInfo]:
+        def annotated(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
             with jax.profiler.StepTraceAnnotation("train", step_num=next(calls)):
                 return compiled(state, batch)
 

@@ -6,11 +6,11 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import flatten
 from jmp_train.data.batches import state_at
 from jmp_train.errors import UsageError
@@ -23,6 +23,7 @@ from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import config_json, open_checkpoints
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import no_skip
+from jmp_train.types import Json
 
 
 class Start(NamedTuple):
@@ -30,7 +31,7 @@ class Start(NamedTuple):
 
     step: int
     state: TrainState
-    data: dict[str, Any] | None  # state of the data's iterator; None at the beginning
+    data: Json | None  # state of the data's iterator; None at the beginning
     wall_time_s: float  # spent before
     train_time_s: float
     rollbacks: int = 0  # so far
@@ -49,7 +50,7 @@ def find_start(context: RunContext) -> Start:
     now = flatten(config_json(context.name, experiment))
     changed: dict[str, str] = {}
 
-    def check(step: int, extra: dict[str, Any]) -> None:
+    def check(step: int, extra: Json) -> None:
         nonlocal changed
         before = flatten(extra["config"])
         changed = differences(before, now)
@@ -83,9 +84,7 @@ def find_start(context: RunContext) -> Start:
     )
 
 
-def _data_position(
-    context: RunContext, step: int, saved: dict[str, Any], changed: list[str]
-) -> dict[str, Any]:
+def _data_position(context: RunContext, step: int, saved: Json, changed: list[str]) -> Json:
     """Return the saved state of the data's iterator, or one for batches in another order."""
     if not changed:
         return saved
@@ -100,7 +99,7 @@ def _data_position(
 
 
 def _restore_with_other_skips(
-    context: RunContext, state: TrainState, check: Callable[[int, dict[str, Any]], None]
+    context: RunContext, state: TrainState, check: Callable[[int, Json], None]
 ) -> Restored | None:
     """Restore a checkpoint of a run that skipped steps for one that does not, or vice versa."""
     other = no_skip(state.params, state.model_state) if state.last_skip is None else None
@@ -113,7 +112,7 @@ def _restore_with_other_skips(
     return restored._replace(state=restored.state._replace(last_skip=state.last_skip))
 
 
-def finished_summary(run_dir: Path, step: int, steps: int) -> dict[str, Any] | None:
+def finished_summary(run_dir: Path, step: int, steps: int) -> Json | None:
     """Return the summary of a run that has nothing left to do; None for any other."""
     if step < steps:
         return None
@@ -124,7 +123,7 @@ def finished_summary(run_dir: Path, step: int, steps: int) -> dict[str, Any] | N
         return None
 
 
-def restore_newest(run_dir: Path, experiment: Experiment[Any, Any], parts: Parts) -> Restored:
+def restore_newest(run_dir: Path, experiment: AnyExperiment, parts: Parts) -> Restored:
     """Restore the newest checkpoint of a run, to use its parameters.
 
     Raises:

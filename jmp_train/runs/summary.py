@@ -13,6 +13,7 @@ from jmp_train.records.provenance import device_and_versions
 from jmp_train.reports.plots import plot_run
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.loop import LoopResult
+from jmp_train.types import Json
 
 
 def summarize(
@@ -25,7 +26,7 @@ def summarize(
     wall_time_s: float,
     rollbacks: int,
     memory: Any,
-) -> dict[str, Any]:
+) -> Json:
     """Return the content of summary.json.
 
     Args:
@@ -68,7 +69,7 @@ def _peak_memory(memory: Any) -> int | None:
     return whole - memory.alias_size_in_bytes
 
 
-def write_summary(context: RunContext, summary: dict[str, Any], *, finished: bool) -> None:
+def write_summary(context: RunContext, summary: Json, *, finished: bool) -> None:
     """Write summary.json, and draw the plots of a finished run.
 
     Raises:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
 
-from jmp_train.config.experiment import Experiment
+from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.data.batches import iterate
 from jmp_train.errors import UsageError
@@ -33,16 +32,17 @@ from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals
 from jmp_train.runs.summary import summarize, write_summary
 from jmp_train.step.state import TrainState
+from jmp_train.types import Json
 
 
 def train(
     name: str,
-    experiment: Experiment[Any, Any],
+    experiment: AnyExperiment,
     run_dir: Path,
     console: Console,
     *,
     force: bool = False,
-) -> dict[str, Any]:
+) -> Json:
     """Train an experiment in a run directory, from where that directory stands.
 
     Args:
@@ -102,7 +102,7 @@ def train(
                 )
 
 
-def _resume(context: RunContext) -> dict[str, Any]:
+def _resume(context: RunContext) -> Json:
     """Train from the newest checkpoint, or return the summary of a finished run."""
     experiment, run_dir = context.experiment, context.run_dir
     start = find_start(context)
@@ -117,7 +117,7 @@ def _resume(context: RunContext) -> dict[str, Any]:
     context.checkpoints.set_aside_after(start.step)
     compiled, compile_time = compile_step(experiment, context.parts, start.state)
 
-    def attempt(start: Start) -> dict[str, Any]:
+    def attempt(start: Start) -> Json:
         return _train_once(context, start, compiled, compile_time)
 
     return with_rollbacks(attempt, context, start)
@@ -125,7 +125,7 @@ def _resume(context: RunContext) -> dict[str, Any]:
 
 def _train_once(
     context: RunContext, start: Start, compiled: jax.stages.Compiled, compile_time: float
-) -> dict[str, Any]:
+) -> Json:
     """Train to the last step, and write the summary."""
     experiment, checkpoints = context.experiment, context.checkpoints
     result, evaluation = _run_steps(context, start, compiled)
@@ -167,7 +167,7 @@ def _run_steps(
     progress = RunProgress(context.console, start=start.step, total=experiment.steps, name=name)
     evaluated: tuple[int, dict[str, float]] = (-1, {})
 
-    def log(step: int, values: dict[str, Any]) -> None:
+    def log(step: int, values: Json) -> None:
         writer.write(step, "train", values)
         progress.train(step, values)
 

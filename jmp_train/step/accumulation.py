@@ -143,7 +143,7 @@ def combine(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * micro_batches
     stateful = kwargs.get("model_state") is not None
 
-    def body(carry: Any, number: Any) -> Any:
+    def body(carry: PyTree, number: Any) -> PyTree:
         grads, model_state = carry
         extras = dict(kwargs)
         if kwargs.get("key") is not None:
@@ -361,7 +361,7 @@ def as_before(new: PyTree, old: PyTree) -> PyTree:
             f"the structure of its argument model_state, {jax.tree.structure(old)}"
         )
 
-    def leaf(name: str, new: Any, old: Any) -> jax.Array:
+    def leaf(name: str, new: PyTree, old: PyTree) -> jax.Array:
         new, old = jnp.asarray(new), jnp.asarray(old)
         keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in (new, old)]
         same_kind = new.dtype == old.dtype if any(keys) else _kind(new) == _kind(old)

@@ -80,7 +80,7 @@ def check_key(key: Any) -> None:
         raise TypeError(f"key is {_short(key)}; expected a PRNG key such as jax.random.key(0)")
 
 
-def check_state(state: Any) -> None:
+def check_state(state: PyTree) -> None:
     """Raise TypeError if `state` is not a `TrainState`, and ValueError if it was donated."""
     if not isinstance(state, TrainState):
         raise TypeError(

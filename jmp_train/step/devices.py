@@ -79,7 +79,7 @@ def over_devices(
     devices = mesh.shape[axis_name]
     meaning = f"{devices} devices x {micro_batches} micro-batches"
 
-    def local(params: PyTree, batch: PyTree, loss_scale: Any, extras: Any) -> Any:
+    def local(params: PyTree, batch: PyTree, loss_scale: Any, extras: Any) -> PyTree:
         result = grad_fn(params, batch, loss_scale=loss_scale, **extras)
         aux, model_state = result.aux
         means = jax.tree.map(lambda x: x if x.ndim == 0 else None, aux)

@@ -42,7 +42,7 @@ class Donating:
         self._placed: dict[Any, Any] = {}  # jitted functions by output shardings
         functools.update_wrapper(self, function)
 
-    def __call__(self, state: PyTree, batch: PyTree) -> Any:
+    def __call__(self, state: PyTree, batch: PyTree) -> PyTree:
         try:
             return self._for(state)(state, batch)
         except (RuntimeError, ValueError) as error:
@@ -51,7 +51,7 @@ class Donating:
                 raise ValueError(DONATED) from error
             raise
 
-    def _for(self, state: PyTree) -> Any:
+    def _for(self, state: PyTree) -> PyTree:
         """Return the jitted function whose new state has the sharding of `state`."""
         step = getattr(state, "step", None)  # replicated on every device of the state
         sharding = None if isinstance(step, Tracer) else getattr(step, "sharding", None)
@@ -75,7 +75,7 @@ class Donating:
     def _cache_size(self) -> int:
         return sum(jitted._cache_size() for jitted in (self._jitted, *self._placed.values()))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> PyTree:
         if name == "_jitted":  # `copy` asks before it sets attributes: avoid infinite recursion
             raise AttributeError(name)
         return getattr(self._jitted, name)

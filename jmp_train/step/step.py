@@ -358,7 +358,7 @@ def _own(x: Any) -> jax.Array:
 def _loss_and_rest(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a loss function so that it always returns `loss, (aux, model_state)`."""
 
-    def normalised(params: PyTree, batch: PyTree, **extras: Any) -> Any:
+    def normalised(params: PyTree, batch: PyTree, **extras: Any) -> PyTree:
         out = loss_fn(params, batch, **extras)
         out = out if isinstance(out, tuple) else (out,)
         expected = "(loss, aux, model_state)" if "model_state" in extras else "loss or (loss, aux)"

@@ -36,7 +36,7 @@ def classification(net: Functional, model: Any, spec: DataSpec, precision: Preci
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return loss, logits.argmax(-1) == batch["label"]
 
-    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> Any:
+    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> PyTree:
         loss, correct = losses(params, batch, key)
         return loss.mean(), {"accuracy": correct.astype(jnp.float32).mean()}
 

@@ -38,7 +38,7 @@ def language_modelling(net: Functional, model: Any, spec: DataSpec, precision: P
         tokens = batch["tokens"].astype(jnp.int32)
         return net.apply(params, tokens, token_loss, key, method="score")
 
-    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> Any:
+    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> PyTree:
         loss = losses(params, batch, key).mean()
         return loss, {"bits_per_byte": loss / math.log(2)}
 
@@ -52,7 +52,7 @@ def language_modelling(net: Functional, model: Any, spec: DataSpec, precision: P
         prompt_P = jnp.asarray(prompt_P)
         _check_generate(prompt_P, length, temperature)
 
-        def step(carry: Any, position: jax.Array) -> Any:
+        def step(carry: PyTree, position: jax.Array) -> PyTree:
             token, cache = carry
             logits_BxV, cache = net.apply(params, token[None], position, cache, method="decode")
             drawn = _draw(logits_BxV[0], jax.random.fold_in(key, position), temperature)

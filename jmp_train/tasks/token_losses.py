@@ -40,8 +40,10 @@ def token_losses(
     return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
 
 
-def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int) -> Any:
-    def body(_: None, part: Any) -> Any:
+def _forward(
+    x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, chunk: int
+) -> PyTree:
+    def body(_: None, part: Any) -> PyTree:
         x_CxD, targets_C = part
         logits_CxV = _logits(x_CxD, embedding_VxD)
         total_C = jax.nn.logsumexp(logits_CxV, axis=-1)
@@ -54,11 +56,11 @@ def _forward(x_NxD: jax.Array, embedding_VxD: jax.Array, targets_N: jax.Array, c
     return losses_N, (x_NxD, embedding_VxD, targets_N, totals_N)
 
 
-def _backward(chunk: int, residuals: Any, grads_N: jax.Array) -> Any:
+def _backward(chunk: int, residuals: Any, grads_N: jax.Array) -> PyTree:
     x_NxD, embedding_VxD, targets_N, totals_N = residuals
     vocabulary, size = len(embedding_VxD), len(x_NxD)
 
-    def body(grad_VxD: jax.Array, part: Any) -> Any:
+    def body(grad_VxD: jax.Array, part: Any) -> PyTree:
         x_CxD, targets_C, totals_C, grads_C = part
         softmax_CxV = jnp.exp(_logits(x_CxD, embedding_VxD) - totals_C[:, None])
         error_CxV = softmax_CxV - jax.nn.one_hot(targets_C, vocabulary, dtype=softmax_CxV.dtype)
