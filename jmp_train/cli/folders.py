@@ -13,7 +13,8 @@ from jmp_train.errors import UsageError
 
 @contextlib.contextmanager
 def results_folder(given: Path | None, parent: Path) -> Iterator[Path]:
-    """Return the given folder, or make one in `parent`; an empty one is removed after a refusal.
+    """Return the given folder, or make one in `parent`; one that stays empty is removed after
+    an error.
 
     Raises:
       UsageError: if the folder cannot be made.
@@ -25,7 +26,7 @@ def results_folder(given: Path | None, parent: Path) -> Iterator[Path]:
     folder = _new_folder(parent)
     try:
         yield folder
-    except UsageError:
+    except Exception:
         with contextlib.suppress(OSError):  # not empty
             for made in (folder, *missing):
                 made.rmdir()

@@ -25,9 +25,11 @@ class ProfileArguments:
     run_dir: Annotated[
         Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME/TIME)")
     ] = None
-    """Directory of the trace, which lies in its folder profile."""
+    """Directory; the trace is written to its subfolder profile."""
     profile_steps: int = 10
-    """Number of steps to trace, after three calls to warm up."""
+    """Number of steps to trace, after three calls to warm up; rounded up to whole calls."""
+    compilation_cache: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
 
     def __post_init__(self) -> None:
         if self.profile_steps < 1:
@@ -39,8 +41,12 @@ def command(arguments: list[str]) -> None:
     name, options = take_experiment(arguments, "profile")
     default = ProfileArguments(find_experiment(name))
     parsed = parse(ProfileArguments, default, options, f"jmp-train profile {name}")
-    keep_compiled()
+    if parsed.compilation_cache:
+        keep_compiled()
     with results_folder(parsed.run_dir, Path("runs") / name) as run_dir:
         trace = profile_experiment(parsed.experiment, run_dir, steps=parsed.profile_steps)
-    print(f"trace of {parsed.profile_steps} steps: {trace}")
+    per_call = parsed.experiment.steps_per_call
+    calls = -(-parsed.profile_steps // per_call)
+    in_calls = f" ({calls} calls of {per_call})" if per_call > 1 else ""
+    print(f"trace of {calls * per_call} steps{in_calls}: {trace}")
     print("open it at https://ui.perfetto.dev; docs/profiling.md says what to look at")

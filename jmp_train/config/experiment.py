@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import reprlib
 from typing import Any, Generic, Literal, TypeVar
 
-from jmp_train.errors import nearest
 from jmp_train.fields import check_fields
 from jmp_train.loss_scales.config import LossScaleConfig
 from jmp_train.optim.optimizers import OptimizerConfig, check_parameters
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.spec import DataSpec
-from jmp_train.tasks.kinds import TASKS, make_task
+from jmp_train.tasks.kinds import kind_of, make_task
 from jmp_train.tasks.task import Task
 from jmp_train.types import DTypeLike
 
@@ -64,16 +64,13 @@ class Experiment(Generic[ModelConfig, DataConfig]):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field, method in (("model", "network"), ("data", "load")):
+        for field, method in (("model", "task"), ("data", "load")):
             if not hasattr(getattr(self, field), method):
                 raise ValueError(
                     f"{field} is {reprlib.repr(getattr(self, field))}; expected a configuration with "
-                    f"a method {method!r}"
+                    f"{method!r}"
                 )
-        kind = str(getattr(self.model, "task", ""))
-        if kind not in TASKS:
-            name = type(self.model).__name__
-            raise ValueError(f"the task of {name} is {kind!r}; {nearest(kind, TASKS)}")
+        kind_of(self.model)  # raises for an unknown one
         policies = self.precision.policies
         misfits = [m for p in policies if (m := self._parameters_misfit(p.param_dtype))]
         if len(misfits) == len(policies):
@@ -108,7 +105,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
                 f"({self.micro_batches})"
             )
 
-    @property
+    @functools.cached_property
     def precision(self) -> Precision:
         """The parsed policy and rules."""
         return get_precision(self.policy, self.rules)
@@ -116,12 +113,12 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     @property
     def metric(self) -> str:
         """Name of the metric that runs are compared by."""
-        return TASKS[self.model.task].metric  # pyright: ignore
+        return kind_of(self.model).metric
 
     @property
     def highest(self) -> bool:
         """Whether higher values of the metric are better."""
-        return TASKS[self.model.task].highest  # pyright: ignore
+        return kind_of(self.model).highest
 
     def task(self, spec: DataSpec, precision: Precision | None = None) -> Task:
         """Return the task of the model on a data set, under the experiment's precision by default.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def names_in(path: Path) -> list[str]:
     Raises:
       OSError: if the file cannot be read.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -53,16 +54,28 @@ def member(family: AnyExperiment, precisions: Any, suffix: str) -> AnyExperiment
       suffix: name of the experiment without the name of the family and `_`.
 
     Raises:
-      ValueError: for an unknown setting or an invalid value.
+      ValueError: for a table that is not a dict of such settings, an unknown setting, or an invalid
+        value.
     """
-    return with_settings(family, {**PRECISIONS, **precisions}[suffix])
+    if not isinstance(precisions, Mapping):
+        line = f"it is {reprlib.repr(precisions)}; expected a dict literal"
+        raise ValueError(line)  # noqa: TRY004  (a value in a file, like any other)
+    settings = {**PRECISIONS, **precisions}.get(suffix)
+    if not isinstance(settings, Mapping):
+        line = (
+            f"{suffix!r} is {reprlib.repr(settings)}; expected a dict of settings by dotted path, such "
+            "as {'policy': 'bf16'}"
+        )
+        raise ValueError(line)  # noqa: TRY004
+    return with_settings(family, settings)
 
 
 def _assignments(tree: ast.Module) -> list[tuple[str, ast.expr | None]]:
     found = []
     for node in tree.body:
         if isinstance(node, ast.Assign):
-            found += [(t.id, node.value) for t in node.targets if isinstance(t, ast.Name)]
+            names = (n for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name))
+            found += [(name.id, node.value) for name in names]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found.append((node.target.id, node.value))
     return found

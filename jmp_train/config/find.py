@@ -29,11 +29,13 @@ def experiment_files() -> dict[str, Path]:
     file that sets `EXPERIMENT` precedes a member of a family.
     """
     files: dict[str, Path] = {}
+    hidden: set[str] = set()  # families of an earlier folder, which replace those of a later one
     for folder in experiment_folders():
-        paths = sorted(folder.glob("[a-z]*.py"))
+        paths = [path for path in sorted(folder.glob("[a-z]*.py")) if path.stem not in hidden]
         found = [(name, path) for path in paths for name in _names(path)]
         for name, path in sorted(found, key=lambda pair: pair[0] != pair[1].stem):
             files.setdefault(name, path)
+        hidden |= {path.stem for _, path in found}
     return dict(sorted(files.items()))
 
 
@@ -77,19 +79,30 @@ def find_experiment(name: str) -> AnyExperiment:
         )
     if alone:
         return experiment
+    own = getattr(module, "PRECISIONS", {})
+    listed = names_in(path)
+    for suffix in own if isinstance(own, dict) else ():
+        if own[suffix] is not None and f"{path.stem}_{suffix}" not in listed:
+            raise UsageError(
+                f"{path}: PRECISIONS has {suffix!r}, which is not in the text of the file; expected a "
+                "dict literal with text keys, so that names are known before the file runs"
+            )
     try:
-        return member(experiment, getattr(module, "PRECISIONS", {}), name[len(path.stem) + 1 :])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return member(experiment, own, name[len(path.stem) + 1 :])
+    except ValueError as error:
         raise UsageError(f"{path}: PRECISIONS: {error}") from None
 
 
 def _run(path: Path) -> types.ModuleType:
     """Import an experiment file again, even if it was imported before."""
-    # One package for all folders, so that their files can import each other.
+    # One package for all folders, so that their files can import each other; the folder of this file
+    # first, because another may have a file of the same name.
     package = types.ModuleType("experiments")
-    package.__path__ = [str(folder) for folder in experiment_folders()]
+    folders = dict.fromkeys([path.parent, *experiment_folders()])
+    package.__path__ = [str(folder) for folder in folders]
+    for name in [name for name in sys.modules if name.startswith("experiments.")]:
+        del sys.modules[name]  # it may be of another folder
     sys.modules["experiments"] = package
-    sys.modules.pop(f"experiments.{path.stem}", None)
     try:
         return importlib.import_module(f"experiments.{path.stem}")
     except (Exception, SystemExit) as error:

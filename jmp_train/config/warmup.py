@@ -20,6 +20,7 @@ def fit_warmup(experiment: E) -> tuple[E, str]:
       The experiment, changed only if its warm-up does not fit, and a line that describes the change;
       "" if nothing changed.
 
+    >>> from jmp_train.config import Experiment
     >>> from jmp_train.data import DigitsConfig
     >>> from jmp_train.models import MlpConfig
     >>> from jmp_train.optim import OptimizerConfig

@@ -25,7 +25,8 @@ class Precision:
     Frozen and hashable, so static under jit. `get_precision` makes one from a string, for example.
 
     Attributes:
-      policy: policy of the whole program; None if the loss function casts by itself.
+      policy: policy of the whole program, or a string for one; None if the loss function casts by
+        itself.
       rules: policies by module path. `jmp_train.flax.apply_policy` applies them to the model, which
         then casts its own parameters, inputs and outputs. If there are rules, the casts of this
         value therefore return arrays unchanged.
@@ -42,6 +43,11 @@ class Precision:
 
     policy: Policy | None
     rules: Rules = NO_RULES
+
+    def __post_init__(self) -> None:
+        if self.policy is not None:
+            object.__setattr__(self, "policy", get_policy(self.policy))
+        object.__setattr__(self, "rules", Rules(self.rules))
 
     @property
     def whole(self) -> Policy | None:
@@ -84,27 +90,35 @@ class Precision:
 
 
 def get_precision(
-    policy: str | Policy | Rules | Precision | None, rules: Iterable[Any] | Rules = NO_RULES
+    policy: str | Policy | Rules | Iterable[Any] | Precision | None,
+    rules: Iterable[Any] | Rules = NO_RULES,
 ) -> Precision:
     """Make a `Precision` from a policy string, a policy or rules.
 
     Args:
-      policy: a string for `get_policy`, a `Policy`, `Rules`, a `Precision` (returned unchanged), or
-        None for a program that casts by itself.
+      policy: a string for `get_policy`, a `Policy`, `Rules` or a list of their entries, a `Precision`
+        (returned unchanged), or None for a program that casts by itself.
       rules: `Rules`, or their entries; if there are any, they replace the policy.
 
     Raises:
-      ValueError: for an unknown policy or a malformed rule.
+      ValueError: for an unknown policy, a malformed rule, and rules given twice.
       TypeError: for a policy of another type.
 
     >>> get_precision("c=bf16").policy == get_policy("c=bf16")
     True
     """
-    if isinstance(policy, Precision):
-        return policy
-    if isinstance(policy, Rules):
-        return Precision(None, policy)
-    return Precision(None if policy is None else get_policy(policy), Rules(rules))
+    rules = Rules(rules)
+    if isinstance(policy, (Precision, Rules, list, tuple)):
+        if rules.entries:
+            kind = type(policy).__name__
+            raise ValueError(f"rules are given beside a {kind}; expected one or the other")
+        return policy if isinstance(policy, Precision) else Precision(None, Rules(policy))
+    if not (policy is None or isinstance(policy, (str, Policy))):
+        raise TypeError(
+            f"policy is {policy!r}; expected a string such as 'mixed_bfloat16', a Policy, Rules, a "
+            "Precision, or None"
+        )
+    return Precision(None if policy is None else get_policy(policy), rules)
 
 
 def default_loss_scale(policy: str | Policy | Rules | Precision) -> LossScale:

@@ -58,9 +58,15 @@ def build(experiment: AnyExperiment) -> Parts:
 
 def _load_dataset(experiment: AnyExperiment) -> Dataset:
     try:
-        return experiment.data.load()
+        dataset = experiment.data.load()
     except (OSError, ValueError) as error:  # a missing or damaged file
         raise UsageError(str(error)) from None
+    if not hasattr(dataset.train, "draw"):
+        raise UsageError(
+            f"{type(experiment.data).__name__}.load() returned a {type(dataset.train).__name__} to train "
+            "on; expected a Source, such as Arrays(train) for a dict of arrays"
+        )
+    return dataset
 
 
 def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> Task:

@@ -34,7 +34,7 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
 
     Args:
       experiment: what to train.
-      run_dir: directory of the trace, which lies in its folder `profile`.
+      run_dir: the trace is written to its subfolder `profile`.
       steps: number of steps to trace; rounded up to a multiple of `steps_per_call`.
 
     Returns:
@@ -43,14 +43,13 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
 
     Raises:
       UsageError: if the data cannot be read, or the directory cannot be written.
-      Diverged: if a traced step is not finite, and such steps are not skipped.
+      Diverged: if a step is not finite, and such steps are not skipped.
     """
     check_path(run_dir)
     experiment, _ = fit_warmup(experiment)
     with matmul_precision(experiment.matmul_precision):
         parts = build(experiment)
         check_batch_size(experiment, parts.dataset)
-        folder = _make_folder(run_dir)
         state = first_state(experiment, parts)
         compiled, _ = compile_step(experiment, parts, state)
         calls = itertools.count()
@@ -81,6 +80,7 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
         begin = _WARM_UP * experiment.steps_per_call
         end = begin + -(-steps // experiment.steps_per_call) * experiment.steps_per_call
         state = take_steps(state, batches, 0, begin)
+        folder = _make_folder(run_dir)
         before = set(folder.rglob("*"))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow the host, and widen the gaps between steps

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jmp_train.loss_scales.states import NoOpLossScale, check_loss_scale
 from jmp_train.optim.loss_scaling import scales_of
+from jmp_train.step.devices import DataParallel
 from jmp_train.step.donation import DONATED, was_donated
 from jmp_train.step.state import TrainState
 from jmp_train.types import PyTree
@@ -45,7 +47,7 @@ _OPTIMIZERS = [
 ]
 
 
-def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
+def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any, parallel: Any) -> None:
     """Raise TypeError if `loss_fn` is not callable, or if another argument has the wrong type."""
     if _is_optimizer(loss_fn) and callable(optimizer):
         raise TypeError(
@@ -67,6 +69,17 @@ def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any) -> None:
         )
     if loss_scale is not None:
         check_loss_scale(loss_scale)
+    if parallel is None:
+        return
+    if not isinstance(parallel, DataParallel):
+        raise TypeError(f"parallel is a {type(parallel).__name__}; expected DataParallel(mesh)")
+    if not isinstance(parallel.mesh, Mesh):
+        raise TypeError(
+            f"the mesh of DataParallel is a {type(parallel.mesh).__name__}; expected a "
+            "jax.sharding.Mesh, such as jax.make_mesh((8,), ('data',))"
+        )
+    if not isinstance(parallel.axis_name, str):
+        raise TypeError(f"axis_name is {parallel.axis_name!r}; expected the name of one mesh axis")
 
 
 def check_key(key: Any) -> None:

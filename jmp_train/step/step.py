@@ -148,7 +148,7 @@ def make_step(
     >>> int(state.skipped)  # a scale of 65,536 was too large for a gradient of 1
     1
     """
-    check_make_step(loss_fn, optimizer, loss_scale)
+    check_make_step(loss_fn, optimizer, loss_scale, parallel)
     precision = get_precision(policy)
     first_scale = precision.default_loss_scale() if loss_scale is None else loss_scale
     if skip_nonfinite is None:

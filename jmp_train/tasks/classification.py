@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from jmp_train.flax.functional import Functional
 from jmp_train.policy.precision import Precision
@@ -20,9 +19,8 @@ def classification(net: Functional, model: Any, spec: DataSpec, precision: Preci
     """Return the task of classifying `batch["image"]` into `batch["label"]`.
 
     Args:
-      net: network that maps images, (batch, ...), to logits, (batch, classes). With dropout, its
-        call takes `rngs=`.
-      model: configuration of the network; with a `dropout` above 0, it gets random streams.
+      net: network that maps images, (batch, ...), to logits, (batch, classes).
+      model: configuration of the network; with a `dropout` above 0, its call gets random streams.
       spec: unused; in the signature of all tasks.
       precision: precision of the network; the logits of the loss have its output dtype.
     """
@@ -30,8 +28,7 @@ def classification(net: Functional, model: Any, spec: DataSpec, precision: Preci
     drops = getattr(model, "dropout", 0) > 0
 
     def losses(params: PyTree, batch: Batch, key: Key | None) -> tuple[jax.Array, jax.Array]:
-        streams = {"rngs": nnx.Rngs(dropout=key)} if drops and key is not None else {}
-        logits = net.apply(params, batch["image"], **streams)
+        logits = net.apply(params, batch["image"], key=key if drops else None)
         logits = precision.model.cast_to_output(logits)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return loss, logits.argmax(-1) == batch["label"]

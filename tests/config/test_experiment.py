@@ -108,7 +108,7 @@ def test_a_family_extends_and_overrides_the_table_of_precisions(tmp_path, monkey
     [
         ("{'x': {'polcy': 'bf16'}}", "PRECISIONS: unknown setting 'polcy'; did you mean 'policy'"),
         ("{'x': {'policy': 'bf17'}}", "PRECISIONS: .*bf17.*did you mean"),
-        ("{'x': 3}", "PRECISIONS: "),
+        ("{'x': 3}", "PRECISIONS: 'x' is 3; expected a dict of settings"),
     ],
 )
 def test_a_wrong_table_of_precisions_is_named(tmp_path, monkeypatch, table, message):
@@ -125,6 +125,69 @@ def test_an_experiment_of_its_own_comes_before_a_family_member(tmp_path, monkeyp
     folder_of(tmp_path, monkeypatch, net=family, net_bf16=own)
     assert find_experiment("net_bf16").steps == 7
     assert find_experiment("net_fp32").steps == 2000
+
+
+OF_OWN = """
+import dataclasses
+from typing import ClassVar
+import jax.numpy as jnp
+from jmp_train.config import Experiment
+from jmp_train.data import DigitsConfig
+from jmp_train.tasks import Task, TaskKind
+
+def regression(net, model, spec, precision):
+    size = spec.size("image")
+    def errors(params, batch):
+        images = batch["image"].reshape(-1, size)
+        return (images @ params["w"] - batch["label"]).astype(jnp.float32) ** 2
+    init = lambda key: {"w": jnp.zeros(size)}
+    loss_fn = lambda params, batch, *, key=None: (errors(params, batch).mean(), {})
+    return Task(init, loss_fn, lambda params, batch: {"mse": errors(params, batch)})
+
+@dataclasses.dataclass(frozen=True)
+class Regression:
+    task: ClassVar[TaskKind] = TaskKind(regression, ("image", "label"), "mse", highest=False)
+
+EXPERIMENT = Experiment(Regression(), DigitsConfig(noise=0.0), steps=20)
+"""
+
+
+def test_an_experiment_brings_its_own_task_without_flax(tmp_path, monkeypatch):
+    folder_of(tmp_path, monkeypatch, own=OF_OWN)
+    experiment = find_experiment("own")
+    assert (experiment.metric, experiment.highest) == ("mse", False)
+    summary = train("own", experiment, tmp_path / "run", Console(quiet=True))
+    assert summary["eval"]["mse"] < 28  # the mean of the squared labels is 28.5
+
+
+def test_a_helper_of_the_same_name_does_not_break_a_family(tmp_path, monkeypatch):
+    folder_of(tmp_path, monkeypatch, mlp="def helper(): return 1\n")
+    assert find_experiment("mlp_bf16").policy == "mixed_bfloat16"
+
+
+def test_a_family_here_replaces_the_one_beside_the_package(tmp_path, monkeypatch):
+    text = "from experiments.linear import FAMILY as F\nFAMILY = F\nPRECISIONS = {'fp16': None}\n"
+    folder_of(tmp_path, monkeypatch, mlp=text)
+    assert [n for n in experiment_files() if n.startswith("mlp")] == ["mlp_bf16", "mlp_fp32"]
+    assert find_experiment("mlp_fp32") == find_experiment("linear_fp32")
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["dict(x={'policy': 'bf16'})", "{'a' + 'b': {}}", "{**{'x': {}}}", "{s: {} for s in 'x'}"],
+)
+def test_a_table_that_is_not_a_literal_is_named(tmp_path, monkeypatch, table):
+    text = f"from experiments.mlp import FAMILY as F\nFAMILY = F\nPRECISIONS = {table}\n"
+    folder_of(tmp_path, monkeypatch, net=text)
+    with pytest.raises(UsageError, match="net.py: PRECISIONS has .* expected a dict literal"):
+        find_experiment("net_fp32")
+
+
+def test_a_byte_order_mark_and_a_tuple_define_experiments_too(tmp_path, monkeypatch):
+    start = "from experiments.mlp import FAMILY as F\n"
+    folder_of(tmp_path, monkeypatch, mark="\ufeff" + start + "FAMILY = F\n",
+              pair=start + "EXPERIMENT, X = F, 1\n")  # fmt: skip
+    assert find_experiment("mark_fp32") == find_experiment("pair") == find_experiment("mlp_fp32")
 
 
 FAMILY_FILE = """

@@ -78,3 +78,23 @@ def test_one_precision_serves_the_model_and_the_step():
         found.append(stepper.step(state, jnp.ones((4, 2)))[0].params["kernel"].get_value())
     assert (found[0] == -(2.0**-25)).all()
     assert (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("given", [jt.get_precision("float32"), jt.Rules("bf16"), [("**", "bf16")]])
+def test_rules_beside_rules_or_a_precision_are_refused(given):
+    with pytest.raises(ValueError, match="rules are given beside a .*; expected one or the other"):
+        jt.get_precision(given, [("head", "float32")])
+
+
+def test_the_constructor_parses_as_get_precision_does():
+    assert jt.Precision("mixed_float16") == jt.get_precision("mixed_float16")
+    rules = jt.Precision(None, [("**", "float16")])
+    assert rules == jt.get_precision([("**", "float16")]) == jt.get_precision(jt.Rules("float16"))
+    assert isinstance(rules.default_loss_scale(), jt.DynamicLossScale)
+    with pytest.raises(ValueError, match="did you mean"):
+        jt.Precision("mixed_float17")
+
+
+def test_another_type_is_refused_with_what_is_expected():
+    with pytest.raises(TypeError, match="policy is 16; expected a string .*Rules, a Precision"):
+        jt.get_precision(16)

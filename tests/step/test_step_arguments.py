@@ -239,3 +239,19 @@ def test_a_mask_that_is_not_boolean_is_refused(dtype):
         evaluate(jnp.float32(0), [{**batch, "mask": [True] * 1001}])
     # Summed in bfloat16, the 1,001 would be 1,000.
     assert evaluate(jnp.float32(0), [{**batch, "mask": batch["mask"] != 0}]) == {"value": 1.0}
+
+
+MESH = jax.make_mesh((1,), ("data",))
+
+
+@pytest.mark.parametrize(
+    "parallel,line",
+    [
+        (MESH, r"parallel is a Mesh; expected DataParallel\(mesh\)"),
+        (jt.DataParallel(None), "mesh of DataParallel is a NoneType; expected a jax.sharding.Mesh"),
+        (jt.DataParallel(MESH, ("data",)), r"axis_name is \('data',\); expected the name of one"),
+    ],
+)
+def test_devices_of_another_type_are_refused(parallel, line):
+    with pytest.raises(TypeError, match=line):
+        jt.make_step(loss_fn, optax.adam(0.1), parallel=parallel)
