@@ -64,11 +64,11 @@ class Experiment(Generic[ModelConfig, DataConfig]):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field, method in (("model", "task"), ("data", "load")):
-            if not hasattr(getattr(self, field), method):
+        for field, needed in (("model", "an attribute 'task'"), ("data", "a method 'load'")):
+            if not hasattr(getattr(self, field), needed.split("'")[1]):
                 raise ValueError(
                     f"{field} is {reprlib.repr(getattr(self, field))}; expected a configuration with "
-                    f"{method!r}"
+                    f"{needed}"
                 )
         kind_of(self.model)  # raises for an unknown one
         policies = self.precision.policies

@@ -145,7 +145,7 @@ NAMES = [
         r"the data have image and label; expected tokens, which language_modelling reads",
     ),
     (["train", "no_data"], r"data is None; expected a configuration with a method 'load'"),
-    (["train", "no_model"], r"model is 3; expected a configuration with a method 'network'"),
+    (["train", "no_model"], r"model is 3; expected a configuration with an attribute 'task'"),
     (["train", "unknown_field"], r"unexpected keyword argument 'stesp'"),
     (["train", "no_path"], r"missing 1 required positional argument: 'path'"),
 ]
