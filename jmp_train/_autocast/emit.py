@@ -1,6 +1,6 @@
 """Re-emits a planned jaxpr: every operation again, on operands in the dtypes that the plan gives.
 
-Bodies are traced anew and their equations bound with the parameters that they had, so names,
+Bodies are retraced and their equations bound with the parameters that they had, so names,
 donation, sharding, unrolling and checkpoint policies stay.
 """
 

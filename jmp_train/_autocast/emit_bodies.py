@@ -1,4 +1,4 @@
-"""Emits operations that have bodies; the bodies are traced anew under their plans."""
+"""Emits operations that have bodies; bodies are retraced under their plans."""
 
 from __future__ import annotations
 

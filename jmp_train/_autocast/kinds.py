@@ -24,7 +24,7 @@ Formats = frozenset[str]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What is known of a floating value of the program.
+    """Known properties of a floating value.
 
     Attributes:
       native: the dtype that it counts as where dtypes are promoted.

@@ -71,7 +71,7 @@ POWERS = _names("integer_pow square")
 #: softmax, the squares of a variance or of a loss.
 RAISED = _names("add add_any sub") | POWERS
 
-#: Operations that leave the elements of an array as they are, so that a bias stays a bias.
+#: Operations that do not change the elements of an array, so that a bias stays a bias.
 LAYOUT = _names(
     "broadcast_in_dim copy dynamic_slice gather name optimization_barrier reshape "
     "sharding_constraint slice squeeze transpose"
@@ -115,7 +115,7 @@ class OpRules:
 
     Attributes:
       compute: run in the compute dtype ("allow" in torch).
-      float32: run in float32, whatever half dtype their operands arrive in ("deny").
+      float32: run in float32, for operands of either half dtype ("deny").
       promote: run in the widest floating dtype among their operands.
       custom: names of primitives that JAX does not define, taken as they are spelt. `extend`
         fills it from `Primitive` objects.

@@ -55,7 +55,7 @@ class OpPlan:
       eqn: the equation.
       rule: the name of the rule, as `explain_autocast` shows it.
       dtype: the dtype that it runs in; None where it touches no floating number.
-      operand_dtypes: per operand; None to pass it as it is.
+      operand_dtypes: per operand; None to pass it unchanged.
       outs: the kinds of the results.
       note: the reason, where the rule alone does not tell.
       bodies: the plans of its bodies.

@@ -66,7 +66,7 @@ def inner_name(dtype: np.dtype) -> str:
 
 
 class RegionMark(contextlib.ContextDecorator):
-    """Mark code as a region, as a context manager or a decorator; made anew for every use."""
+    """Mark code as a region, as a context manager or a decorator; a new one for each use."""
 
     def __init__(self, name: str):
         self.name = name
@@ -149,7 +149,7 @@ def store_as(x: jax.Array, dtype: Any) -> jax.Array:
 
     Later operations read it as if an operation had run in `dtype`: a sum of two arrays stored in
     bfloat16 is formed in bfloat16, and it takes half the memory. Without autocast it is only
-    rounded to `dtype`. An array that is not float32 comes back as it is.
+    rounded to `dtype`. An array that is not float32 is returned unchanged.
 
     Args:
       x: any array.

@@ -43,7 +43,7 @@ class OpRow:
 
 @dataclasses.dataclass(frozen=True)
 class AutocastReport:
-    """What `explain_autocast` returns; `str()` of it is a table, `rows` the same as data."""
+    """Result of `explain_autocast`; `str()` formats it as a table, `rows` has the same data."""
 
     rows: tuple[OpRow, ...]
 

@@ -64,7 +64,7 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
 
     Args:
       fn: a pure function. Arrays anywhere in its arguments are traced; every other leaf (Python
-        numbers, strings, None, functions) reaches it as it is. It is traced at every call, so
+        numbers, strings, None, functions) reaches it unchanged. It is traced at every call, so
         put `jax.jit` around the outermost function.
       compute_dtype: `"bfloat16"` or `"float16"`; `"float32"` changes nothing that was written in
         float32. float16 needs a loss scale for gradients; see `value_and_grad`.

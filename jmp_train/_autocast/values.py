@@ -102,10 +102,10 @@ def exact_array(value: Any) -> Any:
 
 
 def array_of_kind(value: Any, kind: Kind | None) -> Any:
-    """Return the array of a value in a kind's base dtype; one that is not floating as it is."""
+    """Return the array of a value in a kind's base dtype; unchanged if it is not floating."""
     return value.get(kind.base) if kind and isinstance(value, Value) else exact_array(value)
 
 
 def array_in(value: Any, dtype: Any) -> Any:
-    """Return the array of a value in a dtype; an array that is not floating as it is."""
+    """Return the array of a value in a dtype; unchanged if it is not floating."""
     return value.get(np.dtype(dtype)) if isinstance(value, Value) else value

@@ -13,13 +13,13 @@ from jmp_train._jaxpr.compat import Equation
 
 
 class Construct(NamedTuple):
-    """What a primitive does with its bodies.
+    """How a primitive evaluates its bodies.
 
     Attributes:
       name: `"jit"`, `"remat"`, `"call"`, `"custom_jvp"`, `"custom_vjp"`, `"shard_map"`, `"cond"`,
-        `"while"` or `"scan"`, whatever the primitive is called.
+        `"while"` or `"scan"`, for every name of the primitive.
       parameters: the parameters that contain its bodies, or the one that contains several.
-      runs_once: whether it evaluates its one body once, on all its operands as they are.
+      runs_once: whether it evaluates its one body once, on all its operands unchanged.
     """
 
     name: str

@@ -213,7 +213,7 @@ def with_scan_consts(params: dict[str, Any], count: int) -> dict[str, Any]:
     """Return a scan's parameters with another number of constants."""
     if "num_consts" in params:
         return {**params, "num_consts": count}
-    # The trees of jax 0.11 have no public maker; their own module has, wherever it lies.
+    # The trees of jax 0.11 have no public constructor; use the one in their own module.
     trees = importlib.import_module(type(params["ft_in"]).__module__)
     _, carry, xs = params["ft_in"].unpack()
     return {**params, "ft_in": trees.pack((trees.nones(count), carry, xs))}

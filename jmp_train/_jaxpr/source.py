@@ -1,4 +1,4 @@
-"""Where an equation was written: the user's line, outside JAX, Flax and this package's machinery.
+"""Source lines of equations: the user's line, outside JAX, Flax and this package's machinery.
 
 Libraries are known by where they are installed, and this package by where this file lies, so that
 neither the name of a room nor the kind of installation matters.

@@ -1,4 +1,4 @@
-"""Walks the equations of a jaxpr, with a value of any sort for each variable.
+"""Walks the equations of a jaxpr, with a value of any type for each variable.
 
 Three walks share it: the planner's values are dtypes, the emitter's are arrays in several dtypes,
 and the replay's are arrays with the causes of their infinities.

@@ -98,9 +98,10 @@ def _run(name: str, arguments: list[str]) -> int:
     except (MemoryError, JaxRuntimeError) as error:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        what = str(error).partition("\n")[0] or "out of memory"
+        what = str(error).partition("\n")[0]
+        cause = f"out of memory: {what}" if what else "out of memory"
         hint = "expected a smaller model or batch, or more micro_batches"
-        return _fail(UsageError(f"the memory does not suffice: {what}; {hint}"), 2)
+        return _fail(UsageError(f"{cause}; {hint}"), 2)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -52,7 +52,7 @@ def stored_experiment(run_dir: Path) -> AnyExperiment:
     """Return the experiment that a run was trained as.
 
     Raises:
-      UsageError: if the directory holds no run, or settings that its experiment does not take.
+      UsageError: if the directory is not a run directory, or has settings that its experiment does not take.
     """
     name, values = read_config(run_dir)
     default = find_experiment(name)
@@ -76,6 +76,6 @@ def _newest_runs() -> str:
         if len(found) == 3:
             break
     if not found:
-        return "runs/ holds no run; make one: jmp-train train NAME"
+        return "runs/ has no runs; start one with jmp-train train NAME"
     newest = "run is" if len(found) == 1 else "runs are"
     return f"the newest {newest} {', '.join(found)}"

@@ -42,7 +42,7 @@ class TrainArguments:
     run_dir: Annotated[
         Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME/TIME)")
     ] = None
-    """Directory of the run; resumes if it holds one."""
+    """Directory of the run; an existing run there is resumed."""
     compilation_cache: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

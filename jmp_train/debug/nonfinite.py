@@ -37,7 +37,7 @@ def first_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> NonFin
 
     Args:
       fn: a JAX function of arrays.
-      *args, **kwargs: its arguments, pytrees; leaves that are not arrays reach it as they are.
+      *args, **kwargs: its arguments, pytrees; leaves that are not arrays reach it unchanged.
 
     Raises:
       What `fn` raises.

@@ -13,7 +13,7 @@ class OperandRange(NamedTuple):
     """The values of one operand of an operation."""
 
     dtype: str
-    smallest: float  # of its finite values; NaN where there is none
+    smallest: float  # smallest finite value; NaN if none is finite
     largest: float
     argument: str  # the argument that it is, at most cast or reshaped; '' for none
     infinities: int = 0  # how many of its values are infinite
@@ -106,7 +106,7 @@ class NonFiniteReport:
     def __str__(self) -> str:
         if not self.results:
             return "every result is finite"
-        given = [f"{name} is not finite as it was given" for name in self.arguments]
+        given = [f"non-finite input: {name}" for name in self.arguments]
         return "\n".join([*given, *map(str, self.ops)])
 
 

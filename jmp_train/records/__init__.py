@@ -1,1 +1,1 @@
-"""What a run writes and reads again: checkpoints, digests, metrics, provenance."""
+"""Files of a run: checkpoints, digests, metrics, provenance."""

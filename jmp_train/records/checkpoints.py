@@ -26,7 +26,7 @@ class NoUsableCheckpoint(Exception):
 
 
 class DoesNotFit(Exception):
-    """A whole checkpoint holds other arrays than the state asks for."""
+    """A complete checkpoint does not match the arrays of the state."""
 
 
 class NotSaved(Exception):
@@ -185,7 +185,7 @@ class Checkpoints:
 
         Raises:
           NoUsableCheckpoint: if there are some but none can be loaded.
-          DoesNotFit: if the newest that is whole holds a state unlike `like`.
+          DoesNotFit: if the newest complete checkpoint does not match `like`.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -205,7 +205,7 @@ class Checkpoints:
         if steps:
             raise NoUsableCheckpoint(
                 f"none of the checkpoints at steps {', '.join(map(str, steps))} in "
-                f"{self._directory} can be loaded; they are left as they are"
+                f"{self._directory} can be loaded; they were not changed"
             )
         return None
 
@@ -297,12 +297,17 @@ def _check_same(step: int, saved: dict[str, list[str]], like: Any) -> None:
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     wanted = {name(path): _kind(x) for path, x in jax.tree_util.tree_leaves_with_path(like)}
     for key in {**wanted, **saved}:
-        there = tuple(saved[key][1:]) if key in saved else None
-        if there != wanted.get(key):
-            is_, want = (
-                " ".join(kind) if kind else "not there" for kind in (there, wanted.get(key))
-            )
-            raise DoesNotFit(f"checkpoint {step} does not fit: {key!r} is {is_}; expected {want}")
+        if key not in wanted:
+            kind = ", ".join(saved[key][1:])
+            what = f"the checkpoint has {key!r} ({kind}), which the state does not have"
+        elif key not in saved:
+            kind = ", ".join(wanted[key])
+            what = f"the state has {key!r} ({kind}), which the checkpoint does not have"
+        elif tuple(saved[key][1:]) != wanted[key]:
+            what = f"{key!r} is {' '.join(saved[key][1:])}; expected {' '.join(wanted[key])}"
+        else:
+            continue
+        raise DoesNotFit(f"checkpoint {step} does not match the state: {what}")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""What people look at: progress, plots, and the report of a run that diverged."""
+"""Output for people: progress, plots and the divergence report."""

@@ -53,8 +53,8 @@ class Divergence:
       gradients: the paths of the gradients that were not finite in the last skipped step, and under
         `model_state/` those of the model state that became so.
       parameters: the paths of the parameters that are not finite now.
-      operations: the replay of the last step; None where there could be none.
-      float32: the same step's gradients in float32; None where they could not be computed.
+      operations: the replay of the last step; None if the step could not be replayed.
+      float32: the same step's gradients in float32; None if they could not be computed.
       problems: why something above is missing.
       advice: pairs of a reason and the options to give, in the order to try them.
       checkpoint: the step of the newest checkpoint; None without.
@@ -104,9 +104,7 @@ class Divergence:
 def _operation_lines(report: NonFiniteReport) -> list[str]:
     if not report.results:
         return ["run operation by operation the last step is finite: a rounding tips it over"]
-    lines = (
-        [f"not finite as it was given: {first_names(report.arguments)}"] if report.arguments else []
-    )
+    lines = [f"non-finite input: {first_names(report.arguments)}"] if report.arguments else []
     if report.ops:
         lines.append("the operations that went non-finite first, of the last step:")
         lines += [f"  {i}. {op}" for i, op in enumerate(report.ops[:_SHOWN], 1)]

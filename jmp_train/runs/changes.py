@@ -31,9 +31,9 @@ def differences(before: Json, now: Json) -> dict[str, str]:
 def refused(changed: dict[str, str], before: Json, asked_warmup: int) -> list[str]:
     """Return the texts of the changes that only --force allows.
 
-    A warm-up may change with the number of steps: if the saved run has the warm-up that
-    `asked_warmup` gave it with its own number of steps. A number of classes may be given where there
-    was none; one that changes the model does not fit its checkpoint.
+    A warm-up may change together with the number of steps if the saved run has the warm-up that
+    `asked_warmup` gives for its saved number of steps. A number of classes may be added if none was
+    saved; one that changes the model does not match its checkpoint.
 
     Args:
       changed: what `differences` returned.

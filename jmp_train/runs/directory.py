@@ -23,7 +23,7 @@ def read_config(run_dir: Path) -> tuple[str, Json]:
     """Return the name of a run's experiment, and its settings by dotted path.
 
     Raises:
-      UsageError: if the directory holds no run, or its config.json cannot be read.
+      UsageError: if the directory is not a run directory, or its config.json cannot be read.
     """
     path = run_dir / "config.json"
     try:
@@ -35,7 +35,9 @@ def read_config(run_dir: Path) -> tuple[str, Json]:
             )
         return name, flatten(values)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{run_dir} holds no run; expected a directory with config.json") from None
+        raise UsageError(
+            f"{run_dir} is not a run directory; expected a directory with config.json"
+        ) from None
     except KeyError:
         raise UsageError(f"{path} cannot be read: it names no experiment") from None
     except OSError as error:
@@ -83,7 +85,8 @@ def check_directory(
         if not (run_dir / "config.json").exists():
             if run_dir.exists() and {path.name for path in run_dir.iterdir()} - _NO_RUN:
                 raise UsageError(
-                    f"{run_dir} is not empty and holds no run; expected a new folder, or a run's"
+                    f"{run_dir} is not empty and is not a run directory; expected a new folder, "
+                    "or a run's"
                 )
             return []
     except OSError as error:
@@ -104,14 +107,12 @@ def check_directory(
 
 
 def check_path(run_dir: Path) -> None:
-    """Raise UsageError for a path that cannot be shown, or that Orbax reads as a pattern."""
+    """Raise UsageError for unprintable characters, or for those that Orbax reads as a pattern."""
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in str(run_dir)):
-        raise UsageError(
-            f"{str(run_dir)!r} holds characters that cannot be shown; choose another folder"
-        )
+        raise UsageError(f"{str(run_dir)!r} contains unprintable characters; choose another folder")
     if set("[]*?") & set(str(run_dir.resolve())):
         raise UsageError(
-            f"{str(run_dir)!r} holds one of the characters []*?; choose another folder"
+            f"{str(run_dir)!r} contains one of the characters []*?; choose another folder"
         )
 
 

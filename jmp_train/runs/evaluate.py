@@ -22,7 +22,7 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment) -> Json:
       `{"step": ..., metric: ...}`.
 
     Raises:
-      UsageError: if there is no checkpoint, or the newest holds another state.
+      UsageError: if there is no checkpoint, or the newest checkpoint does not match the model.
       NoUsableCheckpoint: if none can be loaded.
     """
     experiment, _ = fit_warmup(experiment)

@@ -38,7 +38,7 @@ def explain(context: RunContext, error: Diverged) -> Diverged:
     print_line(context.console, "diverged; looking for what went non-finite first")
     assert error.last is not None
     report = investigate(context, str(error), error.last)
-    return Diverged(f"{report}\n{context.run_dir / 'diverged.json'} holds more", error.last)
+    return Diverged(f"{report}\ndetails are in {context.run_dir / 'diverged.json'}", error.last)
 
 
 def investigate(context: RunContext, reason: str, last: LastCall) -> Divergence:
@@ -47,7 +47,7 @@ def investigate(context: RunContext, reason: str, last: LastCall) -> Divergence:
     Args:
       context: the run.
       reason: why it was stopped.
-      last: where its loop stood.
+      last: the last call of the step.
     """
     experiment, dataset, state = context.experiment, context.parts.dataset, last.state
     steps = context.checkpoints.steps()
@@ -90,12 +90,9 @@ def _replay_last(
     """Return the replay of the last step, its gradients in float32, and why either is missing."""
     state, operations, float32 = last.state, None, None
     if not (last.skipped and replayable):
-        gone = (
-            "the last good state is gone, because the update with that step's gradients was made: so "
-            "the step cannot be replayed"
-        )
+        gone = "the step cannot be replayed: its update has already overwritten the last good state"
         return None, None, () if state.last_skip is not None else (gone,)
-    # As it stood before that step, which changed nothing but the counters and the scale.
+    # The state before that step, which changed nothing but the counters and the scale.
     scale = scale_of(state, last.loss_scale)
     before = state._replace(step=state.step - 1, loss_scale=scale)
     try:
@@ -133,7 +130,7 @@ def _write_report(context: RunContext, report: Divergence) -> None:
 
 
 def scale_of(state: TrainState, value: float) -> LossScale:
-    """Return the loss scale that a step was taken under, as one that stays as it is."""
+    """Return the loss scale that a step was taken under, as a static loss scale."""
     none = isinstance(state.loss_scale, NoOpLossScale)
     return state.loss_scale if none else StaticLossScale(value)
 

@@ -17,7 +17,7 @@ from jmp_train.runs.directory import not_writable
 
 @contextlib.contextmanager
 def lock_directory(run_dir: Path, console: Console) -> Iterator[None]:
-    """Lock a directory, which is made where there is none.
+    """Lock a directory; create it if it does not exist.
 
     The kernel releases the lock when its process ends, however it ends; the file stays.
 

@@ -17,9 +17,9 @@ from jmp_train.types import Json, PyTree
 
 _all_finite = jax.jit(all_finite)
 
-#: So many skipped steps in a row end the run when the scale can go no lower. From 65,536 to 1 it
-#: takes 16, so this is DeepSpeed's rule (an overflow at the minimum is an error), but a run that lives
-#: at the minimum survives a few bad batches.
+#: Number of consecutive skipped steps at the minimum scale that ends the run. A scale falls from
+#: 65,536 to 1 in 16 steps. This is DeepSpeed's rule (an overflow at the minimum is an error), but a
+#: run that stays at the minimum survives a few bad batches.
 SKIPS_AT_MINIMUM = 10
 
 #: Largest number of tensor names in a train record.
@@ -27,7 +27,7 @@ _NAMES = 8
 
 
 class LastCall(NamedTuple):
-    """Where a loop stood when it gave up."""
+    """State of the loop when training diverged."""
 
     step: int  # steps taken
     state: TrainState
@@ -38,7 +38,7 @@ class LastCall(NamedTuple):
 
 
 class Diverged(Exception):
-    """Training has diverged and cannot continue; `last` says where the loop stood."""
+    """Training has diverged and cannot continue; `last` is the last call of the step."""
 
     def __init__(self, message: str, last: LastCall | None = None):
         super().__init__(message)

@@ -127,7 +127,7 @@ def restore_newest(run_dir: Path, experiment: AnyExperiment, parts: Parts) -> Re
     """Restore the newest checkpoint of a run, to use its parameters.
 
     Raises:
-      UsageError: if there is no checkpoint, or the newest holds another state.
+      UsageError: if there is no checkpoint, or the newest checkpoint does not match the model.
       NoUsableCheckpoint: if none can be loaded.
     """
     restored = None
@@ -144,5 +144,5 @@ def restore_newest(run_dir: Path, experiment: AnyExperiment, parts: Parts) -> Re
             except DoesNotFit as error:
                 raise UsageError(f"{run_dir}: {error}") from None
     if restored is None:
-        raise UsageError(f"{run_dir} holds no checkpoint; expected the directory of a run")
+        raise UsageError(f"{run_dir} has no checkpoint; expected the directory of a run")
     return restored

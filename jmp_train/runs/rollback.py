@@ -15,7 +15,7 @@ from jmp_train.runs.resume import Start, find_start
 
 T = TypeVar("T")
 
-MAX_ROLLBACKS = 10  # of a whole run; one that needs more has another trouble than a bad batch
+MAX_ROLLBACKS = 10  # of a whole run; beyond this, the cause is not a single bad batch
 
 
 def with_rollbacks(attempt: Callable[[Start], T], context: RunContext, start: Start) -> T:
@@ -27,7 +27,7 @@ def with_rollbacks(attempt: Callable[[Start], T], context: RunContext, start: St
       start: of the first attempt.
 
     Raises:
-      Diverged: with the whole report, if the run is not to be rolled back, or not once more.
+      Diverged: with the whole report, if rollback is off, or the limit is reached.
     """
     while True:
         try:
@@ -48,6 +48,7 @@ def with_rollbacks(attempt: Callable[[Start], T], context: RunContext, start: St
             calls += before.calls_left_out
         batches = calls * context.experiment.steps_per_call
         print_line(
-            context.console, f"{reason}: back to step {start.step}, past the next {batches} batches"
+            context.console,
+            f"{reason}: rolled back to step {start.step}; skipping the next {batches} batches",
         )
         start = start._replace(rollbacks=before.rollbacks + 1, calls_left_out=calls)

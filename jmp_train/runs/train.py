@@ -1,4 +1,4 @@
-"""Training an experiment in a run directory, from where that directory stands."""
+"""Train an experiment in a run directory, resuming from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train(
     *,
     force: bool = False,
 ) -> Json:
-    """Train an experiment in a run directory, from where that directory stands.
+    """Train an experiment in a run directory, resuming from its newest checkpoint.
 
     Args:
       name: the name of the experiment.

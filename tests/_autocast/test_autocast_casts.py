@@ -120,7 +120,7 @@ def test_ordered_effects_keep_their_order_inside_loops():
     assert seen == [0, 1, 2, 3]
 
 
-def test_bits_of_a_number_are_those_of_its_own_dtype():
+def test_bits_of_a_number_are_those_of_its_dtype():
     x = jnp.asarray(rounded((2, 2)))
     f = jt.autocast(lambda x: lax.bitcast_convert_type(x @ jnp.eye(2), jnp.int32))
     np.testing.assert_array_equal(f(x), np.asarray(x).view(np.int32))

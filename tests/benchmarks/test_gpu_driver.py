@@ -124,7 +124,7 @@ def gone(pid):
         return True
 
 
-def test_a_killed_run_goes_on_with_what_is_missing(tmp_path):
+def test_killed_run_resumes_with_the_missing_rows(tmp_path):
     out = tmp_path / "gpu.json"
     run = start(out, *CEILINGS)
     wait_for(lambda: out.exists() and rows_of(out))
@@ -229,7 +229,7 @@ def test_each_part_is_planned_for_nine_minutes():
         assert sum(row.planned_s for row in table.ROWS if row.part == part) <= 9 * 60
 
 
-def test_rows_have_names_of_their_own():
+def test_row_names_are_unique():
     assert len({row.id for row in table.ROWS}) == len(table.ROWS)
     assert all(table.row(row.id) == row for row in table.ROWS)
 

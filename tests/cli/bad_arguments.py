@@ -152,13 +152,13 @@ NAMES = [
 RUN_DIRS = [
     (["file"], r"file cannot be read: Not a directory"),
     (["file/run"], r"file/run cannot be written: Not a directory"),
-    (["full"], r"full is not empty and holds no run; expected a new folder, or a run's"),
-    ([""], r"\. is not empty and holds no run"),
+    (["full"], r"full is not empty and is not a run directory; expected a new folder, or a run's"),
+    ([""], r"\. is not empty and is not a run directory"),
     # Nothing can be made there, by root either.
     (["/proc/nowhere/run"], r"/proc/nowhere/run cannot be written: No such file"),
-    (["a[b]*"], r"'a\[b\]\*' holds one of the characters \[\]\*\?; choose another"),
-    (["a\nb"], r"'a\\nb' holds characters that cannot be shown; choose another"),
-    (["a\udcffb"], r"'a\\udcffb' holds characters that cannot be shown; choose another"),
+    (["a[b]*"], r"'a\[b\]\*' contains one of the characters \[\]\*\?; choose another"),
+    (["a\nb"], r"'a\\nb' contains unprintable characters; choose another"),
+    (["a\udcffb"], r"'a\\udcffb' contains unprintable characters; choose another"),
     (["n" * 300], r"cannot be read: File name too long"),
     ([], r"--run-dir: expected a value"),
     (["configs/other"], r"holds a run of 'linear_fp16'; expected one of 'own'"),
@@ -172,10 +172,10 @@ RUN_DIRS = [
 ]
 EVALS = [
     ([], r"expected the directory of a run: jmp-train eval RUN_DIR"),
-    (["nowhere"], r"nowhere holds no run; expected a directory with config.json"),
-    (["file"], r"file holds no run; expected a directory with config.json"),
-    (["full"], r"full holds no run; expected a directory with config.json"),
-    (["configs/whole"], r"configs/whole holds no checkpoint; expected the directory of a run"),
+    (["nowhere"], r"nowhere is not a run directory; expected a directory with config.json"),
+    (["file"], r"file is not a run directory; expected a directory with config.json"),
+    (["full"], r"full is not a run directory; expected a directory with config.json"),
+    (["configs/whole"], r"configs/whole has no checkpoint; expected the directory of a run"),
     (["configs/not_json"], r"configs/not_json/config.json cannot be read"),
     (["configs/list"], r"configs/list/config.json cannot be read"),
     (["configs/nothing"], r"configs/nothing/config.json cannot be read"),
@@ -236,7 +236,7 @@ TEXT = [
 ]
 PREDICTS = [
     ([], r"expected the directory of a run: jmp-train predict RUN_DIR"),
-    (["nowhere"], r"nowhere holds no run; expected a directory with config.json"),
+    (["nowhere"], r"nowhere is not a run directory; expected a directory with config.json"),
     (["configs/typo"], r"unknown setting 'optimizer.lerning_rate'; did you mean 'learning_rate'"),
     (["done"], r"done holds a run on npz, whose model does not continue texts; expected"),
     (["done", "--length", "0"], r"length is 0; expected at least 1"),

@@ -67,7 +67,7 @@ def check(status, out, err, line):
 
 
 @pytest.mark.parametrize("words,line", CASES, ids=[" ".join(words)[:60] for words, _ in CASES])
-def test_what_is_off_gets_one_line_and_status_2_and_changes_nothing(
+def test_bad_input_gets_one_line_and_status_2_and_changes_nothing(
     world, capsys, monkeypatch, words, line
 ):
     monkeypatch.chdir(world)
@@ -77,7 +77,7 @@ def test_what_is_off_gets_one_line_and_status_2_and_changes_nothing(
     assert listing(world) == before
 
 
-def test_a_process_of_its_own_says_the_same(world):
+def test_separate_process_prints_the_same_error(world):
     before = listing(world)
     done = subprocess.run(
         [sys.executable, "-m", "jmp_train", "train", "own", "--data.path", "flipped.npz"],

@@ -49,9 +49,9 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["train", "mlp_bf16", "stray"], "Unrecognized options: stray"),
         (["train", "mlp_bf16", "--run-dir"], "--run-dir"),
         (["eval"], "expected the directory of a run"),
-        (["eval", "/nowhere"], "/nowhere holds no run"),
+        (["eval", "/nowhere"], "/nowhere is not a run directory"),
         (["predict"], "expected the directory of a run"),
-        (["predict", "/nowhere"], "/nowhere holds no run"),
+        (["predict", "/nowhere"], "/nowhere is not a run directory"),
         (["predict", "/nowhere", "--prompt", ""], "jmp-train: prompt is empty"),
         (["predict", "/nowhere", "--length", "0"], "length is 0"),
         (["predict", "/nowhere", "--temperature", "-1"], "temperature is -1"),
@@ -71,7 +71,7 @@ FEW = ("--steps", "20", "--log-every", "10", "--optimizer.warmup-steps", "5")
         (["trian", "mlp_bf16"], "unknown command 'trian'; did you mean 'train'?"),
     ],
 )  # fmt: skip
-def test_what_is_off_gets_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, expected):
+def test_bad_input_gets_one_line_and_status_2(capsys, tmp_path, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(capsys, *words)
     assert status == 2
@@ -239,7 +239,7 @@ def test_help_explains_every_field(capsys):
     assert "Precision policy" in out
 
 
-def test_no_word_at_all_shows_the_usage_with_status_2(capsys):
+def test_no_argument_shows_the_usage_with_status_2(capsys):
     status, out, _ = run(capsys)
     assert status == 2 and out.startswith("usage: jmp-train")
 
@@ -253,7 +253,7 @@ def test_a_signal_ends_a_comparison_with_its_status(capsys, tmp_path, monkeypatc
     assert status == 130 and "stopped by SIGINT at step 11" in err and err.count("\n") == 1
 
 
-def test_list_marks_a_file_that_fails_and_goes_on(capsys, tmp_path, monkeypatch):
+def test_list_marks_a_failing_file_and_continues(capsys, tmp_path, monkeypatch):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "bad.py").write_text("EXPERIMENT = 1 / 0\n")
     monkeypatch.chdir(tmp_path)
@@ -266,6 +266,6 @@ def test_what_turns_the_direction_of_a_text_is_escaped(turn):
     assert printable(f"a{chr(turn)}b".encode(), "utf-8") == f"a\\u{turn:04x}b"
 
 
-def test_what_only_joins_or_belongs_to_a_script_is_printed_as_it_is():
+def test_joiners_and_scripts_are_printed_unchanged():
     text = "\u05e9\u05dc\u05d5\u05dd \u0645\u200d \U0001f468\u200d\U0001f4bb\n\t"
     assert printable(text.encode(), "utf-8") == text

@@ -23,14 +23,14 @@ def unset(monkeypatch):
         jax.config.update(name, value)
 
 
-def test_it_lies_under_the_users_cache_folder(unset, tmp_path):
+def test_cache_is_under_the_user_cache_folder(unset, tmp_path):
     unset.setenv("XDG_CACHE_HOME", str(tmp_path))
     keep_compiled()
     assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "jmp-train" / "xla")
     assert (tmp_path / "jmp-train" / "xla").stat().st_mode & 0o777 == 0o700
 
 
-def test_without_that_variable_or_with_a_relative_one_it_lies_at_home(monkeypatch, tmp_path):
+def test_cache_is_under_home_without_an_absolute_xdg_cache_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", value)

@@ -114,7 +114,7 @@ def test_no_directory_lists_the_newest_runs(capsys, runs, command, words):
 
 def test_without_any_run_eval_says_how_to_make_one(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "runs/ holds no run; make one: jmp-train train NAME" in refused(capsys, "eval")
+    assert "runs/ has no runs; start one with jmp-train train NAME" in refused(capsys, "eval")
 
 
 def test_the_usage_fits_80_columns(capsys):

@@ -51,6 +51,6 @@ def test_noise_has_its_deviation_and_touches_training_images_only():
 
 
 @pytest.mark.parametrize("field,value", [("eval_share", 0.0), ("eval_share", 1.0), ("noise", -1.0)])
-def test_an_impossible_setting_is_refused_by_its_name(field, value):
+def test_invalid_setting_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} is .*expected"):
         DigitsConfig(**{field: value})

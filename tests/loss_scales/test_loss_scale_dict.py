@@ -98,7 +98,7 @@ GOOD = jt.loss_scales.loss_scale_to_dict(jt.DynamicLossScale(8.0, hysteresis=2))
         (GOOD | {"consecutive_hysteresis": 1}, "consecutive_hysteresis is 1; expected True or Fal"),
     ],
 )
-def test_what_no_loss_scale_wrote_is_refused_by_name(entries, message):
+def test_invalid_loss_scale_dict_is_refused_by_name(entries, message):
     with pytest.raises(ValueError, match=message):
         jt.loss_scales.loss_scale_from_dict(entries)
 
@@ -124,7 +124,7 @@ def go_on(state, finite):
 
 
 @pytest.mark.parametrize("factor,backoff,interval", [(2.0, 0.5, 4), (1.5, 0.75, 1)])
-def test_a_live_gradscalers_state_goes_on_as_it_does_itself(factor, backoff, interval):
+def test_converted_gradscaler_state_continues_as_the_gradscaler_does(factor, backoff, interval):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
 
@@ -196,7 +196,7 @@ def test_a_disabled_gradscaler_means_no_loss_scaling():
         (GRADSCALER | {"_growth_tracker": 5}, "_growth_tracker is 5; .* below growth_interval, 5"),
     ],
 )
-def test_what_no_gradscaler_wrote_is_refused_by_its_own_names(entries, message):
+def test_invalid_gradscaler_dict_is_refused_by_gradscaler_names(entries, message):
     with pytest.raises(ValueError, match=message):
         jt.loss_scales.loss_scale_from_gradscaler(entries)
 

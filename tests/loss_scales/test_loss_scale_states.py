@@ -47,7 +47,7 @@ class ScaleTest(chex.TestCase):
 
     @with_and_without_jit
     @parameterized.parameters(jt.StaticLossScale, jt.DynamicLossScale)
-    def test_scaling_leaves_what_is_no_number_and_scales_complex(self, kind):
+    def test_scaling_skips_non_numbers_and_scales_complex(self, kind):
         tree = {"i": jnp.int32(3), "b": jnp.array(True), "k": jax.random.key(1), "n": None}
         out = self.variant(kind(4.0).scale)(tree | {"c": jnp.complex64(1 + 2j)})
         assert out["i"] == 3 and bool(out["b"]) and out["n"] is None

@@ -46,7 +46,7 @@ def test_dropout_drops_in_training_alone():
 
 
 @pytest.mark.parametrize("field,value", [("hidden", (0,)), ("dropout", 1.0), ("dropout", -0.1)])
-def test_an_impossible_setting_is_refused_by_its_name(field, value):
+def test_invalid_setting_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} is .*expected"):
         MlpConfig(**{field: value})
 

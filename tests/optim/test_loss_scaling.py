@@ -51,7 +51,7 @@ def clipped_adamw():
     ],
     ids=["mixed", "master_weights"],
 )
-def test_a_loop_of_ones_own_follows_make_step(policy, inner):
+def test_custom_loop_matches_make_step(policy, inner):
     """Scales and counts to the bit. The numbers are the same to the bit under `jax.disable_jit`, which
     takes 20 s; compiled, make_step's update lies in a cond on a CPU and this one's is selected, and
     they differ by 2 to 3 units in the last place of a leaf's largest number; 8 are allowed."""
@@ -152,7 +152,7 @@ def test_a_skipped_step_changes_nothing_but_the_scale_and_the_counts(bad):
 
 @pytest.mark.parametrize("way", [lambda o: o, jt.optim.master_weights])
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
-def test_every_16_bit_parameter_stays_as_it_is_on_a_skipped_step(half, way):
+def test_skipped_step_changes_no_16_bit_parameter(half, way):
     bits = np.arange(2**16, dtype=np.uint16)
     number = bits.view(half).astype(np.float32)
     # A sum makes any NaN the quiet one, and a CPU flushes float32's subnormals, some of bfloat16's.

@@ -60,7 +60,7 @@ def test_a_parameter_that_falls_to_almost_nothing_arrives_there(way):
     np.testing.assert_array_equal(np.asarray(optax.apply_updates(params, updates)), 2.0**-20)
 
 
-def test_zeros_leave_numpy_and_jax_parameters_as_they_are():
+def test_zero_updates_leave_numpy_and_jax_parameters_unchanged():
     update = BitUpdate.between(jnp.zeros(2, jnp.bfloat16), jnp.ones(2, jnp.bfloat16))
     zero = jax.tree.map(jnp.zeros_like, update)
     for params in (np.array([-0.0, 3], ml_dtypes.bfloat16), jnp.array([-0.0, 3], jnp.bfloat16)):

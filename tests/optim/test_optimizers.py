@@ -69,7 +69,7 @@ def test_every_optimizer_walks_down_a_quadratic(name):
         ("max_grad_norm", 0.0),
     ],
 )
-def test_an_impossible_setting_is_refused_by_its_name(field, value):
+def test_invalid_setting_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} is .*expected"):
         OptimizerConfig(**{field: value})
 
@@ -80,7 +80,7 @@ def test_a_warmup_longer_than_the_run_is_refused():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam"])
-def test_adam_with_settings_of_ones_own_follows_the_float64_closed_form(name):
+def test_adam_with_custom_settings_matches_the_float64_closed_form(name):
     # Kingma & Ba 2015, algorithm 1, and Loshchilov & Hutter 2019, algorithm 2, in float64.
     config = OptimizerConfig(
         name=name, learning_rate=0.05, schedule="constant", b1=0.7, b2=0.8, eps=0.3,
@@ -103,7 +103,7 @@ def test_adam_with_settings_of_ones_own_follows_the_float64_closed_form(name):
     np.testing.assert_allclose(params, x, atol=7 * 4 * 2**-24)
 
 
-def test_a_narrow_state_is_optax_as_it_is_over_narrow_parameters():
+def test_narrow_state_matches_plain_optax_over_narrow_parameters():
     config = OptimizerConfig(schedule="constant", max_grad_norm=None, state="float16", eps=1e-4)
     params = {"w": jnp.linspace(-1, 1, 16, dtype=jnp.float16)}
     rng = np.random.default_rng(0)

@@ -217,7 +217,7 @@ def test_a_tree_with_float32_leaves_comes_back_from_orbax(tmp_path, way):
 @pytest.mark.parametrize(
     "way", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
 )
-def test_float16_and_float8_parameters_walk_too(way, dtype):
+def test_small_updates_accumulate_in_float16_and_float8_parameters(way, dtype):
     """200 steps of 1e-4 (float16) or 5e-3 (float8), each below half a spacing at 1."""
     size = 1e-4 if dtype == jnp.float16 else 5e-3
     params = jnp.ones(2000, dtype)

@@ -23,7 +23,7 @@ def reject_constant(token):
     st.floats() | st.integers() | st.text() | st.booleans() | st.none(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
 ))  # fmt: skip
-def test_whatever_is_written_is_json_without_bare_tokens(value):
+def test_records_are_strict_json(value):
     text = json.dumps(strict_json(value), allow_nan=False)
     json.loads(text, parse_constant=reject_constant)
 

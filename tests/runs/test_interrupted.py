@@ -180,9 +180,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_and_nothing_is_lost(run, 
     assert files_of(run) == before
 
 
-def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_of_its_own_order(
-    run, monkeypatch
-):
+def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatch):
     experiment = small(batch_size=64, steps=16)
     with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
         train(NAME, experiment, run, QUIET)
@@ -215,10 +213,12 @@ def test_another_batch_size_is_refused_unless_forced_and_then_takes_the_batches_
     assert train(NAME, dataclasses.replace(experiment, steps=20), run, QUIET)["steps"] == 20
 
 
-def test_a_forced_policy_of_the_same_state_goes_on_and_one_of_another_state_is_refused(run):
+def test_forced_policy_resumes_only_with_the_same_state(run):
     assert train(NAME, small(policy="float32", steps=14), run, QUIET, force=True)["steps"] == 14
     before = files_of(run)
-    with pytest.raises(UsageError, match="does not fit: 'params/.* is float32 .*; expected bfl"):
+    with pytest.raises(
+        UsageError, match="does not match the state: 'params/.* is float32 .*; expected bfl"
+    ):
         optimizer = dataclasses.replace(small().optimizer, parameters="kahan")
         train(NAME, small(policy="bf16", steps=16, optimizer=optimizer), run, QUIET, force=True)
     assert files_of(run) == before
@@ -249,7 +249,7 @@ def replace_by_a_folder(file):
     ],
     ids=["flipped", "truncated", "emptied", "missing", "a folder"],
 )
-def test_a_run_goes_on_from_the_newest_whole_checkpoint(run, finished, caplog, damage):
+def test_run_resumes_from_the_newest_complete_checkpoint(run, finished, caplog, damage):
     newest = run / "checkpoints" / "12"
     damage(max((newest / "state" / "d").iterdir(), key=lambda file: file.stat().st_size))
     assert train(NAME, small(), run, QUIET)["steps"] == 12
@@ -273,7 +273,9 @@ def test_where_all_checkpoints_are_damaged_nothing_is_changed(run):
         if file.is_file() and file.name != "metrics":
             file.write_bytes(b"")
     before = files_of(run)
-    with pytest.raises(NoUsableCheckpoint, match="steps 8, 12 in .* are left as they are"):
+    with pytest.raises(
+        NoUsableCheckpoint, match="steps 8, 12 in .* can be loaded; they were not changed"
+    ):
         train(NAME, small(), run, QUIET)
     assert files_of(run) == before
 
@@ -308,9 +310,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_record(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_disk_that_is_full_to_the_end_names_what_is_left_to_go_on_from(
-    tmp_path, finished, monkeypatch
-):
+def test_full_disk_error_names_the_checkpoint_to_resume_from(tmp_path, finished, monkeypatch):
     with contextlib.ExitStack() as full, monkeypatch.context() as patch:
         at_step(patch, {6: lambda: full.enter_context(full_disk(tmp_path))})
         with pytest.raises(NotSaved, match="^checkpoint 12 could .* checkpoint is that of step 4$"):

@@ -155,7 +155,7 @@ def test_the_number_of_micro_batches_reaches_the_step(tmp_path, monkeypatch):
         train("mlp_fp16", small(micro_batches=4), tmp_path, QUIET)
 
 
-def test_a_run_killed_by_sigterm_exits_143_and_goes_on(tmp_path):
+def test_run_killed_by_sigterm_exits_143_and_resumes(tmp_path):
     command = [
         sys.executable, "-m", "jmp_train", "train", "mlp_bf16", "--run-dir", str(tmp_path / "run"),
         "--steps", "1000000", "--log-every", "10",
@@ -177,7 +177,7 @@ def files_of(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path):
+def test_finished_run_is_not_changed(tmp_path):
     first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
     before = files_of(tmp_path)
     assert train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET) == first
@@ -207,15 +207,15 @@ def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 30, 40]
 
 
-def test_a_folder_with_files_of_ones_own_is_refused_and_left_alone(tmp_path):
+def test_folder_with_other_files_is_refused_and_not_changed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("mine")
-    with pytest.raises(UsageError, match="is not empty and holds no run"):
+    with pytest.raises(UsageError, match="is not empty and is not a run directory"):
         train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_that_the_checkpoint_library_cannot_take_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="holds one of the characters"):
+    with pytest.raises(UsageError, match="contains one of the characters"):
         train("mlp_bf16", small("mlp_bf16"), tmp_path / "a[red]b", QUIET)
     assert not list(tmp_path.iterdir())
 
@@ -287,7 +287,7 @@ def test_an_fp16_run_survives_a_scale_that_is_too_large(tmp_path):
 @pytest.mark.parametrize(
     "content,words",
     [
-        (None, "holds no run"),
+        (None, "is not a run directory"),
         ("", "cannot be read"),
         ("[1]", "cannot be read"),
         ('{"steps": 3}', "cannot be read"),
@@ -340,7 +340,7 @@ def test_a_nan_stops_a_run_that_names_the_step_and_the_newest_checkpoint(tmp_pat
 
 
 @pytest.mark.parametrize("per_call", [1, 5])
-def test_a_rollback_goes_on_from_the_checkpoint_past_the_bad_batch(tmp_path, per_call):
+def test_rollback_resumes_from_the_checkpoint_after_the_bad_batch(tmp_path, per_call):
     experiment = poisoned(22, nonfinite="rollback", steps_per_call=per_call)
     summary = train("mlp_fp32", experiment, tmp_path, QUIET)
     assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 0, 1)
@@ -368,9 +368,9 @@ def test_two_bad_batches_after_one_checkpoint_are_both_passed(tmp_path):
     summary = train("mlp_fp32", experiment, tmp_path, Console(file=out, width=200))
     assert (summary["steps"], summary["rollbacks"]) == (40, 2)
     # Step 22 of the second try has batch 24: the batches 20 to 24 are left out in the third.
-    assert [n in out.getvalue() for n in ("past the next 3 batches", "past the next 5")] == [
-        True
-    ] * 2
+    assert [
+        n in out.getvalue() for n in ("skipping the next 3 batches", "skipping the next 5")
+    ] == [True] * 2
     position = json.loads((tmp_path / "checkpoints/40/_CHECKPOINT_METADATA").read_text())
     assert position["custom_metadata"]["extra"]["data"] == state_at(45)
 
@@ -397,7 +397,7 @@ def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):
     out = io.StringIO()
     with pytest.raises(Diverged, match="the loss is nan"):
         train("mlp_fp32", experiment, tmp_path, Console(file=out, width=200))
-    assert re.findall(r"back to step (\d+), past the next (\d+) b", out.getvalue()) == [
+    assert re.findall(r"rolled back to step (\d+); skipping the next (\d+) b", out.getvalue()) == [
         ("0", "4"), ("0", "5"),
     ]  # fmt: skip
 

@@ -72,7 +72,7 @@ def test_value_and_grad_refuses_a_number_for_a_loss_scale():
 
 
 @pytest.mark.parametrize("key", [0, 1.5, "0", np.zeros(2), jax.random.split(jax.random.key(0))])
-def test_a_key_that_is_none_is_refused(key):
+def test_invalid_key_is_refused(key):
     stepper = jt.make_step(loss_fn, optax.adam(0.1))
     with pytest.raises(TypeError, match=r"expected a PRNG key such as jax.random.key\(0\)"):
         stepper.init(PARAMS, key=key)
