@@ -118,7 +118,7 @@ def test_a_wrong_table_of_precisions_is_named(tmp_path, monkeypatch, table, mess
         find_experiment("net_x")
 
 
-def test_an_experiment_of_its_own_comes_before_a_family_member(tmp_path, monkeypatch):
+def test_a_single_experiment_precedes_a_family_member(tmp_path, monkeypatch):
     own = "import dataclasses\nfrom experiments.mlp import FAMILY as F\n"
     own += "EXPERIMENT = dataclasses.replace(F, steps=7, log_every=7)\n"
     family = "from experiments.mlp import FAMILY as F\nFAMILY = F\n"

@@ -37,7 +37,7 @@ def test_each_epoch_holds_every_example_once(size, batch_size, seed):
         np.testing.assert_array_equal(batch["y"], batch["x"] * 10.0)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_epochs_and_seeds_differ_in_order():
     runs = [take(train_batches(source(100), 100, seed=s), 2) for s in (0, 0, 1)]
     orders = [[tuple(batch["x"]) for batch in run] for run in runs]
     assert orders[0] == orders[1]
@@ -46,7 +46,7 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 @pytest.mark.parametrize("per_call", [1, 3])
 @pytest.mark.parametrize("at", [0, 1, 7])
-def test_a_restored_iterator_goes_on_bitwise_noise_included(at, per_call):
+def test_a_restored_iterator_continues_bitwise_noise_included(at, per_call):
     def augment(batch, rng):
         return {**batch, "y": batch["y"] + rng.normal(size=batch["y"].shape)}
 
@@ -87,7 +87,7 @@ def noise_of(seed, index):
     return tuple(train_batches(source(6, augment), 2, seed=seed)[index]["noise"])
 
 
-def test_each_batch_and_each_seed_has_noise_of_its_own():
+def test_batches_and_seeds_differ_in_noise():
     drawn = [noise_of(seed, index) for seed in (0, 1) for index in (0, 1, 7)]
     assert len(set(drawn)) == 6
     assert noise_of(1, 7) == drawn[-1]

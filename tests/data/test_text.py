@@ -68,7 +68,7 @@ def test_training_windows_cover_the_training_text_evenly_and_nothing_else(tmp_pa
     assert np.abs(np.bincount(starts.ravel(), minlength=140) - 50).max() < 34
 
 
-def test_a_restored_iterator_goes_on_with_the_same_windows():
+def test_a_restored_iterator_continues_with_the_same_windows():
     data = TextConfig(length=16).load()
 
     def make():

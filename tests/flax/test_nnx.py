@@ -331,7 +331,7 @@ def test_a_rule_that_matches_no_module_is_refused_with_the_nearest_paths():
         apply_policy(Net(nnx.Rngs(0)), [("haed", "float32"), ("**", "bf16")])
 
 
-def test_what_is_no_flax_module_is_refused():
+def test_another_object_than_a_flax_module_is_refused():
     for function in (apply_policy, explain):
         with pytest.raises(TypeError, match=r"expects an nnx.Module or a linen.Module"):
             function(lambda x: x, "bf16")

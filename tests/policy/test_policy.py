@@ -199,7 +199,7 @@ def test_equal_policies_as_static_arguments_compile_once():
     apply(jt.get_policy("params=full,compute=half"), jnp.ones(2))
 
 
-def test_a_policy_comes_back_as_it_is():
+def test_a_policy_is_returned_unchanged():
     policy = jt.get_policy("bf16")
     assert jt.get_policy(policy) is policy
 

@@ -34,7 +34,7 @@ def test_one_compilation_serves_all_batches_and_calls():
         evaluate(jnp.float32(params), eval_batches({"x": np.arange(10.0, dtype=np.float32)}, 3))
 
 
-def test_the_metrics_see_the_compute_dtype_and_the_model_state_as_it_is():
+def test_metrics_get_the_compute_dtype_and_an_uncast_model_state():
     seen = {}
 
     def metrics_fn(params, batch, *, model_state):

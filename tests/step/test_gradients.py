@@ -224,7 +224,7 @@ class RangeTest(chex.TestCase):
 
 class InterfaceTest(chex.TestCase):
     @with_and_without_jit
-    def test_auxiliary_output_passes_through_as_it_is(self):
+    def test_auxiliary_output_passes_through_unchanged(self):
         def loss_fn(params, batch):
             prediction = params["w"] * batch["x"]
             aux = {"prediction": prediction, "count": jnp.int32(3), "none": None}

@@ -44,7 +44,7 @@ BATCH = {"x": jnp.eye(4), "y": jnp.ones(4)}
         ((jnp.float32(3), optax.adam(0.1)), {}, r"expected a function loss_fn\(params, batch\)"),
     ],
 )
-def test_what_is_no_loss_optimizer_or_scale_is_refused(arguments, options, message):
+def test_wrong_loss_optimizer_or_scale_is_refused(arguments, options, message):
     with pytest.raises(TypeError, match=message):
         jt.make_step(*arguments, "mixed_float16", **options)
 
