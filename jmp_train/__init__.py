@@ -65,9 +65,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs Flax when it is first used: that takes as long as all the rest."""
+    """Return what takes long to find, when it is first used: modules that import Flax, the version."""
     import importlib
 
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("jmp-train")
     if name == "flax":
         return importlib.import_module("jmp_train.flax")
     if name == "Experiment":

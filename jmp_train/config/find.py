@@ -16,8 +16,13 @@ from jmp_train.errors import UsageError, nearest
 
 
 def experiment_folders() -> list[Path]:
-    """Return the existing folders `experiments/`: in the current folder, then beside the package."""
-    roots = [Path.cwd(), Path(__file__).resolve().parents[2]]
+    """Return the existing folders `experiments/`: in the current folder, then the bundled one.
+
+    The bundled one is beside the package in a checkout, and inside the package where it is installed.
+    """
+    package = Path(__file__).resolve().parents[1]
+    installed = (package / "experiments").is_dir()  # another package may have that folder beside it
+    roots = [Path.cwd(), package if installed else package.parent]
     folders = [root / "experiments" for root in dict.fromkeys(roots)]
     return [folder for folder in folders if folder.is_dir()]
 
