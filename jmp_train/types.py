@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-__all__ = ["Batch", "DTypeLike", "Json", "Key", "PyTree"]
+__all__ = ["Batch", "DTypeLike", "Function", "Json", "Key", "PyTree"]
 
 # `Any`, because Python cannot express "nested containers of arrays": a recursive union of dict, list
 # and tuple would refuse dataclasses and Flax states, and every access to a leaf would be an error.
@@ -24,3 +24,6 @@ Key = jax.Array
 
 Json = dict[str, Any]
 """A JSON object: text, numbers, booleans, None, lists and objects by name."""
+
+Function = Callable[..., Any]
+"""A function of any arguments, such as a loss function or a method of a model."""

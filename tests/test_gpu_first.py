@@ -24,7 +24,8 @@ from jmp_train.tasks import make_task
 pytestmark = pytest.mark.gpu_first
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 
-# The attention is chosen by the dtype of its inputs while the module is traced.
+# The attention is chosen by the dtype of its inputs while the module is traced. Strict, so that the
+# mark has to go as soon as it is chosen where the program is lowered.
 PLAIN_ATTENTION = pytest.mark.xfail(
     strict=True,
     reason="apply_policy traces modules in float32, for which XLA's attention is chosen",

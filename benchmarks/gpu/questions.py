@@ -41,8 +41,8 @@ def make(row: Row, workload: Workload, batch: int, toy: bool) -> Trainer:
       toy: whether the sizes are the toy ones.
 
     Raises:
-      NotImplementedError: for cuDNN's attention where there is no NVIDIA GPU.
-      RuntimeError: for a flag of XLA in a process that has imported JAX.
+      RuntimeError: for cuDNN's attention on a device that is not an NVIDIA GPU, and for a flag of XLA
+        in a process that has imported JAX.
     """
     del toy
     ((option, value),) = row.options
@@ -53,7 +53,7 @@ def make(row: Row, workload: Workload, batch: int, toy: bool) -> Trainer:
     from benchmarks.gpu import jax_rows
 
     if value == "cudnn" and jax.default_backend() != "gpu":
-        raise NotImplementedError("cuDNN's attention needs an NVIDIA GPU")
+        raise RuntimeError("cuDNN's attention needs an NVIDIA GPU")
     jax_rows.set_precision(row.precision)
     task = jax_rows.task_of(row, workload, **({"remat": value} if option == "remat" else {}))
     # Patched while the step is traced and compiled, which `trainer` does; JAX keeps the program.

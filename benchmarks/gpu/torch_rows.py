@@ -193,12 +193,10 @@ def make(row: Row, workload: Workload, batch: int, toy: bool) -> Trainer:
       toy: whether the sizes are the toy ones; both run on a GPU where there is one.
 
     Raises:
-      NotImplementedError: for several steps in one dispatch.
+      ValueError: for several steps in one dispatch, which the table asks of JAX alone.
     """
     if dict(row.options).get("steps", "1") != "1":
-        raise NotImplementedError(
-            "several steps in one dispatch need CUDA graphs in PyTorch; they are out of scope"
-        )
+        raise ValueError("PyTorch takes one step in a dispatch; expected a row without steps=")
     torch.set_float32_matmul_precision("highest" if row.precision == "fp32" else "high")
     net = network(workload)
     copy_parameters(net, workload, our_parameters(workload))

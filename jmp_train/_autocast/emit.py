@@ -18,8 +18,9 @@ from jmp_train._autocast.plans import OpPlan, Plan
 from jmp_train._autocast.values import Value, array_of_kind, exact_array, value_of
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import CONSTRUCTS
-from jmp_train._jaxpr.compat import Equation
+from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train._jaxpr.walk import walk
+from jmp_train.types import Function
 
 
 class Emitter:
@@ -30,15 +31,15 @@ class Emitter:
       bodies: by construct, `emit(emitter, op, values)` for an operation that has bodies.
     """
 
-    def __init__(self, planner: Planner, bodies: Mapping[str, Callable[..., list[Any]]]):
+    def __init__(self, planner: Planner, bodies: Mapping[str, Callable[..., list[Operand]]]):
         self.planner = planner
         self.bodies = bodies
         self._traced: dict[Any, Any] = {}
 
-    def run(self, plan: Plan, values: Sequence[Any]) -> list[Any]:
+    def run(self, plan: Plan, values: Sequence[Operand]) -> list[Operand]:
         """Return the values of a plan's outputs from those of its inputs."""
 
-        def equation(index: int, eqn: Equation, operands: list[Any]) -> list[Any]:
+        def equation(index: int, eqn: Equation, operands: list[Operand]) -> list[Operand]:
             with compat.context_of(eqn):
                 return self.op(plan.ops[index], operands)
 
@@ -46,7 +47,7 @@ class Emitter:
         outs = zip(env.read_all(plan.body.outvars), plan.outs, strict=True)
         return [Value(k, v.arrays) if k and isinstance(v, Value) else v for v, k in outs]
 
-    def op(self, op: OpPlan, values: list[Any]) -> list[Any]:
+    def op(self, op: OpPlan, values: list[Operand]) -> list[Operand]:
         name = op.eqn.primitive.name
         if op.rule == "cast":
             return [_author_cast(op, values[0])]
@@ -64,7 +65,7 @@ class Emitter:
 
     def body(
         self, plan: Plan, operands: Operands | OperandGroups, outs: Sequence[Kind | None]
-    ) -> Callable[..., Any]:
+    ) -> Function:
         """Return a function from the operands' arguments to `outs`, each in its base dtype."""
 
         def run(*args: Any) -> Any:
@@ -74,7 +75,7 @@ class Emitter:
         return run
 
     def traced(
-        self, plan: Plan, operands: Operands | OperandGroups, avals: Sequence[Any], outs: Any
+        self, plan: Plan, operands: Operands | OperandGroups, avals: Sequence[Operand], outs: Any
     ) -> Any:
         """Return the closed jaxpr of `body`."""
         key = (id(plan), operands.key, tuple(avals), tuple(outs))
@@ -84,21 +85,21 @@ class Emitter:
             self._traced[key] = (plan, compat.trace(fun, avals, name))
         return self._traced[key][1]
 
-    def bound(self, op: OpPlan, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+    def bound(self, op: OpPlan, args: Sequence[Operand], params: dict[str, Any]) -> list[Operand]:
         """Bind an operation with other arguments and parameters."""
         outs = compat.bind(op.eqn.primitive, args, params)
         return [value_of(kind, out) for kind, out in zip(op.outs, outs, strict=True)]
 
 
-def _constant(variable: Any, array: Any) -> Any:
+def _constant(variable: Any, array: Operand) -> Any:
     return value_of(kind_of_aval(variable.aval), array)
 
 
-def _literal(literal: Any) -> Any:
+def _literal(literal: Operand) -> Any:
     return value_of(kind_of_aval(literal.aval), literal.val)
 
 
-def _author_cast(op: OpPlan, value: Any) -> Any:
+def _author_cast(op: OpPlan, value: Operand) -> Any:
     kind = op.outs[0]
     if kind and isinstance(value, Value) and op.operand_dtypes[0] is None:
         return Value(kind, value.arrays)
@@ -120,7 +121,7 @@ _SCATTERS = {
 }
 
 
-def _scatter(eqn: Equation, operand: Any, indices: Any, updates: Any) -> Any:
+def _scatter(eqn: Equation, operand: Operand, indices: Any, updates: Any) -> Any:
     """Scatter in another dtype: the equation's parameters have a computation in the traced one."""
     names = ("indices_are_sorted", "unique_indices", "mode")
     return _SCATTERS[eqn.primitive.name](

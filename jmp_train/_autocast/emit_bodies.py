@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -13,14 +12,15 @@ from jmp_train._autocast.operands import OperandGroups, Operands, carries
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._autocast.values import exact_array, value_of
 from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.compat import Operand
 
 
-def emit_call(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_call(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     """Emit the body in place: nothing is left of the call."""
     return emitter.run(op.bodies[0], values)
 
 
-def emit_jit(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_jit(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     operands, params = Operands(values, op.requests), dict(op.eqn.params)
     avals = [jax.typeof(a) for a in operands.args]
     params["jaxpr"] = emitter.traced(op.bodies[0], operands, avals, op.outs)
@@ -32,14 +32,14 @@ def emit_jit(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
     return emitter.bound(op, operands.args, params)
 
 
-def emit_remat(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_remat(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     operands = Operands(values, op.requests)
     closed = emitter.traced(op.bodies[0], operands, [jax.typeof(a) for a in operands.args], op.outs)
     jaxpr, consts = compat.open_jaxpr(closed)
     return emitter.bound(op, [*consts, *operands.args], {**op.eqn.params, "jaxpr": jaxpr})
 
 
-def emit_cond(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_cond(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     operands = Operands(values[1:], op.requests[1:])
     avals = [jax.typeof(a) for a in operands.args]
     branches = tuple(emitter.traced(body, operands, avals, op.outs) for body in op.bodies)
@@ -47,7 +47,7 @@ def emit_cond(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
     return emitter.bound(op, [exact_array(values[0]), *operands.args], params)
 
 
-def emit_while(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_while(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     params = dict(op.eqn.params)
     nc, nb = params["cond_nconsts"], params["body_nconsts"]
     cond = Operands(values[:nc], op.requests[:nc])
@@ -64,7 +64,7 @@ def emit_while(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
     return emitter.bound(op, [*cond.args, *body.args, *carry.args], params)
 
 
-def emit_scan(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_scan(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     params = dict(op.eqn.params)
     nc, ncar = compat.scan_counts(params)
     consts = Operands(values[:nc], op.requests[:nc], copies=True)
@@ -85,7 +85,7 @@ def emit_scan(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
     return emitter.bound(op, [*consts.args, *carry.args, *xs.args], params)
 
 
-def emit_shard_map(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_shard_map(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     params = op.eqn.params
     operands = Operands(values, op.requests, copies=True)
     outs = jax.shard_map(
@@ -100,7 +100,7 @@ def emit_shard_map(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]
 
 
 #: By construct; see `jmp_train._jaxpr.bodies`.
-EMITTERS_OF_BODIES: dict[str, Callable[..., list[Any]]] = {
+EMITTERS_OF_BODIES: dict[str, Callable[..., list[Operand]]] = {
     "jit": emit_jit,
     "remat": emit_remat,
     "call": emit_call,

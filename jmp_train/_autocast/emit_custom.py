@@ -15,6 +15,7 @@ from jmp_train._autocast.operands import Operands
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._autocast.values import array_in, array_of_kind, exact_array, kind_of, value_of
 from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.compat import Operand
 
 
 class ResidualSpec(NamedTuple):
@@ -31,7 +32,7 @@ class ResidualSpec(NamedTuple):
     constant: bool
 
 
-def emit_custom_jvp(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_custom_jvp(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     params, operands = op.eqn.params, Operands(values, op.requests, copies=True)
     symbolic = params["symbolic_zeros"]
     first, skip = operands.first_arguments(), params["num_consts"]
@@ -60,7 +61,7 @@ def emit_custom_jvp(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any
     return [value_of(kind, out) for kind, out in zip(op.outs, outs, strict=True)]
 
 
-def emit_custom_vjp(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any]:
+def emit_custom_vjp(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list[Operand]:
     params, operands = op.eqn.params, Operands(values, op.requests, copies=True)
     symbolic, skip = params["symbolic_zeros"], params["num_consts"]
     first = operands.first_arguments()
@@ -76,7 +77,7 @@ def emit_custom_vjp(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any
         outs = emitter.run(plan, given[skip:])
         split = len(outs) - len(op.outs)
         made = iter(zip(outs, rule.forward.outvars, strict=True))
-        residuals: list[Any] = []
+        residuals: list[Operand] = []
         specs.clear()
         for i in rule.inputs:
             value, atom = next(made) if i is None else (given[i], op.eqn.invars[i])
@@ -88,7 +89,7 @@ def emit_custom_vjp(emitter: Emitter, op: OpPlan, values: list[Any]) -> list[Any
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         cts, logs = _run_backward(emitter, op, specs, residuals, cotangents)
-        back: list[Any] = [None] * len(operands.args)
+        back: list[Operand] = [None] * len(operands.args)
         for i, ct in zip(first[skip:], cts, strict=True):
             back[i] = ct if ct is None else array_in(ct, jax.typeof(operands.args[i]).dtype)
         return tuple(back), logs
@@ -103,9 +104,9 @@ def _run_backward(
     emitter: Emitter,
     op: OpPlan,
     specs: Sequence[ResidualSpec],
-    residuals: Sequence[Any],
-    cotangents: Sequence[Any],
-) -> tuple[list[Any], dict[str, Any] | None]:
+    residuals: Sequence[Operand],
+    cotangents: Sequence[Operand],
+) -> tuple[list[Operand], dict[str, Any] | None]:
     """Run the user's backward rule, traced in the dtypes that it was written for.
 
     Returns:
@@ -115,7 +116,7 @@ def _run_backward(
     static, values, avals = _backward_arguments(op, specs, residuals, cotangents)
     total = len(specs) + len(cotangents)
     zero: list[bool] = []
-    logged: list[Any] = []  # the structure of the logs
+    logged: list[Operand] = []  # the structure of the logs
 
     def written_rule(*args: Any) -> Any:
         rest = iter(args)
@@ -142,9 +143,9 @@ def _run_backward(
 def _backward_arguments(
     op: OpPlan,
     specs: Sequence[ResidualSpec],
-    residuals: Sequence[Any],
-    cotangents: Sequence[Any],
-) -> tuple[dict[int, Any], list[Any], list[Any]]:
+    residuals: Sequence[Operand],
+    cotangents: Sequence[Operand],
+) -> tuple[dict[int, Any], list[Operand], list[Operand]]:
     """Return the arguments of a backward rule that are not traced, by index, and those that are.
 
     Not traced are symbolic zeros, which have no array, and constants, whose values a rule may read.
@@ -169,11 +170,11 @@ def _backward_arguments(
     return static, values, avals
 
 
-def _primal(emitter: Emitter, op: OpPlan, operands: Operands) -> Callable[..., list[Any]]:
+def _primal(emitter: Emitter, op: OpPlan, operands: Operands) -> Callable[..., list[Operand]]:
     """Return the function without its rules, under the name that it had."""
     body = emitter.body(op.bodies[0], operands, op.outs)
 
-    def primal(*args: Any) -> list[Any]:
+    def primal(*args: Any) -> list[Operand]:
         return list(body(*args))
 
     name = compat.function_name(op.eqn.params["call_jaxpr"])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
-from jmp_train._jaxpr.compat import AbstractValue
+from jmp_train._jaxpr.compat import AbstractValue, Operand
 from jmp_train.numerics.dtypes import is_floating, parse_dtype
 
 FLOAT32 = np.dtype(np.float32)
@@ -68,7 +68,7 @@ def kind_of_input(aval: AbstractValue) -> Kind | None:
     return kind and dataclasses.replace(kind, input_size=math.prod(aval.shape))
 
 
-def formats_of_literal(literal: Any) -> Formats | None:
+def formats_of_literal(literal: Operand) -> Formats | None:
     """Return the 16-bit dtypes whose range contains a number; None for any other literal."""
     if np.shape(literal.val) or not jnp.issubdtype(literal.aval.dtype, np.number):
         return None
@@ -80,7 +80,7 @@ def formats_of_literal(literal: Any) -> Formats | None:
     return frozenset(d.name for d, least, most in limits if exact or least <= value <= most)
 
 
-def kind_of_literal(literal: Any) -> Kind | None:
+def kind_of_literal(literal: Operand) -> Kind | None:
     kind, formats = kind_of_aval(literal.aval), formats_of_literal(literal)
     binary = formats is not None and float(literal.val) in (0.0, 1.0)
     return kind and dataclasses.replace(kind, formats=formats, binary=binary)

@@ -28,10 +28,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 from jmp_train._jaxpr.bodies import CONSTRUCTS
-from jmp_train._jaxpr.compat import known_primitives
+from jmp_train._jaxpr.compat import Operand, Primitive, known_primitives
 from jmp_train.errors import nearest
 
 
@@ -156,10 +155,10 @@ class OpRules:
     def extend(
         self,
         *,
-        compute: Iterable[Any] = (),
-        float32: Iterable[Any] = (),
-        promote: Iterable[Any] = (),
-        as_written: Iterable[Any] = (),
+        compute: Iterable[Operand] = (),
+        float32: Iterable[Operand] = (),
+        promote: Iterable[Operand] = (),
+        as_written: Iterable[Operand] = (),
     ) -> OpRules:
         """New rules, with the given primitives moved to the given sets.
 
@@ -184,7 +183,7 @@ class OpRules:
         return OpRules(**sets, custom=self.custom | (own - _valid_names()))
 
 
-def _name(primitive: Any) -> str:
+def _name(primitive: Primitive) -> str:
     return primitive if isinstance(primitive, str) else primitive.name
 
 

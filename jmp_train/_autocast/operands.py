@@ -10,6 +10,7 @@ import numpy as np
 from jmp_train._autocast.kinds import Kind
 from jmp_train._autocast.plans import Requests
 from jmp_train._autocast.values import Arrays, Value, array_of_kind, value_of
+from jmp_train._jaxpr.compat import Operand
 
 
 class Operands:
@@ -26,8 +27,10 @@ class Operands:
       slots: per value, its kind and dtypes; None where it is not floating and has one array.
     """
 
-    def __init__(self, values: Sequence[Any], requests: Sequence[Requests], copies: bool = False):
-        self.args: list[Any] = []
+    def __init__(
+        self, values: Sequence[Operand], requests: Sequence[Requests], copies: bool = False
+    ):
+        self.args: list[Operand] = []
         self.slots: list[tuple[Kind, tuple[np.dtype, ...]] | None] = []
         self.copies = copies
         for value, requested in zip(values, requests, strict=True):
@@ -48,7 +51,7 @@ class Operands:
         dtypes += [d for d in requested if d not in dtypes and value.arrays.has(d)]
         return tuple(dtypes)
 
-    def unflatten(self, args: Sequence[Any]) -> list[Any]:
+    def unflatten(self, args: Sequence[Operand]) -> list[Operand]:
         """Return the values again, from the arguments that the body received."""
         rest, values = iter(args), []
         for slot in self.slots:
@@ -66,7 +69,7 @@ class Operands:
         return values
 
     def per_argument(
-        self, per_value: Sequence[Any], extra: Callable[[Any], Any] = lambda entry: entry
+        self, per_value: Sequence[Operand], extra: Callable[[Any], Any] = lambda entry: entry
     ) -> tuple[Any, ...]:
         """Return a parameter that has an entry per operand with one per argument.
 
@@ -74,7 +77,7 @@ class Operands:
           per_value: the entries.
           extra: makes the entry of a further dtype from the operand's.
         """
-        entries: list[Any] = []
+        entries: list[Operand] = []
         for slot, entry in zip(self.slots, per_value, strict=True):
             if slot is None:
                 entries.append(entry)
@@ -99,7 +102,7 @@ class OperandGroups:
     def __init__(self, *groups: Operands):
         self.groups = groups
 
-    def unflatten(self, args: Sequence[Any]) -> list[Any]:
+    def unflatten(self, args: Sequence[Operand]) -> list[Operand]:
         """Return the values of all groups, from the arguments that the body received."""
         values, start = [], 0
         for group in self.groups:
@@ -112,7 +115,7 @@ class OperandGroups:
         return tuple(group.key for group in self.groups)
 
 
-def carries(values: Sequence[Any], kinds: Sequence[Kind | None]) -> Operands:
+def carries(values: Sequence[Operand], kinds: Sequence[Kind | None]) -> Operands:
     """Return the first carries of a loop, in the dtypes that they keep."""
     carried = [value_of(k, array_of_kind(v, k)) for v, k in zip(values, kinds, strict=True)]
     return Operands(carried, [{k.base: True} if k else {} for k in kinds])

@@ -31,7 +31,7 @@ from jmp_train._autocast.plan_operations import Operation
 from jmp_train._autocast.plans import ArrayRequests, OpPlan, Plan, PlannedValue
 from jmp_train._autocast.regions import MarkedRegion, region_of
 from jmp_train._jaxpr.bodies import construct_of
-from jmp_train._jaxpr.compat import Body, Equation, Jaxpr, body_of
+from jmp_train._jaxpr.compat import Body, Equation, Jaxpr, Operand, body_of
 from jmp_train._jaxpr.walk import walk
 
 
@@ -152,7 +152,7 @@ def _constant(variable: Any, _: Any) -> PlannedValue:
     return PlannedValue(kind_of_input(variable.aval), ArrayRequests(), constant=True)
 
 
-def _literal(literal: Any) -> PlannedValue:
+def _literal(literal: Operand) -> PlannedValue:
     kind = kind_of_literal(literal)
     number = None if kind else formats_of_literal(literal)
     return PlannedValue(kind, ArrayRequests(), number, constant=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from jmp_train._autocast.kinds import kind_of_aval, parse_compute_dtype
@@ -13,6 +13,7 @@ from jmp_train._autocast.plans import OpPlan, Plan
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._jaxpr.bodies import body_names
 from jmp_train._jaxpr.source import source_line
+from jmp_train.types import Function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class AutocastReport:
 
 
 def explain_autocast(
-    fn: Callable[..., Any],
+    fn: Function,
     *args: Any,
     compute_dtype: Any = "bfloat16",
     rules: OpRules = default_op_rules,

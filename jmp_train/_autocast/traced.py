@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,16 +12,18 @@ from jmp_train._autocast.kinds import kind_of_input
 from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.plans import Plan
 from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.compat import Operand
+from jmp_train.types import Function
 
 
 class TracedFunction:
     """A function traced to a jaxpr of its arrays; its other arguments and results are stored."""
 
-    def __init__(self, fn: Callable[..., Any], args: Any, kwargs: Any):
+    def __init__(self, fn: Function, args: Any, kwargs: Any):
         leaves, tree = jax.tree.flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
         self.arrays = [leaves[i] for i in where]
-        self._outs: list[Any] = []
+        self._outs: list[Operand] = []
         self._places: list[int] = []
         self._tree: Any = None
 
@@ -46,7 +48,7 @@ class TracedFunction:
         """Return its plan; the results keep their dtypes."""
         return planner.plan(self.closed, self.kinds, fixed_outputs=len(self._places))
 
-    def rebuild(self, arrays: Sequence[Any]) -> Any:
+    def rebuild(self, arrays: Sequence[Operand]) -> Any:
         """Return the results of the function, with other arrays."""
         full = list(self._outs)
         for i, array in zip(self._places, arrays, strict=True):

@@ -15,7 +15,6 @@ that they were written for.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -29,9 +28,10 @@ from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.regions import inner_name
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._autocast.values import value_of
-from jmp_train._jaxpr.compat import AbstractValue
+from jmp_train._jaxpr.compat import AbstractValue, Operand
+from jmp_train.types import Function
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Function)
 
 
 def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default_op_rules) -> F:
@@ -107,7 +107,7 @@ def autocast(fn: F, compute_dtype: Any = "bfloat16", *, rules: OpRules = default
     return wrapped  # type: ignore[return-value]
 
 
-def _as_written(value: Any, aval: AbstractValue) -> Any:
+def _as_written(value: Operand, aval: AbstractValue) -> Any:
     """Return an output in the dtype that the function had, as an array."""
     kind = kind_of_aval(aval)
     if kind is None:

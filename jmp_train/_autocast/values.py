@@ -15,10 +15,11 @@ import numpy as np
 from jax import lax
 
 from jmp_train._autocast.kinds import Kind
+from jmp_train._jaxpr.compat import Operand
 
 
 @jax.custom_jvp
-def _hoisted_cast(source: Any, copy: Any) -> Any:
+def _hoisted_cast(source: Operand, copy: Operand) -> Any:
     """Return `copy`, which is `source` cast outside a loop; its gradient is that of the cast."""
     del source
     return copy
@@ -65,7 +66,7 @@ class Arrays:
         return self.copies[dtype]
 
 
-def _cast(x: Any, dtype: np.dtype) -> Any:
+def _cast(x: Operand, dtype: np.dtype) -> Any:
     if not isinstance(x, jax.Array) and np.ndim(x) == 0:
         return np.asarray(x).astype(dtype)  # a literal stays one
     return lax.convert_element_type(x, dtype)
@@ -84,7 +85,7 @@ class Value:
         return self.arrays.get(dtype)
 
 
-def value_of(kind: Kind | None, x: Any) -> Any:
+def value_of(kind: Kind | None, x: Operand) -> Any:
     """Return a `Value` of the array x in its base dtype; x itself where it is not floating."""
     if kind is None:
         return x
@@ -92,20 +93,20 @@ def value_of(kind: Kind | None, x: Any) -> Any:
     return Value(kind, Arrays(kind.base, {kind.base: x}))
 
 
-def kind_of(value: Any) -> Kind | None:
+def kind_of(value: Operand) -> Kind | None:
     return value.kind if isinstance(value, Value) else None
 
 
-def exact_array(value: Any) -> Any:
+def exact_array(value: Operand) -> Any:
     """Return the array that represents a value exactly."""
     return value.get(value.kind.base) if isinstance(value, Value) else value
 
 
-def array_of_kind(value: Any, kind: Kind | None) -> Any:
+def array_of_kind(value: Operand, kind: Kind | None) -> Any:
     """Return the array of a value in a kind's base dtype; unchanged if it is not floating."""
     return value.get(kind.base) if kind and isinstance(value, Value) else exact_array(value)
 
 
-def array_in(value: Any, dtype: Any) -> Any:
+def array_in(value: Operand, dtype: Any) -> Any:
     """Return the array of a value in a dtype; unchanged if it is not floating."""
     return value.get(np.dtype(dtype)) if isinstance(value, Value) else value

@@ -6,10 +6,10 @@ A primitive has another name in another version of JAX (`jit` and `pjit`; `remat
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jmp_train._jaxpr import compat
-from jmp_train._jaxpr.compat import Equation
+from jmp_train._jaxpr.compat import Equation, Operand
 
 
 class Construct(NamedTuple):
@@ -54,9 +54,9 @@ def construct_of(eqn: Equation) -> Construct | None:
     return CONSTRUCTS.get(eqn.primitive.name)
 
 
-def bodies_of(eqn: Equation) -> list[Any]:
+def bodies_of(eqn: Equation) -> list[Operand]:
     """Return the jaxprs of an equation that has bodies: several for `cond` and `while`."""
-    found: list[Any] = []
+    found: list[Operand] = []
     for name in CONSTRUCTS[eqn.primitive.name].parameters:
         body = eqn.params[name]
         found += body if isinstance(body, (tuple, list)) else [body]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +19,16 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 
+from jmp_train.types import Function
+
 # JAX 0.10 and 0.11 keep these in different classes, and publish not all of them.
 Equation = Any
 Jaxpr = Any
 Atom = Any
 AbstractValue = Any
+Primitive = Any
+# An array or a tracer; in a walk, what the walk keeps for it.
+Operand = Any
 
 OLDEST = (0, 10)
 
@@ -46,28 +51,28 @@ class Body(NamedTuple):
     """A jaxpr and the values of its constants; JAX 0.10 has two classes for this, 0.11 one."""
 
     jaxpr: Jaxpr
-    consts: Sequence[Any]
+    consts: Sequence[Operand]
 
     @property
-    def all_invars(self) -> Sequence[Any]:
+    def all_invars(self) -> Sequence[Operand]:
         """Constants, then inputs. JAX 0.11 has them in one list, 0.10 in two."""
         both = getattr(self.jaxpr, "all_invars", None)
         return (*self.jaxpr.constvars, *self.jaxpr.invars) if both is None else both
 
     @property
-    def constvars(self) -> Sequence[Any]:
+    def constvars(self) -> Sequence[Operand]:
         return self.all_invars[: len(self.consts)]
 
     @property
-    def invars(self) -> Sequence[Any]:
+    def invars(self) -> Sequence[Operand]:
         return self.all_invars[len(self.consts) :]
 
     @property
-    def outvars(self) -> Sequence[Any]:
+    def outvars(self) -> Sequence[Operand]:
         return self.jaxpr.outvars
 
     @property
-    def eqns(self) -> Sequence[Any]:
+    def eqns(self) -> Sequence[Operand]:
         return self.jaxpr.eqns
 
     def is_constant(self, atom: Atom) -> bool:
@@ -80,14 +85,14 @@ def body_of(jaxpr: Jaxpr) -> Body:
     return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
 
 
-def trace(fun: Callable[..., Any], avals: Sequence[Any], name: str = "") -> Any:
+def trace(fun: Function, avals: Sequence[Operand], name: str = "") -> Any:
     """Return the closed jaxpr of a function of flat arrays; `avals` have shardings and axes."""
     if name:
         fun.__name__ = fun.__qualname__ = name
     return jax.make_jaxpr(fun)(*avals)
 
 
-def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Any]]:
+def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Operand]]:
     """Return a jaxpr without constants, and the values that it now takes first."""
     body = body_of(closed)
     if not body.consts:
@@ -106,7 +111,7 @@ def aval_like(aval: AbstractValue, dtype: Any) -> Any:
     return aval.update(dtype=dtype, weak_type=False)
 
 
-def bind(primitive: Any, args: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+def bind(primitive: Primitive, args: Sequence[Operand], params: dict[str, Any]) -> list[Operand]:
     """Apply a primitive with the parameters of one of its equations."""
     out = primitive.bind(*args, **primitive.get_bind_params(params))
     return list(out) if primitive.multiple_results else [out]
@@ -128,7 +133,7 @@ def function_name(jaxpr: Jaxpr) -> str:
     return str(getattr(info, "func_name", "") or "").split(" ")[0]
 
 
-def is_symbolic_zero(x: Any) -> bool:
+def is_symbolic_zero(x: Operand) -> bool:
     """Return whether a (co)tangent is a symbolic zero, which has no array."""
     return isinstance(x, SymbolicZero) or type(x).__name__ == "Zero"
 
@@ -173,8 +178,8 @@ def vjp_rule(params: dict[str, Any], nonzeros: Sequence[bool]) -> VjpRule:
 
 
 def run_backward(
-    params: dict[str, Any], residuals_and_cotangents: Sequence[Any]
-) -> tuple[list[Any], dict[str, Any] | None]:
+    params: dict[str, Any], residuals_and_cotangents: Sequence[Operand]
+) -> tuple[list[Operand], dict[str, Any] | None]:
     """Return the cotangents that a `custom_vjp` rule gives for its operands, and its logs.
 
     Constants are left out. JAX 0.10 returns the cotangents alone, 0.11 both.
@@ -185,9 +190,7 @@ def run_backward(
     return list(out), None
 
 
-def define_vjp(
-    function: Any, forward: Callable[..., Any], backward: Callable[..., Any], symbolic_zeros: bool
-) -> None:
+def define_vjp(function: Any, forward: Function, backward: Function, symbolic_zeros: bool) -> None:
     """Give a `custom_vjp` its rules; `backward` returns `(cotangents, logs)`."""
     if hasattr(function, "defvjp_with_logs"):
         function.defvjp_with_logs(forward, backward, symbolic_zeros=symbolic_zeros)

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from jax.extend.core import Literal
 
-from jmp_train._jaxpr.compat import Atom, Body
+from jmp_train._jaxpr.compat import Atom, Body, Operand
 
 V = TypeVar("V")
 
@@ -25,20 +25,22 @@ class Environment(Generic[V]):
       literal: makes the value of a literal.
     """
 
-    def __init__(self, variables: Iterable[Any], values: Iterable[V], literal: Callable[[Any], V]):
+    def __init__(
+        self, variables: Iterable[Operand], values: Iterable[V], literal: Callable[[Any], V]
+    ):
         self._values: dict[Any, V] = dict(zip(variables, values, strict=True))
         self._literal = literal
 
     def read(self, atom: Atom) -> V:
         return self._literal(atom) if isinstance(atom, Literal) else self._values[atom]
 
-    def read_all(self, atoms: Iterable[Any]) -> list[V]:
+    def read_all(self, atoms: Iterable[Operand]) -> list[V]:
         return [self.read(atom) for atom in atoms]
 
-    def write(self, variables: Iterable[Any], values: Iterable[V]) -> None:
+    def write(self, variables: Iterable[Operand], values: Iterable[V]) -> None:
         self._values.update(zip(variables, values, strict=True))
 
-    def drop(self, variables: Iterable[Any]) -> None:
+    def drop(self, variables: Iterable[Operand]) -> None:
         for variable in variables:
             del self._values[variable]
 
@@ -72,7 +74,7 @@ def walk(
     return env
 
 
-def _last_uses(body: Body) -> dict[int, list[Any]]:
+def _last_uses(body: Body) -> dict[int, list[Operand]]:
     """Return the variables that no equation after the i-th reads, by i."""
     last: dict[Any, int] = {}
     for i, eqn in enumerate(body.eqns):
@@ -82,7 +84,7 @@ def _last_uses(body: Body) -> dict[int, list[Any]]:
     for atom in body.outvars:
         if not isinstance(atom, Literal):
             last.pop(atom, None)
-    by_equation: dict[int, list[Any]] = {}
+    by_equation: dict[int, list[Operand]] = {}
     for variable, i in last.items():
         by_equation.setdefault(i, []).append(variable)
     return by_equation

@@ -16,13 +16,15 @@ import jax
 import numpy as np
 
 from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.compat import Operand
 from jmp_train.debug.replay import Replay
 from jmp_train.debug.report import NonFiniteReport
 from jmp_train.debug.values import Place
 from jmp_train.tree import path_name
+from jmp_train.types import Function
 
 
-def first_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> NonFiniteReport:
+def first_nonfinite(fn: Function, *args: Any, **kwargs: Any) -> NonFiniteReport:
     """Compute `fn(*args, **kwargs)` by single operations and name what went non-finite first.
 
     Pass the function whose result is not finite, gradients included, such as the
@@ -74,8 +76,8 @@ def first_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> NonFin
 
 
 def _named_arguments(
-    fn: Callable[..., Any], args: Any, kwargs: Any
-) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]]:
+    fn: Function, args: Any, kwargs: Any
+) -> tuple[list[str], list[Operand], Callable[[list[Operand]], Any]]:
     """Return the names of the arguments' leaves, the leaves, and the function of such leaves."""
     try:
         parameters = inspect.signature(fn).parameters.values()
@@ -92,12 +94,12 @@ def _named_arguments(
         name = positional[first.idx] if isinstance(first, jax.tree_util.SequenceKey) else first.key
         names.append("/".join(filter(None, (name, path_name(rest)))))
 
-    def call(leaves: list[Any]) -> Any:
+    def call(leaves: list[Operand]) -> Any:
         args, kwargs = jax.tree.unflatten(tree, leaves)
         return fn(*args, **kwargs)
 
     return names, [leaf for _, leaf in given], call
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: Operand) -> bool:
     return isinstance(x, (jax.Array, np.ndarray, np.generic))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ import numpy as np
 
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import bodies_of, body_names, construct_of
-from jmp_train._jaxpr.compat import Equation, Jaxpr
+from jmp_train._jaxpr.compat import Equation, Jaxpr, Operand
 from jmp_train._jaxpr.walk import walk
 from jmp_train.debug.description import describe
 from jmp_train.debug.report import NonFiniteReport
@@ -55,7 +54,7 @@ class Replay:
         self._count = itertools.count()
         self._after = ""
 
-    def given(self, array: Any, name: str) -> ReplayedValue:
+    def given(self, array: Operand, name: str) -> ReplayedValue:
         """Return the value of an argument (with a name) or a constant.
 
         The names of integers and scalars are dropped: they tell no place in a model.
@@ -118,7 +117,9 @@ class Replay:
             self._after = read[-1]
         return done
 
-    def _node(self, eqn: Equation, operands: list[ReplayedValue], out: Any, place: Place) -> Cause:
+    def _node(
+        self, eqn: Equation, operands: list[ReplayedValue], out: Operand, place: Place
+    ) -> Cause:
         causes = [operand.causes for operand in operands]
         if eqn.primitive.name == "select_n":
             causes = _selected(operands)
@@ -229,11 +230,11 @@ def _stacked(slices: Sequence[ReplayedValue]) -> ReplayedValue:
     return ReplayedValue(jnp.stack([x.array for x in slices]), tuple(causes))
 
 
-def _function_of(jaxpr: Jaxpr) -> Callable[..., list[Any]]:
+def _function_of(jaxpr: Jaxpr) -> Callable[..., list[Operand]]:
     body = compat.body_of(jaxpr)
     return lambda *args: compat.eval_jaxpr(body.jaxpr, body.consts, *args)
 
 
-def _bind(eqn: Equation, arrays: Sequence[Any]) -> list[Any]:
+def _bind(eqn: Equation, arrays: Sequence[Operand]) -> list[Operand]:
     with compat.context_of(eqn):
         return compat.bind(eqn.primitive, arrays, eqn.params)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train._jaxpr.compat import Equation
+from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train.tree import all_finite
 
 
@@ -28,7 +28,7 @@ class Origin(NamedTuple):
 
     eqn: Equation
     operands: list[ReplayedValue]
-    out: Any
+    out: Operand
     place: Place
     after: str
     rank: int  # 0: out of finite numbers; 1: a NaN out of infinities; 2: it read a constant
@@ -37,7 +37,7 @@ class Origin(NamedTuple):
 class ReplayedValue(NamedTuple):
     """An array under replay."""
 
-    array: Any
+    array: Operand
     causes: tuple[Cause, ...] = ()  # of its infinities and NaNs; none where it is finite
     argument: str = ""  # the argument that it is, at most cast or reshaped
 
@@ -58,11 +58,11 @@ class Place(NamedTuple):
 _all_finite = jax.jit(all_finite)
 
 
-def is_inexact(x: Any) -> bool:
+def is_inexact(x: Operand) -> bool:
     return jnp.issubdtype(getattr(x, "dtype", np.result_type(type(x))), jnp.inexact)
 
 
-def is_finite(x: Any) -> bool:
+def is_finite(x: Operand) -> bool:
     if not is_inexact(x):
         return True
     if np.size(x) < 2**16:  # a copy to the host costs less than to compile for this shape
@@ -70,5 +70,5 @@ def is_finite(x: Any) -> bool:
     return bool(_all_finite(x))
 
 
-def has_nan(x: Any) -> bool:
+def has_nan(x: Operand) -> bool:
     return is_inexact(x) and bool(np.isnan(np.asarray(x)).any())

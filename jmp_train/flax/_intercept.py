@@ -20,12 +20,12 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
 from jmp_train.flax import _region
+from jmp_train.types import Function
 
 # As an attribute of the module, the region is preserved by split, merge, scan and remat. NNX does
 # not list attributes with this prefix (nnx.Dict, the bridge).
@@ -60,7 +60,7 @@ def is_public(name: str, method: Any) -> bool:
     return public and name not in _RESERVED and inspect.isfunction(method)
 
 
-def _in_own_region(method: Callable[..., Any]) -> Callable[..., Any]:
+def _in_own_region(method: Function) -> Function:
     """Return a method that runs in its module's region, unless that module itself calls it."""
 
     @functools.wraps(method)

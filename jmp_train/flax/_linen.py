@@ -16,7 +16,7 @@ from jmp_train._autocast.transform import autocast
 from jmp_train.flax import _region
 from jmp_train.policy.rules import Rules
 from jmp_train.tree import cast_floating, widen_to_full
-from jmp_train.types import PyTree
+from jmp_train.types import Function, PyTree
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,7 +28,7 @@ def modules_of(module: nn.Module, *args: Any, **kwargs: Any) -> dict[str, str]:
     """Return the type of each module that a call uses by its path, the model itself first."""
     found: dict[str, str] = {}
 
-    def note(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def note(run_next: Function, args: PyTree, kwargs: PyTree, context: Any) -> Any:
         path = "/".join(context.module.path)
         found.setdefault(path, type(context.module).__name__)
         return run_next(*args, **kwargs)
@@ -55,10 +55,10 @@ def _as(kind: Callable[..., M], module: nn.Module) -> M:
 def _under_rules(kind: type, rules: Rules) -> type:
     """Return a subclass whose `init` and `apply` run a module of the class under the rules."""
 
-    def apply(self: Any, variables: PyTree, *args: Any, rngs: Any = None, **options: Any) -> Any:
+    def apply(self: Any, variables: PyTree, *args: Any, rngs: PyTree = None, **options: Any) -> Any:
         mutable = options.get("mutable", False)
 
-        def pure(variables: PyTree, args: Any, rngs: Any, options: Any) -> Any:
+        def pure(variables: PyTree, args: PyTree, rngs: PyTree, options: Any) -> Any:
             with _regions(rules) as seen:
                 out = _as(kind, self).apply(variables, *args, rngs=rngs, **options)
             seen |= _paths_of(variables.get("params", {}))
@@ -71,13 +71,13 @@ def _under_rules(kind: type, rules: Rules) -> type:
         cast = rules.policy_of("").cast_to_output
         return (cast(out[0]), *out[1:]) if mutable is not False else cast(out)
 
-    def init(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
+    def init(self: Any, rngs: PyTree, *args: Any, **options: Any) -> Any:
         with _regions(rules) as seen:
             _, variables = _as(kind, self).init_with_output(rngs, *args, **options)
         rules.check(seen)
         return cast_params(variables, rules)
 
-    def init_with_output(self: Any, rngs: Any, *args: Any, **options: Any) -> Any:
+    def init_with_output(self: Any, rngs: PyTree, *args: Any, **options: Any) -> Any:
         variables = self.init(rngs, *args, **options)
         return self.apply(variables, *args, rngs=rngs, **options), variables
 
@@ -95,7 +95,7 @@ def _regions(rules: Rules) -> Iterator[set[str]]:
     """Run the methods of each module in its region, and collect the paths of called modules."""
     seen: set[str] = set()
 
-    def enter(run_next: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def enter(run_next: Function, args: PyTree, kwargs: PyTree, context: Any) -> Any:
         module, path = context.module, "/".join(context.module.path)
         seen.add(path)
         name = context.method_name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -14,7 +13,7 @@ from jmp_train._autocast.transform import autocast
 from jmp_train.flax import _intercept, _region
 from jmp_train.policy.rules import Rules
 from jmp_train.tree import cast_floating, widen_to_full
-from jmp_train.types import PyTree
+from jmp_train.types import Function, PyTree
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -51,7 +50,7 @@ def _restore_class(module: nnx.Module) -> None:
     module.__class__ = vars(type(module)).get(_WRITTEN, type(module))
 
 
-def _public_methods(kind: type) -> dict[str, Callable[..., Any]]:
+def _public_methods(kind: type) -> dict[str, Function]:
     """Return the public methods of a class, including inherited ones."""
     found = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
     return {name: method for name, method in found if _intercept.is_public(name, method)}
@@ -64,7 +63,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
     The rules are stored in the class, because the fields of a module are its state, which is saved.
     """
 
-    def wrap(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(name: str, method: Function) -> Function:
         @functools.wraps(method)
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             return _run(self, rules, name, args, kwargs)
@@ -75,7 +74,7 @@ def _under_rules(kind: type, rules: Rules) -> type:
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, _WRITTEN: kind, **methods})
 
 
-def _run(model: Any, rules: Rules, name: str, args: Any, kwargs: Any) -> Any:
+def _run(model: Any, rules: Rules, name: str, args: PyTree, kwargs: PyTree) -> Any:
     """Call a method as a pure function of the model's state under autocast; update the state."""
     leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_object)
     objects = [leaf for leaf in leaves if _is_object(leaf)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from jmp_train._autocast.regions import compute_in, store_as
 from jmp_train.policy.rules import Rules
-from jmp_train.types import DTypeLike, PyTree
+from jmp_train.types import DTypeLike, Function, PyTree
 
 _FLOAT32 = np.dtype(np.float32)
 HALF = (np.dtype(np.float16), np.dtype(jax.numpy.bfloat16))
@@ -41,7 +40,7 @@ def region_of(rules: Rules, path: str) -> ModuleRegion:
     )
 
 
-def run(region: ModuleRegion, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def run(region: ModuleRegion, method: Function, args: PyTree, kwargs: PyTree) -> Any:
     """Call a module's method in its region."""
     with compute_in(region.compute):
         if region.widen:

@@ -12,7 +12,7 @@ from flax import linen, nnx
 from jmp_train.flax import _linen, _nnx
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision
-from jmp_train.types import PyTree
+from jmp_train.types import Function, PyTree
 
 _FLOAT32 = Policy(np.float32, np.float32, np.float32)
 
@@ -22,7 +22,7 @@ class Functional(NamedTuple):
 
     init: Callable[[jax.Array], Any]
     """`init(key) -> params`, a tree of arrays in the precision's parameter dtypes."""
-    apply: Callable[..., Any]
+    apply: Function
     """`apply(params, *args, method="__call__", key=None, **kwargs)` calls a method of the module. A
     key becomes the random stream of dropout: `rngs=`, as the library spells it."""
 

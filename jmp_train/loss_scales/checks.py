@@ -13,9 +13,10 @@ import numpy as np
 from jax.core import Tracer
 
 from jmp_train.numerics.dtypes import is_floating
+from jmp_train.types import PyTree
 
 
-def static_number(value: Any, name: str) -> float:
+def static_number(value: PyTree, name: str) -> float:
     """Convert a number or a concrete scalar array to a Python float, which is hashable.
 
     A float, because JAX reads a Python integer as int32 and refuses 2**32.
@@ -38,7 +39,7 @@ def whole_number(value: float, name: str) -> int:
     return int(value)
 
 
-def check_scale(value: Any, name: str) -> None:
+def check_scale(value: PyTree, name: str) -> None:
     """Raise ValueError if a number cannot scale a loss in float32; None is an unknown number."""
     # XLA flushes numbers below the smallest normal one to zero.
     tiny = np.finfo(np.float32).tiny
@@ -55,7 +56,7 @@ def check_static_scale(value: float) -> None:
         check_scale(float(np.float32(value)), "loss_scale")
 
 
-def float32_scalar(value: Any, name: str) -> Any:
+def float32_scalar(value: PyTree, name: str) -> Any:
     """Convert a number to a float32 array, and a JAX array to float32 or wider.
 
     A weakly typed scale would multiply a float16 loss in float16, where 65,536 is infinite.
@@ -70,7 +71,7 @@ def float32_scalar(value: Any, name: str) -> Any:
         return np.asarray(value, np.float32)
 
 
-def int32_scalar(value: Any, name: str, highest: int) -> Any:
+def int32_scalar(value: PyTree, name: str, highest: int) -> Any:
     """Convert an integer to an int32 array and check its range.
 
     A weakly typed integer would make the second step recompile.
@@ -82,7 +83,7 @@ def int32_scalar(value: Any, name: str, highest: int) -> Any:
     return value if isinstance(value, jax.Array) else np.asarray(value, np.int32)
 
 
-def _scalar(value: Any, name: str, expected: str, accepts: Callable[[np.dtype], bool]) -> Any:
+def _scalar(value: PyTree, name: str, expected: str, accepts: Callable[[np.dtype], bool]) -> Any:
     """Return a JAX array unchanged, traced or not, and any other value as a NumPy array."""
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if not accepts(array.dtype) and type(value) is not int:  # NumPy holds 2**64 as an object
@@ -93,7 +94,7 @@ def _scalar(value: Any, name: str, expected: str, accepts: Callable[[np.dtype], 
     return array
 
 
-def known(value: Any) -> Any:
+def known(value: PyTree) -> Any:
     """Return the number in an array of shape (), or None if it cannot be read here."""
     if isinstance(value, Tracer):
         return None
@@ -102,7 +103,7 @@ def known(value: Any) -> Any:
     return np.asarray(value)[()]
 
 
-def warn_if_not_floating(value: Any, name: str) -> None:
+def warn_if_not_floating(value: PyTree, name: str) -> None:
     """Warn, as jmp does, about an array that is not floating."""
     dtype = getattr(value, "dtype", None)
     if dtype is not None and not is_floating(dtype):

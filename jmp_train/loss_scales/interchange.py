@@ -10,6 +10,7 @@ import numpy as np
 from jmp_train.errors import nearest
 from jmp_train.loss_scales.checks import check_scale
 from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
+from jmp_train.types import PyTree
 
 _NUMBER, _WHOLE, _YES_NO = "a number", "a whole number", "True or False"
 _OR_NONE = " or None"
@@ -147,7 +148,7 @@ def rename(message: str, names: dict[str, str]) -> str:
     return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), message)
 
 
-def _check_entries(values: Any, entries: dict[str, str], what: str) -> None:
+def _check_entries(values: PyTree, entries: dict[str, str], what: str) -> None:
     if not isinstance(values, dict):  # a file may contain any JSON value
         raise ValueError(f"{what} is {values!r}; expected a dict")  # noqa: TRY004
     for name in values:
@@ -161,7 +162,7 @@ def _check_entries(values: Any, entries: dict[str, str], what: str) -> None:
             raise ValueError(f"{name} is {values[name]!r}; expected {expected}")
 
 
-def _has_type(value: Any, expected: str) -> bool:
+def _has_type(value: PyTree, expected: str) -> bool:
     if value is None:
         return expected.endswith(_OR_NONE)
     if isinstance(value, bool) or expected == _YES_NO:
@@ -176,5 +177,5 @@ def _make(cls: Any, values: dict[str, Any]) -> Any:
         raise ValueError(str(error)) from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: PyTree) -> Any:
     return value if value is None else np.asarray(value).item()

@@ -196,7 +196,7 @@ class DynamicLossScale:
     )
 
     def __post_init__(self) -> None:
-        def put(name: str, value: Any) -> None:
+        def put(name: str, value: PyTree) -> None:
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
         put("loss_scale", float32_scalar(self.loss_scale, "loss_scale"))
@@ -305,7 +305,7 @@ class DynamicLossScale:
         return children, tuple(getattr(self, name) for name in self._STATIC)
 
     @classmethod
-    def tree_unflatten(cls, static: Any, leaves: Any) -> DynamicLossScale:
+    def tree_unflatten(cls, static: Any, leaves: PyTree) -> DynamicLossScale:
         # Leaves may be tracers, shapes or object(), so nothing is checked or converted.
         self = object.__new__(cls)
         names = ("loss_scale", "counter", "hysteresis_left", *cls._STATIC)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.numerics.dtypes import is_floating
-from jmp_train.types import DTypeLike
+from jmp_train.types import DTypeLike, PyTree
 
 #: The formats that this module rounds to.
 NARROW_FORMATS: tuple[np.dtype, ...] = tuple(
@@ -130,7 +130,7 @@ def split_bf16_remainder(x: Any) -> tuple[jax.Array, jax.Array]:
     return nearest, low.astype(jnp.uint16)
 
 
-def join_bf16_remainder(nearest: Any, remainder: Any) -> jax.Array:
+def join_bf16_remainder(nearest: Any, remainder: PyTree) -> jax.Array:
     """Join the two results of `split_bf16_remainder` to the float32 value.
 
     Args:
@@ -159,7 +159,7 @@ def join_bf16_remainder(nearest: Any, remainder: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type((high << 16) | low, jnp.float32)
 
 
-def kahan_add(value: Any, compensation: Any, increment: Any) -> tuple[jax.Array, jax.Array]:
+def kahan_add(value: PyTree, compensation: Any, increment: Any) -> tuple[jax.Array, jax.Array]:
     """Add to a value in a narrow format, and return the rounding error for the next addition.
 
         total = increment + compensation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,14 +72,16 @@ def bf16_remainder(optimizer: optax.GradientTransformation) -> NarrowParameters:
     `split_bf16_remainder`.
     """
 
-    def first(params: PyTree, values: Any) -> PyTree:
+    def first(params: PyTree, values: PyTree) -> PyTree:
         # All zeros. Computed from the parameters, they have the same sharding, under jit too.
         return map_narrow(lambda p, value: split_bf16_remainder(value)[1], params, values)
 
-    def read(params: PyTree, remainder: Any) -> PyTree:
+    def read(params: PyTree, remainder: PyTree) -> PyTree:
         return map_narrow(join_bf16_remainder, params, remainder)
 
-    def move(params: PyTree, remainder: Any, values: Any, updates: PyTree) -> tuple[PyTree, PyTree]:
+    def move(
+        params: PyTree, remainder: PyTree, values: PyTree, updates: PyTree
+    ) -> tuple[PyTree, PyTree]:
         del remainder
         halves = map_narrow(
             lambda p, value, u: split_bf16_remainder(add_float32(value, to_float32(u))),

@@ -70,14 +70,14 @@ def kahan(optimizer: optax.GradientTransformation) -> NarrowParameters:
     Source: Zamirai et al. 2020, "Revisiting BFloat16 Training", algorithm 3.
     """
 
-    def first(params: PyTree, values: Any) -> PyTree:
+    def first(params: PyTree, values: PyTree) -> PyTree:
         del values
         # All zeros. Computed from the parameters, they have the same sharding, under jit too.
         zeros = map_narrow(lambda p: jnp.zeros_like(p, dtype=jnp.bfloat16), params)
         return map_narrow(lambda p, zero: kahan_add(p, zero, zero)[1], params, zeros)
 
     def move(
-        params: PyTree, compensation: Any, values: Any, updates: PyTree
+        params: PyTree, compensation: Any, values: PyTree, updates: PyTree
     ) -> tuple[PyTree, PyTree]:
         del values
         sums = map_narrow(

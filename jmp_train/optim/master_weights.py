@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,15 +61,17 @@ def master_weights(optimizer: optax.GradientTransformation) -> NarrowParameters:
     Source: Micikevicius et al. 2018, "Mixed Precision Training", section 3.1.
     """
 
-    def first(params: PyTree, values: Any) -> PyTree:
+    def first(params: PyTree, values: PyTree) -> PyTree:
         del params
         return values
 
-    def read(params: PyTree, master: Any) -> PyTree:
+    def read(params: PyTree, master: PyTree) -> PyTree:
         del params
         return master
 
-    def move(params: PyTree, master: Any, values: Any, updates: PyTree) -> tuple[PyTree, PyTree]:
+    def move(
+        params: PyTree, master: PyTree, values: PyTree, updates: PyTree
+    ) -> tuple[PyTree, PyTree]:
         del values
         master = map_narrow(lambda p, m, u: add_float32(m, to_float32(u)), params, master, updates)
         return map_narrow(lambda p, m: _nearest(m, p.dtype), params, master), master

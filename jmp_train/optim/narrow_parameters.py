@@ -19,7 +19,7 @@ import optax
 
 from jmp_train.numerics.dtypes import is_floating
 from jmp_train.numerics.rounding import NARROW_FORMATS, to_float32
-from jmp_train.types import DTypeLike, PyTree
+from jmp_train.types import DTypeLike, Function, PyTree
 
 
 class NarrowParameters(optax.GradientTransformationExtraArgs):
@@ -51,7 +51,7 @@ class BitUpdate:
     Array(9.31323e-10, dtype=bfloat16)
     """
 
-    difference: Any
+    difference: PyTree
 
     __array_ufunc__ = None  # so that a NumPy array leaves the addition to __radd__
 
@@ -75,7 +75,7 @@ class BitUpdate:
 
 
 @jax.custom_jvp
-def _add_bits(old: PyTree, difference: Any) -> jax.Array:
+def _add_bits(old: PyTree, difference: PyTree) -> jax.Array:
     return jax.lax.bitcast_convert_type(_bits(old) + difference, jnp.result_type(old))
 
 
@@ -135,7 +135,7 @@ def check_narrow(name: str, params: PyTree, dtypes: tuple[np.dtype, ...] = NARRO
         )
 
 
-def map_narrow(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> PyTree:
+def map_narrow(function: Function, params: PyTree, *trees: PyTree) -> PyTree:
     """Return `function(param, *leaves)` for each narrow parameter, and None for the others.
 
     Args:
@@ -149,7 +149,7 @@ def map_narrow(function: Callable[..., Any], params: PyTree, *trees: PyTree) -> 
     return treedef.unflatten([function(*row) if is_narrow(row[0]) else None for row in rows])
 
 
-def widened(params: PyTree, memory: Any = None) -> PyTree:
+def widened(params: PyTree, memory: PyTree = None) -> PyTree:
     """Return the float32 value of each narrow parameter, and None for the others."""
     del memory
     return map_narrow(to_float32, params)
@@ -189,7 +189,7 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     forms the sum in float32, as for a 16-bit parameter, and rounds it once.
     """
 
-    def add(p: Any, u: Any) -> PyTree:
+    def add(p: PyTree, u: PyTree) -> PyTree:
         if jnp.finfo(p.dtype).bits > 8 or isinstance(u, BitUpdate):
             p = jnp.asarray(p)
             return (p + u).astype(p.dtype)
@@ -244,7 +244,7 @@ def narrow_transformation(
     return NarrowParameters(init, update)
 
 
-def _flatten(params: PyTree) -> tuple[list[Any], Any]:
+def _flatten(params: PyTree) -> tuple[list[PyTree], Any]:
     if params is None:
         raise ValueError("the parameters are missing; expected update(updates, state, params)")
     return jax.tree.flatten(params)

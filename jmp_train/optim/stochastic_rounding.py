@@ -64,17 +64,17 @@ def stochastic_rounding(optimizer: optax.GradientTransformation, key: Any = 0) -
     start = start if typed else jax.random.wrap_key_data(start)
     implementation = jax.random.key_impl(start)
 
-    def first(params: PyTree, values: Any) -> jax.Array:
+    def first(params: PyTree, values: PyTree) -> jax.Array:
         del params, values
         return jax.random.key_data(start)
 
-    def move(params: PyTree, data: Any, values: Any, updates: PyTree) -> tuple[PyTree, PyTree]:
+    def move(params: PyTree, data: Any, values: PyTree, updates: PyTree) -> tuple[PyTree, PyTree]:
         now = jax.random.wrap_key_data(data, impl=implementation)
         following, now = jax.random.split(now)
         leaves, treedef = jax.tree.flatten(params)
         keys = treedef.unflatten([jax.random.fold_in(now, n) for n in range(len(leaves))])
 
-        def rounded(p: Any, value: jax.Array, u: Any, key: jax.Array) -> jax.Array:
+        def rounded(p: PyTree, value: jax.Array, u: PyTree, key: jax.Array) -> jax.Array:
             return stochastic_round(add_float32(value, to_float32(u)), p.dtype, key)
 
         new = map_narrow(rounded, params, values, updates, keys)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from jmp_train.records.digest import array_digests, json_digest
-from jmp_train.types import Json, PyTree
+from jmp_train.types import Function, Json, PyTree
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Checkpoints:
         directory.mkdir(parents=True, exist_ok=True)
         self._best = best
         self._directory = directory
-        self._open: Callable[..., Any] = functools.partial(
+        self._open: Function = functools.partial(
             ocp.training.Checkpointer,
             str(directory.resolve()),
             preservation_policy=policies.AnyPreservationPolicy(keeping),
@@ -176,7 +176,7 @@ class Checkpoints:
     def restore_latest(
         self, like: Any, *, check: Callable[[int, Json], None] | None = None
     ) -> Restored | None:
-        """Return the newest checkpoint that can be loaded; None where there is no checkpoint.
+        """Return the newest checkpoint that can be loaded; None if the directory has no checkpoints.
 
         Args:
           like: a state of the same structure, shapes and dtypes; its values are not used.

@@ -22,7 +22,7 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment) -> Json:
       `{"step": ..., metric: ...}`.
 
     Raises:
-      UsageError: if there is no checkpoint, or the newest checkpoint does not match the model.
+      UsageError: if the run has no checkpoint, or the newest one does not match the model.
       NoUsableCheckpoint: if none can be loaded.
     """
     experiment, _ = fit_warmup(experiment)

@@ -37,7 +37,7 @@ def predict_run(
       The bytes that follow the prompt.
 
     Raises:
-      UsageError: if there is no checkpoint, or the experiment's model does not continue texts.
+      UsageError: if the run has no checkpoint, or its model does not continue texts.
       NoUsableCheckpoint: if none can be loaded.
     """
     experiment, _ = fit_warmup(experiment)

@@ -127,7 +127,7 @@ def restore_newest(run_dir: Path, experiment: AnyExperiment, parts: Parts) -> Re
     """Restore the newest checkpoint of a run, to use its parameters.
 
     Raises:
-      UsageError: if there is no checkpoint, or the newest checkpoint does not match the model.
+      UsageError: if the run has no checkpoint, or the newest one does not match the model.
       NoUsableCheckpoint: if none can be loaded.
     """
     restored = None

@@ -29,7 +29,7 @@ from jmp_train.step.accumulation import (
     mean_of,
 )
 from jmp_train.tree import all_finite
-from jmp_train.types import DTypeLike, PyTree
+from jmp_train.types import DTypeLike, Function, PyTree
 
 
 class GradResult(NamedTuple):
@@ -44,7 +44,7 @@ class GradResult(NamedTuple):
 
 
 def value_and_grad(
-    loss_fn: Callable[..., Any],
+    loss_fn: Function,
     policy: str | Policy | Rules | Precision | None = "float32",
     *,
     has_aux: bool = False,

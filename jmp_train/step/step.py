@@ -28,7 +28,7 @@ from jmp_train.step.donation import Donating
 from jmp_train.step.gradients import GradResult, value_and_grad
 from jmp_train.step.state import LastSkip, StepInfo, TrainState
 from jmp_train.tree import nonfinite_leaves, select_tree, widen_to_full
-from jmp_train.types import Key, PyTree
+from jmp_train.types import Function, Key, PyTree
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Stepper(NamedTuple):
 
 
 def make_step(
-    loss_fn: Callable[..., Any],
+    loss_fn: Function,
     optimizer: optax.GradientTransformation,
     policy: str | Policy | Rules | Precision | None = "float32",
     *,
@@ -256,7 +256,7 @@ def make_step(
 
 
 def step_gradients(
-    loss_fn: Callable[..., Any],
+    loss_fn: Function,
     policy: str | Policy | Rules | Precision | None,
     *,
     cast_batch: bool = True,
@@ -355,7 +355,7 @@ def _own(x: Any) -> jax.Array:
     return jnp.array(x, dtype=x.dtype, copy=True)
 
 
-def _loss_and_rest(loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+def _loss_and_rest(loss_fn: Function) -> Function:
     """Wrap a loss function so that it always returns `loss, (aux, model_state)`."""
 
     def normalised(params: PyTree, batch: PyTree, **extras: Any) -> PyTree:

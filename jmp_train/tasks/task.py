@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from jmp_train.types import Key, PyTree
+from jmp_train.types import Function, Key, PyTree
 
 
 class Task(NamedTuple):
@@ -15,7 +15,7 @@ class Task(NamedTuple):
 
     init: Callable[[Key], PyTree]
     """`init(key) -> params`."""
-    loss_fn: Callable[..., Any]
+    loss_fn: Function
     """`loss_fn(params, batch, *, key)`, for `make_step`."""
     metrics_fn: Callable[..., dict[str, jax.Array]]
     """`metrics_fn(params, batch)`, for `make_evaluate`."""

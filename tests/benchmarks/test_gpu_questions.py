@@ -187,7 +187,7 @@ def test_accumulation_rows_follow_the_whole_batch():
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_cudnn_row_without_gpu_says_what_it_needs():
-    with pytest.raises(NotImplementedError, match="needs an NVIDIA GPU"):
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
         losses(f"{BF16}/attention=cudnn")
 
 

@@ -3,7 +3,6 @@
 # pyright: reportMissingImports=false
 
 import dataclasses
-import importlib.util
 
 import jax
 import numpy as np
@@ -12,10 +11,7 @@ import pytest
 
 from benchmarks.gpu import jax_rows, measure, table
 
-if importlib.util.find_spec("torch") is None:
-    pytest.skip("torch is not installed", allow_module_level=True)
-
-import torch
+torch = pytest.importorskip("torch", reason="torch is an optional peer of the GPU benchmark")
 
 from benchmarks.gpu import torch_rows
 
@@ -176,7 +172,7 @@ def test_overflowing_step_is_skipped_and_counted():
 
 def test_several_steps_a_dispatch_are_out_of_scope():
     row = table.Row("mlp_digits", "bf16", "PyTorch", (("steps", "50"),))
-    with pytest.raises(NotImplementedError, match="CUDA graphs in PyTorch; they are out of scope"):
+    with pytest.raises(ValueError, match="PyTorch takes one step in a dispatch"):
         torch_rows.make(row, table.workload("mlp_digits", True), 32, True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from bad_arguments import CASES
 from bad_files import CONFIGS, EXPERIMENTS, make_data
+from helpers.command_line import call
 
 from jmp_train.cli.main import main
 
@@ -20,14 +21,6 @@ def listing(folder):
     """Every path below a folder with the digest of what it holds."""
     digest = lambda p: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else ""
     return {str(p.relative_to(folder)): digest(p) for p in folder.rglob("*")}
-
-
-def call(capsys, *words):
-    try:
-        status = main(words)
-    except SystemExit as stop:
-        status = stop.code or 0
-    return status, *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")

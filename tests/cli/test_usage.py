@@ -10,19 +10,10 @@ from pathlib import Path
 
 import jax
 import pytest
-
-from jmp_train.cli.main import main
+from helpers.command_line import call as run
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--steps", "2", "--model.hidden", "4", "--compilation-cache", "False")
-
-
-def run(capsys, *words):
-    try:
-        status = main(words)
-    except SystemExit as stop:
-        status = stop.code or 0
-    return status, *capsys.readouterr()
 
 
 def refused(capsys, *words):

@@ -1,4 +1,4 @@
-"""A loss scale goes to JSON and back to the bit, and goes on where a GradScaler stood."""
+"""Loss scales survive JSON bit for bit, and continue from the state of a GradScaler."""
 
 import dataclasses
 import itertools
