@@ -124,14 +124,14 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert result.grads == 1 and result.loss == 1
 
 
-def equations(jaxpr):
-    """The equations of a jaxpr, those of its calls too, but not those of its scans and branches."""
+def equations_outside_loops(jaxpr):
+    """Return the equations of a jaxpr and of its calls, without those of its scans and branches."""
     found = []
     for eqn in jaxpr.eqns:
         found.append(eqn)
         if eqn.primitive.name not in ("scan", "cond"):
             for sub in jaxprs_in_params(eqn.params):
-                found += equations(sub)
+                found += equations_outside_loops(sub)
     return found
 
 
@@ -140,7 +140,7 @@ def test_accumulators_are_float32_and_the_check_is_done_once(policy):
     stepper = jt.make_step(mean_loss, optax.sgd(0.1), policy, skip_nonfinite=True, micro_batches=4)
     params, batch = data()
     state = stepper.init(params)
-    outside = equations(jax.make_jaxpr(stepper.step)(state, batch).jaxpr)
+    outside = equations_outside_loops(jax.make_jaxpr(stepper.step)(state, batch).jaxpr)
     (loop,) = (eqn for eqn in outside if eqn.primitive.name == "scan")
     start, count = scan_counts(loop.params)
     carry = [v.aval for v in loop.invars[start : start + count]]
