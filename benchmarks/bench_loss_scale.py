@@ -39,7 +39,7 @@ def main() -> None:
     experiment = dataclasses.replace(find_experiment(options.experiment), steps=options.steps)
     dataset = experiment.data.load()
     tasks = {
-        name: make_task(experiment.model, dataset.spec, name)
+        name: make_task(experiment.model, experiment.task, dataset.spec, name)
         for name in ("float32", "mixed_float16")
     }
     stepper = jt.make_step(

@@ -20,8 +20,8 @@ import optax
 from record import interleaved, keep
 
 import jmp_train as jt
+from benchmarks.models import mlp
 from jmp_train.data import Arrays, DigitsConfig
-from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.tasks import make_task
 
@@ -79,9 +79,9 @@ def optimizer_of(name: Any, way: Any, steps: int) -> optax.GradientTransformatio
 def trained(name: str, way: str, steps: int, batch_size: int) -> dict[str, float]:
     """Loss over the training set and accuracy on the held-out one, after equal training."""
     data, policy = DigitsConfig().load(), policy_of(way)
-    task = make_task(MlpConfig(hidden=(256,)), data.spec, policy)
+    task = make_task(mlp(hidden=(256,)), "classification", data.spec, policy)
     stepper = jt.make_step(task.loss_fn, optimizer_of(name, way, steps), policy)
-    first = make_task(MlpConfig(hidden=(256,)), data.spec, "float32").init
+    first = make_task(mlp(hidden=(256,)), "classification", data.spec, "float32").init
     assert isinstance(data.train, Arrays)
     train = data.train.arrays
     state = stepper.init(first(jax.random.key(0)), key=jax.random.key(1))

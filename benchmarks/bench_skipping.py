@@ -24,7 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from record import device_for, keep
 
 import jmp_train as jt
-from jmp_train.models import MlpConfig
+from benchmarks.models import mlp
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
 
@@ -131,8 +131,10 @@ def way_to_step(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Any
         "image": jax.random.normal(jax.random.key(1), (batch_size, 64)),
         "label": jnp.arange(batch_size) % 10,
     }
-    task = make_task(MlpConfig(hidden=hidden), DataSpec.of(batch, classes=10), "float32")
-    params = task.init(jax.random.key(0))
+    task = make_task(
+        mlp(hidden=hidden), "classification", DataSpec.of(batch, classes=10), "float32"
+    )
+    params = task.init(jax.random.key(0))[0]
     optimizer = optax.adamw(1e-6)
     if way in ("unnamed", "jmp_train"):
         stepper = jt.make_step(task.loss_fn, optimizer, "float32", skip_nonfinite=True)

@@ -19,8 +19,8 @@ import optax
 from record import interleaved, keep
 
 import jmp_train as jt
+from benchmarks.models import mlp
 from jmp_train.data import Arrays, DigitsConfig
-from jmp_train.models import MlpConfig
 from jmp_train.tasks import make_task
 
 Loop = Callable[[], Any]
@@ -54,8 +54,8 @@ def main() -> None:
 def make_loops(policy: str, width: int, batch_size: int, steps: int) -> dict[str, Loop]:
     """The loops, each from fresh parameters over the same batch on the device."""
     data = DigitsConfig().load()
-    task = make_task(MlpConfig(hidden=(width, width)), data.spec, policy)
-    params = task.init(jax.random.key(0))
+    task = make_task(mlp(hidden=(width, width)), "classification", data.spec, policy)
+    params = task.init(jax.random.key(0))[0]
     assert isinstance(data.train, Arrays)
     repeats = -(-batch_size // len(data.train))
     batch = {

@@ -27,12 +27,15 @@ from jmp_train.tree import all_finite, cast_to_full, cast_to_half, select_tree
 if TYPE_CHECKING:
     from jmp_train import flax
     from jmp_train.config.experiment import Experiment
+    from jmp_train.models.model import Model
+    from jmp_train.tasks.task import Task
 
 __all__ = [
     "DataParallel",
     "DynamicLossScale",
     "Experiment",
     "LossScale",
+    "Model",
     "NoOpLossScale",
     "OpRules",
     "Policy",
@@ -40,6 +43,7 @@ __all__ = [
     "Rules",
     "StaticLossScale",
     "StepInfo",
+    "Task",
     "TrainState",
     "WeightedLoss",
     "all_finite",
@@ -64,6 +68,14 @@ __all__ = [
 ]
 
 
+#: Public names whose modules import Flax or the libraries of training, and so are imported when used.
+_LATER = {
+    "Experiment": "config.experiment",
+    "Model": "models.model",
+    "Task": "tasks.task",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Return what takes long to find, when it is first used: modules that import Flax, the version."""
     import importlib
@@ -72,6 +84,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("importlib.metadata").version("jmp-train")
     if name == "flax":
         return importlib.import_module("jmp_train.flax")
-    if name == "Experiment":
-        return importlib.import_module("jmp_train.config.experiment").Experiment
+    if name in _LATER:
+        return getattr(importlib.import_module(f"jmp_train.{_LATER[name]}"), name)
     raise AttributeError(f"module 'jmp_train' has no attribute {name!r}")

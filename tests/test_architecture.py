@@ -15,7 +15,7 @@ FLOORS = {
     "errors": 0,
     "types": 0,
     "fields": 1,
-    "configurable": 1,
+    "configurable": 2,
     "spec": 1,
     "numerics": 1,
     "tree": 2,
@@ -131,7 +131,10 @@ def test_nothing_is_defined_in_the_public_face():
     for node in tree.body:
         assert isinstance(node, kinds)
         if isinstance(node, ast.Assign):
-            assert [t.id for t in node.targets if isinstance(t, ast.Name)] == ["__all__"]
+            assert [t.id for t in node.targets if isinstance(t, ast.Name)] in (
+                ["__all__"],
+                ["_LATER"],
+            )
         if isinstance(node, ast.FunctionDef):
             assert node.name == "__getattr__"
 

@@ -16,10 +16,10 @@ from helpers.hlo import all_reduced, custom_calls, products
 from jax.sharding import Mesh
 
 import jmp_train as jt
-from jmp_train.models.gpt import GptConfig
 from jmp_train.policy.precision import get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
+from tests.helpers.models import gpt
 
 pytestmark = pytest.mark.gpu_first
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -41,7 +41,9 @@ def stepper_of(way, policy, **options):
     own = policy if way == "policy" else "float32"
     precision = get_precision(own, [("**", policy)] if way == "rules" else ())
     example = {"tokens": jax.ShapeDtypeStruct((LENGTH + 1,), jnp.uint8)}
-    task = make_task(GptConfig(width=64, depth=2, heads=1), DataSpec(example, 256), precision)
+    task = make_task(
+        gpt(width=64, depth=2, heads=1), "language_modelling", DataSpec(example, 256), precision
+    )
     loss_fn = task.loss_fn
     if way == "autocast":
         loss_fn = jt.autocast(loss_fn, jt.get_policy(policy).compute_dtype)
@@ -54,7 +56,7 @@ def stepper_of(way, policy, **options):
 def abstract_step(way, policy, **options):
     """The stepper, and the shapes of its state and of a batch."""
     stepper, task = stepper_of(way, policy, **options)
-    state = jax.eval_shape(lambda key: stepper.init(task.init(key)), jax.random.key(0))
+    state = jax.eval_shape(lambda key: stepper.init(task.init(key)[0]), jax.random.key(0))
     return stepper, state, {"tokens": jax.ShapeDtypeStruct((8, LENGTH + 1), jnp.int32)}
 
 
@@ -108,7 +110,7 @@ def text_batches(steps, batch=8):
 @functools.cache
 def final_loss(policy):
     stepper, task = stepper_of("policy", policy)
-    state, losses = stepper.init(task.init(jax.random.key(0))), []
+    state, losses = stepper.init(task.init(jax.random.key(0))[0]), []
     for batch in text_batches(50):
         state, info = stepper.step(state, batch)
         losses.append(info.loss)
@@ -133,7 +135,7 @@ def test_gradients_are_reduced_in_the_dtype_asked_for(reduce, expected):
     stepper, task = stepper_of(
         "policy", "mixed_bfloat16", parallel=jt.DataParallel(mesh, reduce_dtype=reduce)
     )
-    state = stepper.init(task.init(jax.random.key(0)))
+    state = stepper.init(task.init(jax.random.key(0))[0])
     tokens = jax.ShapeDtypeStruct((8 * mesh.size, LENGTH + 1), jnp.int32)
     counts = all_reduced(stepper.step.lower(state, {"tokens": tokens}).compile().as_text())
     assert counts.pop(expected) >= sum(x.size for x in jax.tree.leaves(state.params))

@@ -15,12 +15,12 @@ import jmp_train as jt
 from benchmarks.gpu import hand_written, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, Workload
-from jmp_train.models import GptConfig, MlpConfig
+from benchmarks.models import gpt, mlp
 from jmp_train.policy.precision import get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
-from jmp_train.tasks.task import Task
+from jmp_train.tasks.task import TaskFunctions
 
 POLICIES = {
     "fp32": "float32",
@@ -58,7 +58,7 @@ def set_precision(precision: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest" if precision == "fp32" else None)
 
 
-def task_of(row: Row, workload: Workload, **changes: Any) -> Task:
+def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
     """The network of a workload under the row's policy.
 
     "autocast" and "apply_policy" get network code in float32.
@@ -76,8 +76,8 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> Task:
             "image": jax.ShapeDtypeStruct((workload.features,), jnp.float32),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
         }
-        model = MlpConfig((workload.width,) * workload.depth)
-        return make_task(model, DataSpec(example, workload.classes), precision)
+        model = mlp(hidden=(workload.width,) * workload.depth)
+        return make_task(model, "classification", DataSpec(example, workload.classes), precision)
     sizes: Any = {
         "width": workload.width,
         "depth": workload.depth,
@@ -87,7 +87,9 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> Task:
         **changes,
     }
     example = {"tokens": jax.ShapeDtypeStruct((workload.length + 1,), jnp.uint8)}
-    return make_task(GptConfig(**sizes), DataSpec(example, workload.classes), precision)
+    return make_task(
+        gpt(**sizes), "language_modelling", DataSpec(example, workload.classes), precision
+    )
 
 
 def optimizer_of(workload: Workload) -> optax.GradientTransformation:
@@ -95,7 +97,7 @@ def optimizer_of(workload: Workload) -> optax.GradientTransformation:
     return optax.adamw(workload.learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
 
 
-def _ours(row: Row, workload: Workload, task: Task) -> Step:
+def _ours(row: Row, workload: Workload, task: TaskFunctions) -> Step:
     loss_fn, policy, options = task.loss_fn, POLICIES[row.precision], {}
     if row.program == "autocast":
         loss_fn = jt.autocast(loss_fn, COMPUTE[row.precision])
@@ -111,7 +113,7 @@ def step_of(stepper: jt.step.Stepper, steps: int = 1) -> Step:
     return Step(stepper.step if steps == 1 else stepper.scan, stepper.init, lambda s: s.skipped)
 
 
-def _hand_written(row: Row, workload: Workload, task: Task) -> Step:
+def _hand_written(row: Row, workload: Workload, task: TaskFunctions) -> Step:
     del task
     step, init, skipped = hand_written.make(
         workload, optimizer_of(workload), COMPUTE[row.precision], _steps(row)
@@ -123,7 +125,9 @@ def _steps(row: Row) -> int:
     return int(dict(row.options).get("steps", 1))
 
 
-def trainer(step: Step, task: Task, workload: Workload, batch: int, steps: int = 1) -> Trainer:
+def trainer(
+    step: Step, task: TaskFunctions, workload: Workload, batch: int, steps: int = 1
+) -> Trainer:
     """Compiles a step, and keeps its state between calls.
 
     Args:
@@ -133,7 +137,7 @@ def trainer(step: Step, task: Task, workload: Workload, batch: int, steps: int =
       batch: windows or examples.
       steps: of a call.
     """
-    params = jax.jit(task.init)(jax.random.key(0))
+    params = jax.jit(task.init)(jax.random.key(0))[0]
     parameters = sum(x.size for x in jax.tree.leaves(params))
     # In one program and donated: copies beside it would be the peak of memory that is reported.
     state = jax.jit(step.init, donate_argnums=0)(params)
@@ -195,7 +199,7 @@ def fitting_batch(workload: Workload, memory: int, largest: int) -> int:
     set_precision(row.precision)
     task = task_of(row, workload)
     step = _ours(row, workload, task)
-    state = jax.eval_shape(lambda: step.init(task.init(jax.random.key(0))))
+    state = jax.eval_shape(lambda: step.init(task.init(jax.random.key(0))[0]))
 
     def needed(batch: int) -> int:
         shape = jax.ShapeDtypeStruct((batch, workload.length + 1), jnp.int32)

@@ -137,7 +137,7 @@ def our_parameters(workload: Workload) -> Any:
 
     task = jax_rows.task_of(Row(workload.name, "fp32", "jmp_train"), workload)
     with jax.default_device(jax.devices("cpu")[0]):
-        return jax.jit(task.init)(jax.random.key(0))
+        return jax.jit(task.init)(jax.random.key(0))[0]
 
 
 def copy_parameters(net: nn.Module, workload: Workload, params: Any) -> None:

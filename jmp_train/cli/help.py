@@ -114,7 +114,8 @@ def help_texts(kind: type) -> dict[str, str]:
 
 def _argument_texts(function: Any) -> dict[str, str]:
     """Return what the docstring of a function or a class says about its arguments."""
-    texts = help_texts(function) if dataclasses.is_dataclass(function) else {}
+    kind = function if isinstance(function, type) else type(None)
+    texts = help_texts(kind) if dataclasses.is_dataclass(kind) else {}
     constructor = function.__init__ if isinstance(function, type) else function
     for owner in (function, constructor):
         for argument in docstring_parser.parse(inspect.getdoc(owner) or "").params:

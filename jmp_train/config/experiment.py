@@ -72,13 +72,14 @@ class Experiment(Generic[ModelConfig, DataConfig]):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not isinstance(self.model, Configured):
-            if not callable(self.model) and not hasattr(self.model, "init"):
-                raise ValueError(
+        model: Any = self.model
+        if not isinstance(model, Configured):
+            if not callable(model):
+                raise ValueError(  # noqa: TRY004  (a value in an experiment, like any other)
                     f"model is {reprlib.repr(self.model)}; expected jmp_train.Model(Net, ...), where "
                     "Net is a class of an NNX or a Linen module (docs/models.md)"
                 )
-            object.__setattr__(self, "model", Model(self.model))
+            object.__setattr__(self, "model", Model(model))
         if not hasattr(self.data, "load"):
             raise ValueError(
                 f"data is {reprlib.repr(self.data)}; expected a configuration with a method 'load' "
@@ -141,7 +142,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         Raises:
           ValueError: if a rule matches no module, or if the data lack an array that the task reads.
         """
-        return make_task(self.model, self.task, spec, precision or self.precision)
+        model: Any = self.model  # made a `Configured` above
+        return make_task(model, self.task, spec, precision or self.precision)
 
     def _parameters_misfit(self, param_dtype: DTypeLike) -> str:
         """Return why `optimizer.parameters` does not apply to a dtype; "" if it does."""

@@ -96,7 +96,7 @@ def _check_rank(logits: Any) -> None:
         raise ValueError(f"the network returned {shape}; expected logits of shape (batch, classes)")
 
 
-def _check_same_shape(outputs: jax.Array, targets: jax.Array, name: str) -> None:
+def _check_same_shape(outputs: jax.Array, targets: Any, name: str) -> None:
     if outputs.shape != targets.shape:
         raise ValueError(
             f"the network returned shape {outputs.shape} and {name!r} has {targets.shape}; expected "

@@ -30,7 +30,7 @@ def sequence_to_sequence(
     """
 
     def right(batch: Batch) -> jax.Array:
-        return batch[target][:, 1:].astype(jnp.int32)
+        return jnp.asarray(batch[target][:, 1:], jnp.int32)
 
     def scored(batch: Batch) -> jax.Array:
         return right(batch) != padding

@@ -114,7 +114,7 @@ def product_flops(jaxpr):
 @pytest.mark.parametrize("work", [MLP, GPT], ids=lambda w: w.name)
 def test_model_flops_are_those_of_the_products(work):
     task = jax_rows.task_of(Row(work.name, "fp32", "jmp_train"), work)
-    params = task.init(jax.random.key(0))
+    params = task.init(jax.random.key(0))[0]
     batch = next(measure.batches(work, 4))
     jaxpr = jax.make_jaxpr(lambda p: task.loss_fn(p, batch)[0])(params)
     tokens = 4 * work.length if work.kind == "gpt" else 4
@@ -142,7 +142,7 @@ def test_fitting_batch_is_the_largest_that_needs_sixty_percent():
     row = Row("gpt_124m", "fp32", "jmp_train")
     task = jax_rows.task_of(row, GPT)
     step = jax_rows._ours(row, GPT, task)
-    state = step.init(task.init(jax.random.key(0)))
+    state = step.init(task.init(jax.random.key(0))[0])
 
     def needed(batch):
         tokens = jnp.zeros((batch, GPT.length + 1), jnp.int32)

@@ -28,7 +28,7 @@ def one_thread():
 def both(workload):
     """Our loss and parameters, and the torch network with the same parameters."""
     task = jax_rows.task_of(table.Row(workload.name, "fp32", "jmp_train"), workload)
-    params = task.init(jax.random.key(0))
+    params = task.init(jax.random.key(0))[0]
     # Scales of one and biases of zero would hide where they are applied.
     params = jax.tree.map(
         lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
@@ -103,7 +103,7 @@ def test_a_row_starts_from_our_parameters(workload):
     trainer = torch_rows.make(row, workload, BATCH, True)
     task = jax_rows.task_of(dataclasses.replace(row, program="jmp_train"), workload)
     with jax.default_matmul_precision("highest"):
-        want = task.loss_fn(task.init(jax.random.key(0)), arrays)[0]
+        want = task.loss_fn(task.init(jax.random.key(0))[0], arrays)[0]
     loss = trainer.wait(trainer.step(trainer.put(arrays)))
     assert loss == pytest.approx(float(want), rel=2e-6)  # float32 sums in another order
 

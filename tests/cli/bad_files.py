@@ -9,9 +9,9 @@ import numpy as np
 OWN = """\
 from jmp_train.data import NpzConfig
 from jmp_train.config.experiment import Experiment
-from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig
-EXPERIMENT = Experiment(MlpConfig(hidden=()), NpzConfig("good.npz"), steps=8, batch_size=8)
+from tests.helpers.models import gpt, mlp
+EXPERIMENT = Experiment(mlp(hidden=()), NpzConfig("good.npz"), steps=8, batch_size=8)
 """
 
 
@@ -40,9 +40,9 @@ EXPERIMENTS = {
     "no_data": own("None"),
     "mlp_on_text": own("TextConfig(length=8)").replace("NpzConfig", "TextConfig"),
     "gpt_on_arrays": own('NpzConfig("good.npz"), batch_size=8')
-    .replace("MlpConfig(hidden=())", "GptConfig(width=8, depth=1, heads=1)")
+    .replace("mlp(hidden=())", "gpt(width=8, depth=1, heads=1)")
     .replace("MlpConfig", "GptConfig"),
-    "no_model": own('NpzConfig("good.npz")').replace("MlpConfig(hidden=())", "3"),
+    "no_model": own('NpzConfig("good.npz")').replace("mlp(hidden=())", "3"),
     "unknown_field": own('NpzConfig("good.npz"), stesp=3'),
     "no_path": own("NpzConfig()"),
 }

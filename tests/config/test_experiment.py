@@ -12,13 +12,13 @@ from jmp_train.data import DigitsConfig
 from jmp_train.errors import UsageError
 from jmp_train.loss_scales.config import LossScaleConfig
 from jmp_train.loss_scales.states import DynamicLossScale, NoOpLossScale, StaticLossScale
-from jmp_train.models import MlpConfig
 from jmp_train.policy.precision import default_loss_scale
 from jmp_train.runs.train import train
+from tests.helpers.models import mlp
 
 
 def make(**fields):
-    return Experiment(model=MlpConfig(), data=DigitsConfig(), **fields)
+    return Experiment(model=mlp(), data=DigitsConfig(), **fields)
 
 
 @pytest.mark.parametrize("name", experiment_files())
@@ -128,27 +128,24 @@ def test_a_single_experiment_precedes_a_family_member(tmp_path, monkeypatch):
 
 
 OF_OWN = """
-import dataclasses
-from typing import ClassVar
 import jax.numpy as jnp
-from jmp_train.config import Experiment
+import jmp_train as jt
 from jmp_train.data import DigitsConfig
-from jmp_train.tasks import Task, TaskKind
 
-def regression(net, model, spec, precision):
-    size = spec.size("image")
-    def errors(params, batch):
-        images = batch["image"].reshape(-1, size)
-        return (images @ params["w"] - batch["label"]).astype(jnp.float32) ** 2
-    init = lambda key: {"w": jnp.zeros(size)}
-    loss_fn = lambda params, batch, *, key=None: (errors(params, batch).mean(), {})
-    return Task(init, loss_fn, lambda params, batch: {"mse": errors(params, batch)})
+def linear(inputs):
+    init = lambda key: {"w": jnp.zeros(inputs)}
+    apply = lambda params, image: image.reshape(-1, inputs) @ params["w"]
+    return init, apply
 
-@dataclasses.dataclass(frozen=True)
-class Regression:
-    task: ClassVar[TaskKind] = TaskKind(regression, ("image", "label"), "mse", highest=False)
+def error(outputs, batch):
+    return jnp.square(outputs - batch["label"])
 
-EXPERIMENT = Experiment(Regression(), DigitsConfig(noise=0.0), steps=20)
+EXPERIMENT = jt.Experiment(
+    jt.Model(linear, inputs=lambda spec: spec.size("image")),
+    DigitsConfig(noise=0.0),
+    task=jt.Task(error, {"mse": error}, "image", "label", metric="mse"),
+    steps=20,
+)
 """
 
 
@@ -191,29 +188,23 @@ def test_a_byte_order_mark_and_a_tuple_define_experiments_too(tmp_path, monkeypa
 
 
 FAMILY_FILE = """
-import dataclasses
-from typing import ClassVar
 from flax import nnx
 from jmp_train.config import Experiment
 from jmp_train.data import DigitsConfig
+from jmp_train.models import Model
+from tests.helpers.models import mlp
 
 class Net(nnx.Module):
-    def __init__(self, inputs, width, outputs, rngs, **dtypes):
-        self.first = nnx.Linear(inputs, width, rngs=rngs, **dtypes)
-        self.last = nnx.Linear(width, outputs, rngs=rngs, **dtypes)
+    def __init__(self, inputs: int, width: int, outputs: int, rngs: nnx.Rngs):
+        self.first = nnx.Linear(inputs, width, rngs=rngs)
+        self.last = nnx.Linear(width, outputs, rngs=rngs)
 
     def __call__(self, x):
         return self.last(nnx.relu(self.first(x.reshape(len(x), -1))))
 
-@dataclasses.dataclass(frozen=True)
-class NetConfig:
-    task: ClassVar[str] = "classification"
-    width: int = 16
-
-    def network(self, spec, *, rngs, **dtypes):
-        return Net(spec.size("image"), self.width, spec.classes, rngs, **dtypes)
-
-FAMILY = Experiment(NetConfig(), DigitsConfig(), steps=200)
+FAMILY = Experiment(
+    Model(Net, inputs=64, outputs=10, width=16), DigitsConfig(), task="classification", steps=200
+)
 """
 
 
@@ -222,7 +213,7 @@ FAMILY = Experiment(NetConfig(), DigitsConfig(), steps=200)
     [*(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "bf16")), "fp16"],
 )
 def test_a_new_family_takes_a_network_and_few_lines(tmp_path, monkeypatch, precision):
-    beyond_the_network = FAMILY_FILE.partition("@dataclasses")[2].strip().splitlines()
+    beyond_the_network = FAMILY_FILE.partition("FAMILY =")[2].strip().splitlines()
     assert len(beyond_the_network) + 5 <= 15  # and the imports
     folder_of(tmp_path, monkeypatch, net=FAMILY_FILE)
     experiment = find_experiment(f"net_{precision}")

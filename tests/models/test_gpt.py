@@ -13,14 +13,15 @@ from helpers.programs import equations
 
 import jmp_train as jt
 from jmp_train.config.find import find_experiment
-from jmp_train.models import Gpt, GptConfig
+from jmp_train.models import Gpt
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.policy.precision import get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
+from tests.helpers.models import gpt
 from tests.models.test_attention import attention_in_float64, rotary_by_complex_numbers
 
-CONFIG = GptConfig(width=16, depth=3, heads=2, loss_chunk=8)
+CONFIG = gpt(width=16, depth=3, heads=2, loss_chunk=8)
 LENGTH = 10
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, LENGTH + 1)).astype(np.uint8)
 BATCH = {"tokens": TOKENS}
@@ -36,7 +37,7 @@ def task_of(policy="float32", config=CONFIG, rules=()):
 def params():
     # Larger than a model begins with, so that attention is far from even and mistakes in it show.
     rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(task_of().init, jax.random.key(0))
+    shapes = jax.eval_shape(task_of().init, jax.random.key(0))[0]
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 2, shapes)
 
 
@@ -140,7 +141,7 @@ def test_products_are_half_and_norms_softmax_and_loss_float32(half, rules):
     policy = f"mixed_{half}"
     rules = tuple(rule.format(policy) for rule in rules)
     task = task_of("float32" if rules else policy, rules=rules)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     grad_fn = jt.value_and_grad(task.loss_fn, None if rules else policy, has_aux=True)
     jaxpr = jax.make_jaxpr(grad_fn)(shapes, BATCH)
     assert operand_dtypes(jaxpr, "dot_general") == {half}
@@ -154,7 +155,7 @@ def test_products_are_half_and_norms_softmax_and_loss_float32(half, rules):
 def test_rules_reach_the_scanned_blocks_by_name():
     rules = ("blocks/attention/**=float32", "**=mixed_bfloat16")
     task = task_of(rules=rules)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     jaxpr = jax.make_jaxpr(lambda p: task.metrics_fn(p, BATCH))(shapes)
     ran = [str(e.invars[0].aval.dtype) for e in equations(jaxpr) if e.primitive.name == "dot_general"]  # fmt: skip
     # qkv, scores, mix and out of attention; up, down; the head.
@@ -246,8 +247,8 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
     experiment = find_experiment(name)
     config, length = experiment.model, experiment.data.length
     example = {"tokens": jax.ShapeDtypeStruct((length + 1,), jnp.uint8)}
-    task = experiment.task(DataSpec(example, 256))
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    task = experiment.functions(DataSpec(example, 256))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     count = sum(x.size for x in jax.tree.leaves(shapes))
     # The closed form: two kernels of attention, three gated ones, two norms; a table, a norm.
     block = 4 * config.width**2 + 3 * config.width * config.inner + 2 * config.width
@@ -276,4 +277,4 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
 )
 def test_an_invalid_setting_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
-        GptConfig(**fields)
+        gpt(**fields)

@@ -11,8 +11,9 @@ from flax import nnx
 
 import jmp_train as jt
 from jmp_train.data import DigitsConfig
-from jmp_train.models import Mlp, MlpConfig
+from jmp_train.models import Mlp
 from jmp_train.tasks import make_task
+from tests.helpers.models import mlp
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16")
 
@@ -36,8 +37,10 @@ def test_no_hidden_layer_is_a_linear_map():
 
 
 def test_dropout_drops_in_training_alone():
-    task = make_task(MlpConfig(hidden=(64,), dropout=0.5), DigitsConfig().load().spec, "f32")
-    params = task.init(jax.random.key(0))
+    task = make_task(
+        mlp(hidden=(64,), dropout=0.5), "classification", DigitsConfig().load().spec, "f32"
+    )
+    params = task.init(jax.random.key(0))[0]
     batch = {"image": jnp.ones((8, 64)), "label": jnp.zeros(8, jnp.int32)}
     losses = [float(task.loss_fn(params, batch, key=jax.random.key(n))[0]) for n in (1, 1, 2)]
     assert losses[0] == losses[1] != losses[2]
@@ -48,7 +51,7 @@ def test_dropout_drops_in_training_alone():
 @pytest.mark.parametrize("field,value", [("hidden", (0,)), ("dropout", 1.0), ("dropout", -0.1)])
 def test_invalid_setting_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} is .*expected"):
-        MlpConfig(**{field: value})
+        mlp(**{field: value})
 
 
 class LinenMlp(nn.Module):
@@ -66,8 +69,8 @@ def test_the_same_mlp_in_linen_trains_to_the_same_parameters(name):
     # One policy, imported into both libraries; both compile to the same arithmetic.
     policy = jt.get_policy(name)
     linen = LinenMlp(policy)
-    task = make_task(MlpConfig(hidden=(32,)), DigitsConfig().load().spec, policy)
-    params = task.init(jax.random.key(0))
+    task = make_task(mlp(hidden=(32,)), "classification", DigitsConfig().load().spec, policy)
+    params = task.init(jax.random.key(0))[0]
     theirs = {f"Dense_{i}": dict(params["layers"][i]) for i in (0, 1)}
     reference = linen.init(jax.random.key(0), jnp.ones((1, 64)))["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(theirs, reference)

@@ -18,10 +18,10 @@ from flax import nnx
 import jmp_train as jt
 from jmp_train.config.experiment import Experiment
 from jmp_train.data import DigitsConfig
-from jmp_train.models import MlpConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.optim.optimizers import check_parameters
 from jmp_train.records.checkpoints import Checkpoints
+from tests.helpers.models import mlp
 
 ROOT = Path(__file__).resolve().parents[2]
 WAYS = ("master", "remainder", "stochastic", "kahan")
@@ -327,9 +327,7 @@ def test_the_field_is_checked_against_the_policy(way, dtype):
         check_parameters(OptimizerConfig(parameters=way), dtype)
     with pytest.raises(ValueError, match=f"stores parameters in {dtype}"):
         policy = {"float32": "mixed_bfloat16", "float16": "16-true"}[dtype]
-        Experiment(
-            MlpConfig(), DigitsConfig(), policy=policy, optimizer=OptimizerConfig(parameters=way)
-        )
+        Experiment(mlp(), DigitsConfig(), policy=policy, optimizer=OptimizerConfig(parameters=way))
 
 
 def test_the_seed_of_a_run_is_the_seed_of_its_rounding():
