@@ -9,7 +9,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from jmp_train.fields import check_fields
 from jmp_train.loss_scales.config import LossScaleConfig
-from jmp_train.optim.optimizers import OptimizerConfig, check_parameters
+from jmp_train.optim.config import OptimizerConfig
+from jmp_train.optim.optimizers import check_parameters
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.kinds import kind_of, make_task
