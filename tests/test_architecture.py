@@ -30,7 +30,7 @@ FLOORS = {
     "models": 7,
     "tasks": 8,
     "config": 9,
-    "records": 9,
+    "records": 8,
     "reports": 10,
     "runs": 11,
     "cli": 12,
@@ -45,8 +45,10 @@ LIBRARIES = {
     "orbax": {"records"},
     "rich": {"cli", "reports", "runs"},
     "sklearn": {"data"},
+    "mlflow": {"records"},
     "tensorboardX": {"records"},
     "tyro": {"cli"},
+    "wandb": {"records"},
 }
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").parts

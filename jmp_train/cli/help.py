@@ -19,6 +19,7 @@ from tyro.constructors import (
 )
 
 from jmp_train.config.experiment import AnyExperiment, Experiment
+from jmp_train.fields import setting_fields
 
 #: The options that the help of an experiment shows first.
 COMMON = (
@@ -51,7 +52,7 @@ def dataclass_options(info: StructTypeInfo) -> StructConstructorSpec | None:
     specs = list(_field_specs(info.default))
     experiment = getattr(info.default, "experiment", None)
     if not isinstance(experiment, Experiment):
-        return StructConstructorSpec(type(info.default), tuple(specs))
+        return StructConstructorSpec(_changed(info.default), tuple(specs))
     own = {spec.name: spec for spec in specs if spec.name != "experiment"}
     fields = {spec.name: spec for spec in _field_specs(experiment)}
     short = _short_learning_rate(experiment)
@@ -66,11 +67,21 @@ def dataclass_options(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(instantiate, tuple(ordered.values()))
 
 
+def _changed(default: Any) -> Any:
+    """Return a function of options that keeps the fields of the default that are not settings."""
+
+    def instantiate(**values: Any) -> Any:
+        return dataclasses.replace(default, **values)
+
+    instantiate.__doc__ = type(default).__doc__
+    return instantiate
+
+
 def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
     """Return the options of a dataclass; types come from the default where it is a dataclass."""
     kinds = typing.get_type_hints(type(default), include_extras=True)
     texts = help_texts(type(default))
-    for field in dataclasses.fields(default):
+    for field in setting_fields(default):
         value = getattr(default, field.name)
         kind: Any = type(value) if dataclasses.is_dataclass(value) else kinds[field.name]
         if isinstance(default, Experiment):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jmp_train.errors import nearest
-from jmp_train.fields import fits
+from jmp_train.fields import fits, setting_fields
 from jmp_train.types import Json
 
 
@@ -26,6 +26,36 @@ def flatten(values: Json, prefix: str = "") -> Json:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def settings_of(config: Any) -> Json:
+    """Return the settings of a dataclass as nested dicts, without its values of Python.
+
+    >>> from jmp_train.optim import OptimizerConfig
+    >>> settings_of(OptimizerConfig())["learning_rate"]
+    0.001
+    """
+    values = {field.name: getattr(config, field.name) for field in setting_fields(config)}
+    return {k: settings_of(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+
+
+def default_settings(config: Any) -> Json:
+    """Return the defaults of a dataclass's settings as nested dicts; those without one are left out.
+
+    >>> from jmp_train.optim import OptimizerConfig
+    >>> default_settings(OptimizerConfig(learning_rate=9.0))["learning_rate"]
+    0.001
+    """
+    values: Json = {}
+    for field in setting_fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = default_settings(value)
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
 
 
 C = TypeVar("C")
@@ -51,7 +81,7 @@ def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C
     ValueError: unknown setting 'optimizer.lerning_rate'; did you mean 'learning_rate'?
     """
     kinds = typing.get_type_hints(type(config))
-    fields = [field.name for field in dataclasses.fields(config)]  # pyright: ignore
+    fields = [field.name for field in setting_fields(config)]
     inner: dict[str, Json] = {}
     changed: Json = {}
     for path, value in settings.items():

@@ -84,7 +84,12 @@ def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> Task:
 def _make_stepper(experiment: AnyExperiment, task: Task) -> Stepper:
     return make_step(
         task.loss_fn,
-        make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
+        make_optimizer(
+            experiment.optimizer,
+            experiment.steps,
+            seed=experiment.seed,
+            schedule=experiment.schedule,
+        ),
         experiment.precision,
         loss_scale=experiment.loss_scale.make(experiment.precision.default_loss_scale()),
         skip_nonfinite=True if experiment.nonfinite == "skip" else None,

@@ -40,7 +40,7 @@ def run(
         stop=stop,
         steps_per_call=per_call,
         every=Every(*every),
-        log=lambda step, values: events.append(("log", step, values)),
+        log=lambda step, values, state: events.append(("log", step, values)),
         evaluate=lambda step, state: events.append(("eval", step, state)),
         checkpoint=lambda step, state, _: events.append(("save", step, state)),
         **options,
