@@ -97,7 +97,7 @@ class Events:
 
     def metrics_of_the_end(self, step: int, state: TrainState) -> dict[str, float]:
         """Return the metrics of the last step; one at which a hook ended the run is evaluated now."""
-        if self.ended and self.error is None and not self.metrics_at(step):
+        if self.ended and not self.metrics_at(step):
             self._measure(step, state)
         return self.metrics_at(step)
 
@@ -123,6 +123,6 @@ class Events:
         return self._end("on_record", step, "on_record returned 'stop'") if answer else None
 
     def _end(self, by: str, step: int, reason: str) -> Asked:
-        if step < self._context.experiment.steps and self.error is None:
+        if step < self._context.experiment.steps:
             self.ended = {"by": by, "step": step, "reason": reason}
         return "stop"
