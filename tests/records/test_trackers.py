@@ -108,12 +108,12 @@ def test_a_disk_that_is_full_to_the_end_leaves_a_warning_and_no_traceback(tmp_pa
 class Recorder:
     """A tracker that keeps its calls, and raises in one method."""
 
-    def __init__(self, fails=None, error=None):
+    def __init__(self, fails=None, error: BaseException | None = None):
         self.calls, self.fails, self.error = [], fails, error
 
     def _called(self, name, *arguments):
         self.calls.append((name, *arguments))
-        if name == self.fails:
+        if name == self.fails and self.error:
             raise self.error
 
     def start(self, config):
@@ -256,7 +256,10 @@ def test_wandb_offline_run_has_records_and_resumes_its_id(tmp_path, monkeypatch)
         trackers.finish({"steps": step})
     found = {}
     for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb"):
-        records = wandb_records(file)
+        deadline = time.monotonic() + 30  # the client's own process writes after finish returns
+        while not any(r.HasField("exit") for r in (records := wandb_records(file))):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         (run,) = [r.run for r in records if r.HasField("run")][:1]
         assert run.run_id == "abc123"
         for record in [r.history for r in records if r.HasField("history")]:

@@ -28,7 +28,7 @@ class Mlflow:
         from mlflow import MlflowClient
 
         self._client = MlflowClient()
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", config["experiment"])
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config["experiment"]
         experiment = self._client.get_experiment_by_name(name)
         where = experiment.experiment_id if experiment else self._client.create_experiment(name)
         found = self._client.search_runs([where], f"tags.`{_ID}` = '{config['run']['id']}'")
