@@ -257,9 +257,11 @@ def test_wandb_offline_run_has_records_and_resumes_its_id(tmp_path, monkeypatch)
     found = {}
     for file in tmp_path.glob("wandb/offline-run-*/run-*.wandb"):
         deadline = time.monotonic() + 30  # the client's own process writes after finish returns
-        while not any(r.HasField("exit") for r in (records := wandb_records(file))):
+        records = wandb_records(file)
+        while not any(record.HasField("exit") for record in records):
             assert time.monotonic() < deadline
             time.sleep(0.1)
+            records = wandb_records(file)
         (run,) = [r.run for r in records if r.HasField("run")][:1]
         assert run.run_id == "abc123"
         for record in [r.history for r in records if r.HasField("history")]:
