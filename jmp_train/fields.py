@@ -47,21 +47,6 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{field.name} is {reprlib.repr(value)}; {expected}")
 
 
-def setting_fields(config: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields of a dataclass that are settings: options, and part of config.json.
-
-    A field with `metadata={"setting": False}` is a value of Python, such as a function.
-
-    >>> @dataclasses.dataclass
-    ... class Config:
-    ...     steps: int = 1
-    ...     hook: Any = dataclasses.field(default=None, metadata={"setting": False})
-    >>> [field.name for field in setting_fields(Config())]
-    ['steps']
-    """
-    return [f for f in dataclasses.fields(config) if f.metadata.get("setting", True)]
-
-
 def fits(value: Any, kind: Any) -> bool:
     """Return whether a value is of an annotated type; True if `check_fields` does not support it.
 

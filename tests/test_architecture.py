@@ -48,6 +48,7 @@ LIBRARIES = {
     "sklearn": {"data"},
     "mlflow": {"records"},
     "tensorboardX": {"records"},
+    "docstring_parser": {"cli"},
     "tyro": {"cli"},
     "wandb": {"records"},
 }

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import docstring_parser
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
@@ -19,7 +20,8 @@ from tyro.constructors import (
 )
 
 from jmp_train.config.experiment import AnyExperiment, Experiment
-from jmp_train.fields import setting_fields
+from jmp_train.config.settings import setting_fields
+from jmp_train.configurable import Configured
 
 #: The options that the help of an experiment shows first.
 COMMON = (
@@ -101,6 +103,8 @@ def help_texts(kind: type) -> dict[str, str]:
 
     tyro reads them too, but breaks a text at the line breaks of its source.
     """
+    if issubclass(kind, Configured):
+        return _argument_texts(kind.function)
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         try:
@@ -115,4 +119,15 @@ def help_texts(kind: type) -> dict[str, str]:
                     ast.Expr(value=ast.Constant(value=str(text))),
                 ):
                     texts[name] = " ".join(text.split())
+    return texts
+
+
+def _argument_texts(function: Any) -> dict[str, str]:
+    """Return what the docstring of a function or a class says about its arguments."""
+    texts = help_texts(function) if dataclasses.is_dataclass(function) else {}
+    constructor = function.__init__ if isinstance(function, type) else function
+    for owner in (function, constructor):
+        for argument in docstring_parser.parse(inspect.getdoc(owner) or "").params:
+            text = " ".join((argument.description or "").split())
+            texts[argument.arg_name] = text[:1].upper() + text[1:]
     return texts

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jmp_train.errors import nearest
-from jmp_train.fields import fits, setting_fields
+from jmp_train.fields import fits
 from jmp_train.types import Json
 
 
@@ -26,17 +26,6 @@ def flatten(values: Json, prefix: str = "") -> Json:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def settings_of(config: Any) -> Json:
-    """Return the settings of a dataclass as nested dicts, without its values of Python.
-
-    >>> from jmp_train.optim import OptimizerConfig
-    >>> settings_of(OptimizerConfig())["learning_rate"]
-    0.001
-    """
-    values = {field.name: getattr(config, field.name) for field in setting_fields(config)}
-    return {k: settings_of(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
 
 
 def default_settings(config: Any) -> Json:
@@ -59,6 +48,28 @@ def default_settings(config: Any) -> Json:
 
 
 C = TypeVar("C")
+
+
+def settings_in(config: Any) -> Json:
+    """Return the settings of a configuration as nested dicts.
+
+    A dataclass field with the metadata `{"setting": False}`, such as the task of an experiment, is a
+    value of Python and no setting.
+
+    >>> from jmp_train.optim import OptimizerConfig
+    >>> settings_in(OptimizerConfig(learning_rate=0.5))["learning_rate"]
+    0.5
+    """
+    found: Json = {}
+    for field in setting_fields(config):
+        value = getattr(config, field.name)
+        found[field.name] = settings_in(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def setting_fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """Return the dataclass fields of a configuration that are settings."""
+    return [f for f in dataclasses.fields(config) if f.metadata.get("setting", True)]
 
 
 def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C:

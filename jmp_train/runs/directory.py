@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.config.settings import default_settings, flatten, settings_of
+from jmp_train.config.settings import default_settings, flatten, settings_in
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.records.metrics import replace_text, strict_json, write_json
@@ -48,7 +48,7 @@ def read_config(run_dir: Path) -> tuple[str, Json]:
 
 def config_json(name: str, experiment: AnyExperiment) -> Json:
     """Return the content of config.json."""
-    return strict_json({"experiment": name, **settings_of(experiment)})
+    return strict_json({"experiment": name, **settings_in(experiment)})
 
 
 def write_config(run_dir: Path, name: str, experiment: AnyExperiment) -> None:

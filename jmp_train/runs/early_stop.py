@@ -68,8 +68,16 @@ def check_metric(experiment: AnyExperiment, parts: Parts) -> None:
     """
     if experiment.early_stop.metric is None:
         return
-    cast = experiment.precision.cast_to_compute
-    params = jax.eval_shape(parts.task.init, jax.random.key(0))
+    task = parts.task
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     batch = next(iter(eval_batches(parts.dataset.eval, 1)))
-    metrics = jax.eval_shape(lambda p, b: parts.task.metrics_fn(cast(p), cast(b)), params, batch)
+    extras = {} if model_state is None else {"model_state": model_state}
+    metrics = jax.eval_shape(
+        lambda params, batch, extras: task.metrics_fn(
+            task.precision.cast_to_compute(params), batch, **extras
+        ),
+        params,
+        batch,
+        extras,
+    )
     metric_of(experiment.early_stop, dict.fromkeys(metrics, 0.0))

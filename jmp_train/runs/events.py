@@ -102,7 +102,7 @@ class Events:
         return self.metrics_at(step)
 
     def _measure(self, step: int, state: TrainState) -> dict[str, float]:
-        metrics = self._context.parts.evaluate(state.eval_params)
+        metrics = self._context.parts.evaluate(state)
         self._evaluated = (step, metrics)
         self._trackers.record(step, "eval", metrics)
         self._progress.evaluation(step, metrics)

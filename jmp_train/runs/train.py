@@ -145,7 +145,7 @@ def _train_once(
             raise events.error
         evaluation = events.metrics_of_the_end(result.step, result.state)
         if result.step == start.step:  # only the summary was missing
-            evaluation = context.parts.evaluate(result.state.eval_params)
+            evaluation = context.parts.evaluate(result.state)
         summary = summarize(
             context,
             result,

@@ -49,7 +49,7 @@ def falling(monkeypatch, *values):
     """Evaluations give these accuracies, then the last one for ever."""
     left = list(values)
     metrics = lambda *_: {"accuracy": left.pop(0) if left[1:] else left[0], "loss": 1.0}
-    monkeypatch.setattr("jmp_train.runs.build.make_evaluate", lambda *_: metrics)
+    monkeypatch.setattr("jmp_train.runs.build.make_evaluate", lambda *_, **__: metrics)
 
 
 def steps_in(run_dir, split):
