@@ -86,7 +86,12 @@ def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> TaskFunctions:
 def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
     return make_step(
         task.loss_fn,
-        make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
+        make_optimizer(
+            experiment.optimizer,
+            experiment.steps,
+            seed=experiment.seed,
+            schedule=experiment.schedule,
+        ),
         task.precision,
         loss_scale=experiment.loss_scale.make(experiment.precision.default_loss_scale()),
         skip_nonfinite=True if experiment.nonfinite == "skip" else None,

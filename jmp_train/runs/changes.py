@@ -14,6 +14,11 @@ _MAY_CHANGE = (
     "max_skipped_in_row",
     "nonfinite",
     "optimizer.learning_rate",
+    "trackers",
+    "early_stop.metric",
+    "early_stop.patience",
+    "early_stop.min_delta",
+    "early_stop.best",
 )
 _ORDER_OF_DATA = ("batch_size", "steps_per_call", "seed")  # and all of data.*
 

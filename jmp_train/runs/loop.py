@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +24,10 @@ SKIPS_AT_MINIMUM = 10
 
 #: Largest number of tensor names in a train record.
 _NAMES = 8
+
+
+Asked = Literal["save", "stop"] | None
+"""What an event asks for beside its interval: a checkpoint now, and also the end of the run."""
 
 
 class LastCall(NamedTuple):
@@ -70,8 +74,8 @@ def run_loop(
     stop: int,
     steps_per_call: int,
     every: Every,
-    log: Callable[[int, Json], None],
-    evaluate: Callable[[int, TrainState], None],
+    log: Callable[[int, Json, TrainState], Asked],
+    evaluate: Callable[[int, TrainState], Asked],
     checkpoint: Callable[[int, TrainState, float], None],
     should_stop: Callable[[], bool] = lambda: False,
     skips_nonfinite: bool = False,
@@ -89,7 +93,7 @@ def run_loop(
       stop: steps at the end.
       steps_per_call: divides `start`, `stop` and all of `every`.
       every: when to log, evaluate and save.
-      log: gets the step and the values of the train record.
+      log: gets the step, the values of the train record and the state.
       evaluate: gets the step and the state.
       checkpoint: gets the step, the state and the seconds spent in steps so far; it must have
         copied what it needs on return.
@@ -122,8 +126,10 @@ def run_loop(
         values = _train_values(info, state, steps_per_call, logged)  # waits for the device
         elapsed = time.perf_counter() - began
         seconds, since_log = seconds + elapsed, since_log + elapsed
+        asked = set()
         if log_due:
-            log(at, {**values, "steps_per_second": (at - logged) / since_log})
+            speed = {"steps_per_second": (at - logged) / since_log}
+            asked.add(log(at, {**values, **speed}, state))
             logged, since_log = at, 0.0
         reason = _diverged(at, values, state, skips_nonfinite, max_skipped_in_row)
         if reason:
@@ -136,8 +142,9 @@ def run_loop(
             raise Diverged(reason, LastCall(at, state, batch, values["loss_scale"], skipped, bad))
         losses.clear()
         if evaluate_due and not stopped:
-            evaluate(at, state)
-        if checkpoint_due:
+            asked.add(evaluate(at, state))
+        stopped = stopped or "stop" in asked
+        if checkpoint_due or asked & {"save", "stop"}:
             checkpoint(at, state, seconds)
         began = time.perf_counter()
     return LoopResult(state, at, seconds)

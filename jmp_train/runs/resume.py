@@ -20,7 +20,8 @@ from jmp_train.reports.progress import print_line
 from jmp_train.runs.build import Parts, first_state
 from jmp_train.runs.changes import differences, refused, reordering
 from jmp_train.runs.context import RunContext
-from jmp_train.runs.directory import config_json, open_checkpoints
+from jmp_train.runs.directory import changed_since, open_checkpoints
+from jmp_train.runs.early_stop import EarlyStop
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import no_skip
 from jmp_train.types import Json
@@ -36,6 +37,8 @@ class Start(NamedTuple):
     train_time_s: float
     rollbacks: int = 0  # so far
     calls_left_out: int = 0  # calls of the step whose batches are passed over
+    early_stop: EarlyStop = EarlyStop()
+    ended: Json | None = None  # how a hook ended the run: by, step and reason
 
 
 def find_start(context: RunContext) -> Start:
@@ -47,13 +50,12 @@ def find_start(context: RunContext) -> Start:
       NoUsableCheckpoint: if there are checkpoints and none can be loaded.
     """
     experiment, run_dir = context.experiment, context.run_dir
-    now = flatten(config_json(context.name, experiment))
     changed: dict[str, str] = {}
 
     def check(step: int, extra: Json) -> None:
         nonlocal changed
         before = flatten(extra["config"])
-        changed = differences(before, now)
+        changed = changed_since(before, context.name, experiment)
         refusals = refused(changed, before, context.asked_warmup)
         if refusals and not context.force:
             raise UsageError(
@@ -74,6 +76,8 @@ def find_start(context: RunContext) -> Start:
     versions = differences(extra["versions"], package_versions())
     if versions:
         print_line(context.console, f"saved by other versions: {', '.join(versions.values())}")
+    other_metric = {"early_stop.metric", "early_stop.best"} & changed.keys()
+    continues = context.force or any(k == "steps" or k.startswith("early_stop.") for k in changed)
     return Start(
         step,
         restored.state,
@@ -81,6 +85,8 @@ def find_start(context: RunContext) -> Start:
         extra["wall_time_s"],
         extra["train_time_s"],
         extra["rollbacks"],
+        early_stop=EarlyStop() if other_metric else EarlyStop(**extra.get("early_stop", {})),
+        ended=None if continues else extra.get("ended"),
     )
 
 
@@ -112,13 +118,13 @@ def _restore_with_other_skips(
     return restored._replace(state=restored.state._replace(last_skip=state.last_skip))
 
 
-def finished_summary(run_dir: Path, step: int, steps: int) -> Json | None:
+def finished_summary(run_dir: Path, start: Start, steps: int) -> Json | None:
     """Return the summary of a run that has nothing left to do; None for any other."""
-    if step < steps:
+    if start.step < steps and start.ended is None:
         return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        return summary if summary["steps"] == steps and summary["eval"] else None
+        return summary if summary["steps"] == start.step and summary["eval"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -25,6 +25,7 @@ def summarize(
     train_time_s: float,
     wall_time_s: float,
     rollbacks: int,
+    ended: Json | None,
     memory: Any,
 ) -> Json:
     """Return the content of summary.json.
@@ -37,6 +38,7 @@ def summarize(
       train_time_s: seconds in training steps, those before a resume included.
       wall_time_s: seconds in all, those before a resume included.
       rollbacks: how often the run was rolled back.
+      ended: how a hook ended the run before its last step; None if none did.
       memory: the compiled step's `memory_analysis()`.
     """
     experiment = context.experiment
@@ -54,6 +56,7 @@ def summarize(
         "loss_scale": float(scale.loss_scale),
         "skipped_steps": int(skipped),
         "rollbacks": rollbacks,
+        "stopped_early": ended,
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
         "peak_memory_bytes": _peak_memory(memory),
         "data": {"name": experiment.data.name, **context.parts.dataset.facts()},

@@ -40,7 +40,7 @@ def run(
         stop=stop,
         steps_per_call=per_call,
         every=Every(*every),
-        log=lambda step, values: events.append(("log", step, values)),
+        log=lambda step, values, state: events.append(("log", step, values)),
         evaluate=lambda step, state: events.append(("eval", step, state)),
         checkpoint=lambda step, state, _: events.append(("save", step, state)),
         **options,
@@ -58,6 +58,24 @@ def test_events_come_at_their_intervals_and_at_the_last_step():
     assert steps_of(events, "log") == [4, 8, 12]
     assert steps_of(events, "eval") == [6, 12]
     assert steps_of(events, "save") == [5, 10, 12]
+
+
+def test_an_event_that_asks_for_it_saves_or_ends():
+    stepper, saved = jt.make_step(loss_fn, optax.sgd(0.1)), []
+    result = run_loop(
+        stepper.step,
+        stepper.init(jnp.ones(2)),
+        itertools.repeat(jnp.ones(2)),
+        start=0,
+        stop=12,
+        steps_per_call=1,
+        every=Every(2, 3, 12),
+        log=lambda step, values, state: "stop" if step == 6 else None,
+        evaluate=lambda step, state: saved.append(f"eval {step}") or "save",
+        checkpoint=lambda step, state, seconds: saved.append(step),
+    )
+    # The event that ends the run does not keep the others of its step from happening.
+    assert saved == ["eval 3", 3, "eval 6", 6] and result.step == 6
 
 
 def test_a_resumed_loop_keeps_the_same_intervals():
@@ -124,7 +142,7 @@ def scaled_run(batches, scale, *, every=5, limit=100, start=0):
         stop=len(batches),
         steps_per_call=1,
         every=Every(every, 1000, 1000),
-        log=lambda step, values: logged.append(values),
+        log=lambda step, values, state: logged.append(values),
         evaluate=lambda step, state: None,
         checkpoint=lambda step, state, seconds: None,
         skips_nonfinite=True,
@@ -221,7 +239,7 @@ def test_a_diverged_state_is_neither_evaluated_nor_saved():
             stop=1,
             steps_per_call=1,
             every=Every(1, 1, 1),
-            log=lambda step, values: events.append("log"),
+            log=lambda step, values, state: events.append("log"),
             evaluate=lambda step, state: events.append("evaluate"),
             checkpoint=lambda step, state, seconds: events.append("checkpoint"),
         )
@@ -246,7 +264,7 @@ def test_one_skipped_step_at_a_log_point_does_not_end_the_run():
         stop=8,
         steps_per_call=1,
         every=Every(4, 8, 8),
-        log=lambda step, values: logged.append((step, values["skipped_steps"])),
+        log=lambda step, values, state: logged.append((step, values["skipped_steps"])),
         evaluate=lambda step, state: None,
         checkpoint=lambda step, state, seconds: None,
         skips_nonfinite=True,
@@ -277,7 +295,7 @@ def test_rates_and_times_leave_events_out(monkeypatch):
         stop=12,
         steps_per_call=2,
         every=Every(4, 6, 6),
-        log=lambda step, values: rates.append(values["steps_per_second"]),
+        log=lambda step, values, state: rates.append(values["steps_per_second"]),
         evaluate=passes(100.0),
         checkpoint=lambda step, state, seconds: saved.append((passes(1000.0)(), seconds)),
     )

@@ -68,6 +68,7 @@ def test_a_finished_run_directory_is_complete(tmp_path, plots):
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "plots", "lock",
+        "run_id",
     }  # fmt: skip
     assert json.loads((run / "summary.json").read_text()) == summary
     assert set(summary) >= {
