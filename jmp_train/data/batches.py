@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from jmp_train.data.dataset import Source
-from jmp_train.types import Batch
+from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
 
@@ -56,7 +56,6 @@ def train_batches(
     batch_size: int,
     *,
     seed: int,
-    steps_per_call: int = 1,
 ) -> Any:
     """Return endless batches: every example once per epoch, reshuffled each epoch.
 
@@ -66,44 +65,104 @@ def train_batches(
       batch_size: number of examples in a batch; the last batch of an epoch is completed with
         examples of the next epoch.
       seed: seed of the order and of the random numbers for a batch.
-      steps_per_call: number of batches in an item; if above 1, they are stacked along a new
-        leading axis.
 
     Returns:
-      A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
+      A Grain dataset of dicts of arrays, one batch for each step; batch i is a pure function of the
+      seed and i. See `iterate`.
 
     >>> from jmp_train.data import Arrays
     >>> source = Arrays({"x": np.arange(6)})
-    >>> items = train_batches(source, 3, seed=0)
-    >>> sorted(np.concatenate([items[0]["x"], items[1]["x"]]).tolist())
+    >>> batches = train_batches(source, 3, seed=0)
+    >>> sorted(np.concatenate([batches[0]["x"], batches[1]["x"]]).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    dataset = grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
-    if steps_per_call > 1:
-        dataset = dataset.batch(steps_per_call)
-    return dataset
+    return grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
 
 
-def iterate(dataset: Any) -> Any:
+class BatchIterator:
+    """Iterator over the batches of a dataset in order; its position counts batches.
+
+    A thread prepares items ahead. See `iterate`.
+    """
+
+    def __init__(self, dataset: Any, steps_per_call: int):
+        self._dataset = dataset
+        self._steps_per_call = steps_per_call
+        self._next = 0  # index of the next batch
+        self._items: Iterator[Batch] | None = None
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._items is None:
+            self._items = self._items_from(self._next)
+        item = next(self._items)
+        self._next += self._steps_per_call
+        return item
+
+    def get_state(self) -> Json:
+        """Return the position, a small dict for a checkpoint."""
+        return state_at(self._next)
+
+    def set_state(self, state: Json) -> None:
+        """Move to the position of a state from `get_state`."""
+        self._next, self._items = state["next_batch"], None
+
+    def skip(self, batches: int) -> None:
+        """Move forward by a number of batches, without making them."""
+        self._next, self._items = self._next + batches, None
+
+    def _items_from(self, start: int) -> Iterator[Batch]:
+        dataset = self._dataset.slice(slice(start, None))
+        if self._steps_per_call > 1:
+            dataset = dataset.batch(self._steps_per_call)
+        # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        return iter(dataset.to_iter_dataset(options))
+
+
+def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
     """Iterate over a dataset in order, with a thread that prepares items ahead.
 
+    Args:
+      dataset: a dataset of batches from `train_batches`.
+      steps_per_call: number of batches in an item; if above 1, they are stacked along a new leading
+        axis. The batches and their order do not depend on it.
+
     Returns:
-      A Grain iterator. `get_state()` returns a small dict; `set_state` with that dict resumes from
-      the same item.
+      An iterator. `get_state()` returns a small dict with the number of the next batch; `set_state`
+      with that dict resumes from the same batch, with any `steps_per_call`.
 
     >>> from jmp_train.data import Arrays
-    >>> batches = iterate(train_batches(Arrays({"x": np.arange(6)}), 3, seed=0))
+    >>> dataset = train_batches(Arrays({"x": np.arange(6)}), 3, seed=0)
+    >>> batches = iterate(dataset, steps_per_call=2)
     >>> next(batches)["x"].shape, batches.get_state()
-    ((3,), {'next_index': 1})
+    ((2, 3), {'next_batch': 2})
     """
-    # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(dataset.to_iter_dataset(options))
+    return BatchIterator(dataset, steps_per_call)
 
 
-def state_at(item: int) -> dict[str, int]:
-    """Return the state of an iterator from `iterate` whose next item has this index."""
-    return {"next_index": item}
+def state_at(batch: int) -> Json:
+    """Return the state of an iterator from `iterate` whose next batch has this index."""
+    return {"next_batch": batch}
+
+
+def saved_state(data: Json, config: Json) -> Json:
+    """Return the state of an iterator as a checkpoint has it, of an earlier version too.
+
+    Args:
+      data: the state in the checkpoint; in one of an earlier version `{"next_index": calls}`, the
+        number of the next call of the step.
+      config: the settings that it was saved with; their `steps_per_call` was the number of batches
+        in a call.
+
+    >>> saved_state({"next_index": 3}, {"steps_per_call": 5})
+    {'next_batch': 15}
+    """
+    if "next_index" in data:
+        return state_at(data["next_index"] * config["steps_per_call"])
+    return data
 
 
 def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:

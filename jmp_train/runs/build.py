@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.data.batches import eval_batches, train_batches
+from jmp_train.data.batches import eval_batches, iterate, train_batches
 from jmp_train.data.dataset import Dataset
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     dataset: Dataset
     task: Task
     stepper: Stepper
-    batches: PyTree  # a Grain dataset: one item for each call of the step
+    batches: PyTree  # a Grain dataset: one batch for each step
     evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
 
 
@@ -41,12 +41,7 @@ def build(experiment: AnyExperiment) -> Parts:
     task = make_task_of(experiment, dataset)
     evaluate = make_evaluate(task.metrics_fn, experiment.precision)
     size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
-    batches = train_batches(
-        dataset.train,
-        experiment.batch_size,
-        seed=experiment.seed,
-        steps_per_call=experiment.steps_per_call,
-    )
+    batches = train_batches(dataset.train, experiment.batch_size, seed=experiment.seed)
     return Parts(
         dataset,
         task,
@@ -115,7 +110,7 @@ def compile_step(
 ) -> tuple[jax.stages.Compiled, float]:
     """Return the compiled step for the shapes of a run, and the seconds that compiling took."""
     step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan
-    batch = parts.batches[0]
+    batch = next(iterate(parts.batches, experiment.steps_per_call))
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     return compiled, time.perf_counter() - began

@@ -76,7 +76,7 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
                 max_skipped_in_row=experiment.max_skipped_in_row,
             ).state
 
-        batches = iterate(parts.batches)
+        batches = iterate(parts.batches, experiment.steps_per_call)
         begin = _WARM_UP * experiment.steps_per_call
         end = begin + -(-steps // experiment.steps_per_call) * experiment.steps_per_call
         state = take_steps(state, batches, 0, begin)

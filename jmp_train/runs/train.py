@@ -108,6 +108,10 @@ def _resume(context: RunContext) -> Json:
     start = find_start(context)
     if start.step > experiment.steps:
         raise UsageError(f"{run_dir} is at step {start.step}; expected --steps of at least that")
+    if start.step % experiment.steps_per_call:
+        raise UsageError(
+            f"{run_dir} is at step {start.step}; expected --steps-per-call that divides it"
+        )
     if start.step:
         print_line(context.console, f"{run_dir} is at step {start.step}")
     finished = finished_summary(run_dir, start.step, experiment.steps)
@@ -158,11 +162,10 @@ def _run_steps(
       How the loop ended, and the metrics of the last step; {} where that step was not evaluated.
     """
     name, experiment, run_dir = context.name, context.experiment, context.run_dir
-    batches = iterate(context.parts.batches)
+    batches = iterate(context.parts.batches, experiment.steps_per_call)
     if start.data is not None:
         batches.set_state(start.data)
-    for _ in range(start.calls_left_out):
-        next(batches)
+    batches.skip(start.batches_left_out)
     writer = _open_metrics(run_dir, start.step)
     progress = RunProgress(context.console, start=start.step, total=experiment.steps, name=name)
     evaluated: tuple[int, dict[str, float]] = (-1, {})

@@ -186,12 +186,12 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
         train(NAME, experiment, run, QUIET)
     seen = []
 
-    def spy(batches):
-        iterator = iterate(batches)
+    def spy(*arguments):
+        iterator = iterate(*arguments)
         take = type(iterator).__next__
 
         class Spied:
-            get_state, set_state = iterator.get_state, iterator.set_state
+            get_state, set_state, skip = iterator.get_state, iterator.set_state, iterator.skip
 
             def __next__(self):
                 seen.append(take(iterator))
