@@ -7,7 +7,8 @@ that Grain handles one record per batch. With Grain's per-example shuffle and co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -19,32 +20,61 @@ from jmp_train.types import Batch, Json
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
 
 
+class Order:
+    """The order of the examples: every example once per epoch, reshuffled each epoch.
+
+    >>> order = Order(size=6, batch_size=3, seed=0)
+    >>> order.rows(0, batches=2).shape, sorted(order.rows(0, batches=2).ravel().tolist())
+    ((2, 3), [0, 1, 2, 3, 4, 5])
+    """
+
+    def __init__(self, size: int, batch_size: int, *, seed: int):
+        self._size = size
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def rows(self, first: int, batches: int) -> np.ndarray:
+        """Return the indices of the examples of some batches; shape=(batches, batch), int.
+
+        They are a pure function of the seed, and of the index of each batch.
+
+        Args:
+          first: index of the first batch.
+          batches: number of batches.
+        """
+        position = np.arange(first * self._batch_size, (first + batches) * self._batch_size)
+        epochs, within = np.divmod(position, self._size)
+        cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1), len(position)]
+        parts = [
+            self._epoch(int(epochs[start]))[within[start:end]]
+            for start, end in itertools.pairwise(cuts)
+        ]
+        return np.concatenate(parts).reshape(batches, self._batch_size)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        epochs = self._epochs  # replaced, never mutated, because Grain reads from several threads
+        if epoch not in epochs:
+            rng = _generator(self._seed, epoch, _SHUFFLE)
+            recent = {e: order for e, order in epochs.items() if abs(e - epoch) <= 1}
+            epochs = self._epochs = {**recent, epoch: rng.permutation(self._size)}
+        return epochs[epoch]
+
+
 class _ShuffledBatches:
     """Endless batches, reshuffled each epoch; batch i is a pure function of (seed, i)."""
 
     def __init__(self, source: Source, batch_size: int, *, seed: int):
         self._source = source
-        self._size = len(source)
-        self._batch_size = batch_size
+        self._order = Order(len(source), batch_size, seed=seed)
         self._seed = seed
-        self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return 2**62  # Grain requires a length; the batches are endless
 
     def __getitem__(self, index: int) -> Batch:
-        position = np.arange(self._batch_size) + int(index) * self._batch_size
-        epochs, within = np.divmod(position, self._size)
-        rows = np.concatenate([self._order(e)[within[epochs == e]] for e in np.unique(epochs)])
+        (rows,) = self._order.rows(int(index), batches=1)
         return self._source.draw(rows, _generator(self._seed, index, _DRAW))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        orders = self._orders  # replaced, never mutated, because Grain reads from several threads
-        if epoch not in orders:
-            rng = _generator(self._seed, epoch, _SHUFFLE)
-            recent = {e: order for e, order in orders.items() if abs(e - epoch) <= 1}
-            orders = self._orders = {**recent, epoch: rng.permutation(self._size)}
-        return orders[epoch]
 
 
 def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
@@ -80,21 +110,23 @@ def train_batches(
 
 
 class BatchIterator:
-    """Iterator over the batches of a dataset in order; its position counts batches.
+    """Iterator whose position counts batches, whatever the number of batches in an item.
 
-    A thread prepares items ahead. See `iterate`.
+    Args:
+      items_from: returns an iterator over the items from the batch with an index on.
+      steps_per_call: number of batches in an item.
     """
 
-    def __init__(self, dataset: Any, steps_per_call: int):
-        self._dataset = dataset
+    def __init__(self, items_from: Callable[[int], Iterator[Any]], steps_per_call: int):
+        self._items_from = items_from
         self._steps_per_call = steps_per_call
         self._next = 0  # index of the next batch
-        self._items: Iterator[Batch] | None = None
+        self._items: Iterator[Any] | None = None
 
     def __iter__(self) -> BatchIterator:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self._items is None:
             self._items = self._items_from(self._next)
         item = next(self._items)
@@ -112,14 +144,6 @@ class BatchIterator:
     def skip(self, batches: int) -> None:
         """Move forward by a number of batches, without making them."""
         self._next, self._items = self._next + batches, None
-
-    def _items_from(self, start: int) -> Iterator[Batch]:
-        dataset = self._dataset.slice(slice(start, None))
-        if self._steps_per_call > 1:
-            dataset = dataset.batch(self._steps_per_call)
-        # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        return iter(dataset.to_iter_dataset(options))
 
 
 def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
@@ -140,7 +164,40 @@ def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
     >>> next(batches)["x"].shape, batches.get_state()
     ((2, 3), {'next_batch': 2})
     """
-    return BatchIterator(dataset, steps_per_call)
+
+    def items_from(start: int) -> Iterator[Batch]:
+        items = dataset.slice(slice(start, None))
+        if steps_per_call > 1:
+            items = items.batch(steps_per_call)
+        # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        return iter(items.to_iter_dataset(options))
+
+    return BatchIterator(items_from, steps_per_call)
+
+
+def iterate_rows(order: Order, steps_per_call: int = 1) -> BatchIterator:
+    """Iterate over the indices of the examples of the same batches as `train_batches`.
+
+    Args:
+      order: the order, with the size, batch size and seed of the batches.
+      steps_per_call: number of batches in an item.
+
+    Returns:
+      An iterator as `iterate` returns. Its items are int32, of shape (batch,), or
+      (steps_per_call, batch) if `steps_per_call` is above 1.
+
+    >>> rows = iterate_rows(Order(size=6, batch_size=3, seed=0), steps_per_call=2)
+    >>> next(rows).shape, rows.get_state()
+    ((2, 3), {'next_batch': 2})
+    """
+
+    def items_from(start: int) -> Iterator[np.ndarray]:
+        for first in itertools.count(start, steps_per_call):
+            rows = order.rows(first, batches=steps_per_call).astype(np.int32)
+            yield rows if steps_per_call > 1 else rows[0]
+
+    return BatchIterator(items_from, steps_per_call)
 
 
 def state_at(batch: int) -> Json:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.data.batches import eval_batches, iterate, train_batches
+from jmp_train.data.batches import eval_batches, train_batches
 from jmp_train.data.dataset import Dataset
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
@@ -103,17 +102,6 @@ def first_state(experiment: AnyExperiment, parts: Parts) -> TrainState:
     """Return the state before the first step."""
     init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
     return parts.stepper.init(jax.jit(parts.task.init)(init_key), key=step_key)
-
-
-def compile_step(
-    experiment: AnyExperiment, parts: Parts, state: TrainState
-) -> tuple[jax.stages.Compiled, float]:
-    """Return the compiled step for the shapes of a run, and the seconds that compiling took."""
-    step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan
-    batch = next(iterate(parts.batches, experiment.steps_per_call))
-    began = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    return compiled, time.perf_counter() - began
 
 
 def matmul_precision(precision: str) -> contextlib.AbstractContextManager[None]:

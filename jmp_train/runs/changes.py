@@ -14,6 +14,7 @@ _MAY_CHANGE = (
     "max_skipped_in_row",
     "nonfinite",
     "steps_per_call",
+    "data_on_device",
     "optimizer.learning_rate",
 )
 _ORDER_OF_DATA = ("batch_size", "seed")  # and all of data.*

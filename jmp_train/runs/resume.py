@@ -35,6 +35,7 @@ class Start(NamedTuple):
     wall_time_s: float  # spent before
     train_time_s: float
     rollbacks: int = 0  # so far
+    window: Json | None = None  # metrics since the last record
     batches_left_out: int = 0  # batches that are passed over, after those of `data`
 
 
@@ -81,6 +82,7 @@ def find_start(context: RunContext) -> Start:
         extra["wall_time_s"],
         extra["train_time_s"],
         extra["rollbacks"],
+        extra.get("window"),  # an earlier version had none
     )
 
 

@@ -11,12 +11,13 @@ from rich.console import Console
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
-from jmp_train.data.batches import iterate
 from jmp_train.errors import UsageError
+from jmp_train.optim.optimizers import make_schedule
 from jmp_train.records.metrics import MetricsWriter
 from jmp_train.records.provenance import package_versions, unused_devices_line
 from jmp_train.reports.progress import RunProgress, print_line
-from jmp_train.runs.build import build, check_batch_size, compile_step, matmul_precision
+from jmp_train.runs.build import build, check_batch_size, matmul_precision
+from jmp_train.runs.calls import Calls, compile_calls
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
     check_directory,
@@ -31,6 +32,7 @@ from jmp_train.runs.resume import Start, find_start, finished_summary
 from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals
 from jmp_train.runs.summary import summarize, write_summary
+from jmp_train.runs.window import Window
 from jmp_train.step.state import TrainState
 from jmp_train.types import Json
 
@@ -108,7 +110,7 @@ def _resume(context: RunContext) -> Json:
     start = find_start(context)
     if start.step > experiment.steps:
         raise UsageError(f"{run_dir} is at step {start.step}; expected --steps of at least that")
-    if start.step % experiment.steps_per_call:
+    if start.step % (experiment.steps_per_call or 1):
         raise UsageError(
             f"{run_dir} is at step {start.step}; expected --steps-per-call that divides it"
         )
@@ -119,20 +121,21 @@ def _resume(context: RunContext) -> Json:
         return finished
     write_config(run_dir, context.name, experiment)
     context.checkpoints.set_aside_after(start.step)
-    compiled, compile_time = compile_step(experiment, context.parts, start.state)
+    calls = compile_calls(experiment, context.parts, start.state, start=start.step)
 
     def attempt(start: Start) -> Json:
-        return _train_once(context, start, compiled, compile_time)
+        nonlocal calls
+        if start.step % calls.steps:  # rolled back to where an earlier process was stopped
+            calls = compile_calls(experiment, context.parts, start.state, start=start.step)
+        return _train_once(context, start, calls)
 
     return with_rollbacks(attempt, context, start)
 
 
-def _train_once(
-    context: RunContext, start: Start, compiled: jax.stages.Compiled, compile_time: float
-) -> Json:
+def _train_once(context: RunContext, start: Start, calls: Calls) -> Json:
     """Train to the last step, and write the summary."""
     experiment, checkpoints = context.experiment, context.checkpoints
-    result, evaluation = _run_steps(context, start, compiled)
+    result, evaluation = _run_steps(context, start, calls)
     checkpoints.wait()
     if result.step == start.step:  # only the summary was missing
         evaluation = context.parts.evaluate(result.state.eval_params)
@@ -140,11 +143,10 @@ def _train_once(
         context,
         result,
         evaluation,
-        compile_time_s=compile_time,
+        calls=calls,
         train_time_s=start.train_time_s + result.seconds,
         wall_time_s=start.wall_time_s + time.perf_counter() - context.began,
         rollbacks=start.rollbacks,
-        memory=compiled.memory_analysis(),
     )
     unfinished = bool(context.stopped) and result.step < experiment.steps
     write_summary(context, summary, finished=not unfinished)
@@ -154,7 +156,7 @@ def _train_once(
 
 
 def _run_steps(
-    context: RunContext, start: Start, compiled: jax.stages.Compiled
+    context: RunContext, start: Start, calls: Calls
 ) -> tuple[LoopResult, dict[str, float]]:
     """Run the steps with their records, evaluations and checkpoints.
 
@@ -162,15 +164,20 @@ def _run_steps(
       How the loop ended, and the metrics of the last step; {} where that step was not evaluated.
     """
     name, experiment, run_dir = context.name, context.experiment, context.run_dir
-    batches = iterate(context.parts.batches, experiment.steps_per_call)
+    batches = calls.iterate()
     if start.data is not None:
         batches.set_state(start.data)
     batches.skip(start.batches_left_out)
     writer = _open_metrics(run_dir, start.step)
     progress = RunProgress(context.console, start=start.step, total=experiment.steps, name=name)
     evaluated: tuple[int, dict[str, float]] = (-1, {})
+    window = Window(start.window)
+    learning_rate = jax.jit(make_schedule(experiment.optimizer, experiment.steps))
 
     def log(step: int, values: Json) -> None:
+        # A skipped step does not count for the schedule. The last update had the count before it.
+        before = step - values["skipped_steps"] - (values["skipped_in_row"] == 0)
+        values = {**values, "learning_rate": float(learning_rate(before))}
         writer.write(step, "train", values)
         progress.train(step, values)
 
@@ -193,6 +200,7 @@ def _run_steps(
             "wall_time_s": start.wall_time_s + time.perf_counter() - context.began,
             "train_time_s": start.train_time_s + seconds,
             "rollbacks": start.rollbacks,
+            "window": window.state(),
         }
         context.checkpoints.save(
             step,
@@ -206,12 +214,12 @@ def _run_steps(
         (run_dir / file).unlink(missing_ok=True)
     with contextlib.closing(writer), contextlib.closing(progress):
         result = run_loop(
-            compiled,
+            calls.call,
             start.state,
             batches,
             start=start.step,
             stop=experiment.steps,
-            steps_per_call=experiment.steps_per_call,
+            steps_per_call=calls.steps,
             every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
             log=log,
             evaluate=evaluate,
@@ -219,6 +227,8 @@ def _run_steps(
             should_stop=lambda: bool(context.stopped),
             skips_nonfinite=start.state.last_skip is not None,
             max_skipped_in_row=experiment.max_skipped_in_row,
+            last_batch=calls.last_batch,
+            window=window,
         )
     return result, evaluated[1] if evaluated[0] == result.step else {}
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import Arrays, eval_batches, iterate, train_batches
-from jmp_train.data.batches import _ShuffledBatches, saved_state, state_at
+from jmp_train.data.batches import Order, iterate_rows, saved_state, state_at
 
 
 def arrays(size):
@@ -106,10 +106,21 @@ def test_the_noise_is_not_the_stream_that_the_order_was_drawn_from():
 
 
 def test_only_the_epochs_at_hand_are_kept_in_memory():
-    batches = _ShuffledBatches(source(10), 10, seed=0)
+    order = Order(10, 10, seed=0)
     for i in range(100):
-        batches[i]
-    assert len(batches._orders) <= 3
+        order.rows(i, batches=1)
+    assert len(order._epochs) <= 3
+
+
+@pytest.mark.parametrize("batch_size,per_call", [(3, 4), (10, 3), (25, 2), (4, 1)])
+def test_rows_are_those_of_the_batches_in_memory(batch_size, per_call):
+    batches = train_batches(source(10), batch_size, seed=7)
+    rows = iterate_rows(Order(10, batch_size, seed=7), per_call)
+    rows.skip(1)
+    found = np.concatenate([np.ravel(item) for item in take(rows, 3)])
+    expected = np.concatenate([batches[n]["x"] for n in range(1, 3 * per_call + 1)])
+    np.testing.assert_array_equal(found, expected)
+    assert rows.get_state() == state_at(1 + 3 * per_call)
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 2])

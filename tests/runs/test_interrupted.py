@@ -21,14 +21,14 @@ from rich.console import Console
 
 from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment
-from jmp_train.data.batches import train_batches
+from jmp_train.data.batches import iterate, train_batches
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
 from jmp_train.records.metrics import read_metrics
 from jmp_train.records.provenance import package_versions
 from jmp_train.reports.progress import RunProgress
 from jmp_train.runs.signals import collect_signals
-from jmp_train.runs.train import iterate, train
+from jmp_train.runs.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
@@ -199,7 +199,7 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
 
         return Spied()
 
-    monkeypatch.setattr("jmp_train.runs.train.iterate", spy)
+    monkeypatch.setattr("jmp_train.runs.calls.iterate", spy)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     train(NAME, experiment, run, console, force=True)
     said = console.export_text()
