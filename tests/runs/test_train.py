@@ -93,7 +93,7 @@ def test_a_finished_run_directory_is_complete(tmp_path, plots):
     name, values = read_config(run)
     assert name == "mlp_fp16" and values["optimizer.warmup_steps"] == 5
     assert {p.name for p in (run / "plots").iterdir()} == {
-        "loss.png", "accuracy.png", "loss_scale.png",
+        "loss.png", "accuracy.png", "loss_scale.png", "grad_norm.png", "learning_rate.png",
     }  # fmt: skip
     assert evaluate_run(run, small()) == {"step": 40, **summary["eval"]}
 
