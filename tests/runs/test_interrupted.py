@@ -120,7 +120,7 @@ def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_p
     def killed(*_, **__):
         raise SystemExit
 
-    for function in ("write_config", "open_checkpoints", "compile_step"):
+    for function in ("write_config", "open_checkpoints", "compile_calls"):
         with monkeypatch.context() as patch:
             patch.setattr(f"jmp_train.runs.train.{function}", killed)
             with pytest.raises(SystemExit):
