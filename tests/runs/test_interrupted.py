@@ -138,7 +138,7 @@ def test_a_signal_ends_a_run_with_its_status_and_the_state_saved(
 ):
     at_step(monkeypatch, {6: lambda: os.kill(os.getpid(), getattr(signal, signum))})
     words = ["--steps", "12", "--log-every", "2", "--checkpoint-every", "4", "--eval-every", "6"]
-    more = ["--optimizer.warmup-steps", "2", "--run-dir", str(tmp_path)]
+    more = ["--optimizer.warmup-steps", "2", "--run-dir", str(tmp_path), "--steps-per-call", "1"]
     assert main(["train", NAME, *words, *more]) == status
     assert f"stopped by {signum} at step 7" in capsys.readouterr().err
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 7
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_experiment_is_refused_and_nothing_is_lost(run, 
 
 
 def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatch):
-    experiment = small(batch_size=64, steps=16)
+    experiment = small(batch_size=64, steps=16, steps_per_call=1)
     with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
         train(NAME, experiment, run, QUIET)
     seen = []
@@ -203,7 +203,7 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     train(NAME, experiment, run, console, force=True)
     said = console.export_text()
-    assert "changed: batch_size 128 -> 64, steps 12 -> 16\n" in said
+    assert "changed: batch_size 128 -> 64, steps 12 -> 16, steps_per_call None -> 1\n" in said
     assert "other batches from step 12 on, for batch_size changed\n" in said
     batches = train_batches(experiment.data.load().train, 64, seed=0)
     assert len(seen) == 4
