@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "types": 0,
     "fields": 1,
+    "configurable": 1,
     "spec": 1,
     "numerics": 1,
     "tree": 2,
@@ -46,6 +47,7 @@ LIBRARIES = {
     "rich": {"cli", "reports", "runs"},
     "sklearn": {"data"},
     "tensorboardX": {"records"},
+    "docstring_parser": {"cli"},
     "tyro": {"cli"},
 }
 MODULES = sorted(

@@ -29,4 +29,4 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment) -> Json:
     with matmul_precision(experiment.matmul_precision):
         parts = build(experiment)
         restored = restore_newest(run_dir, experiment, parts)
-        return {"step": restored.step, **parts.evaluate(restored.state.eval_params)}
+        return {"step": restored.step, **parts.evaluate(restored.state)}

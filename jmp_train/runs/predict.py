@@ -49,7 +49,6 @@ def predict_run(
                 "texts; expected a run of a language model, such as gpt_bf16"
             )
         params = restore_newest(run_dir, experiment, parts).state.eval_params
-        params = experiment.precision.cast_to_compute(params)
         generate = jax.jit(parts.task.generate, static_argnames="length")
         tokens = generate(
             params,
