@@ -62,8 +62,12 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Number of steps between checkpoints; the last step is always saved."""
     checkpoint_wait: bool = False
     """Wait until each checkpoint is on disk, so that a kill loses at most one interval."""
-    steps_per_call: int = 1
-    """Number of steps per dispatch to the device; must divide the step counts above."""
+    steps_per_call: int | None = None
+    """Number of steps per dispatch to the device; must divide the step counts above. None: chosen
+    from them, the size of a step and a limit of 0.1 s. The run is bitwise the same with each."""
+    data_on_device: bool = True
+    """Keep training arrays on the device if they need at most a quarter of its memory; False: send
+    each batch. Data with random augmentation are always sent."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """Response to a non-finite step that no loss scale skips.
     stop: end the run.
@@ -118,7 +122,6 @@ class Experiment(Generic[ModelConfig, DataConfig]):
             "log_every",
             "eval_every",
             "checkpoint_every",
-            "steps_per_call",
             "max_skipped_in_row",
         ):
             if getattr(self, field) < 1:
@@ -129,17 +132,26 @@ class Experiment(Generic[ModelConfig, DataConfig]):
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 < ema_decay < 1, or None")
         if not 0 <= self.seed < 2**32:  # jax.random.key drops the higher bits
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+        self._check_steps_per_call()
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected a multiple of micro_batches "
+                f"({self.micro_batches})"
+            )
+
+    def _check_steps_per_call(self) -> None:
+        if self.steps_per_call is None:
+            return
+        if self.steps_per_call < 1:
+            raise ValueError(
+                f"steps_per_call is {self.steps_per_call}; expected at least 1, or None"
+            )
         for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, field) % self.steps_per_call:
                 raise ValueError(
                     f"{field} is {getattr(self, field)}; expected a multiple of steps_per_call "
                     f"({self.steps_per_call})"
                 )
-        if self.batch_size % self.micro_batches:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; expected a multiple of micro_batches "
-                f"({self.micro_batches})"
-            )
 
     def _check_hooks(self) -> None:
         for tracker in self.own_trackers:

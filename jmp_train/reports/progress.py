@@ -15,7 +15,15 @@ from rich.progress import (
 
 from jmp_train.types import Json
 
-_SHOWN = ("loss", "accuracy", "bits_per_byte", "loss_scale", "skipped_steps", "steps_per_second")
+_SHOWN = (
+    "loss",
+    "accuracy",
+    "bits_per_byte",
+    "learning_rate",
+    "loss_scale",
+    "skipped_steps",
+    "steps_per_second",
+)
 
 
 def print_line(console: Console, text: str) -> None:
@@ -35,8 +43,8 @@ def display_name(name: str) -> str:
 def format_values(values: Json) -> str:
     """Return the most important values as one line.
 
-    >>> format_values({"loss": 0.12345, "loss_scale": 65536.0, "steps_per_second": 812.3})
-    'loss 0.1235  loss scale 65536  812 steps/s'
+    >>> format_values({"loss": 0.12345, "learning_rate": 2e-3, "steps_per_second": 812.3})
+    'loss 0.1235  learning rate 2.00e-03  812 steps/s'
     """
     shown = []
     for name in _SHOWN:
@@ -45,6 +53,8 @@ def format_values(values: Json) -> str:
         value = values[name]
         if name == "steps_per_second":
             shown.append(f"{value:.3g} steps/s" if value < 100 else f"{value:.0f} steps/s")
+        elif name == "learning_rate":
+            shown.append(f"{display_name(name)} {value:.2e}")
         elif name in ("loss_scale", "skipped_steps"):
             shown.append(f"{display_name(name.removesuffix('_steps'))} {value:.6g}")
         else:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
+import jax
+
+from jmp_train.data.batches import BatchIterator
+from jmp_train.optim.schedules import make_schedule
 from jmp_train.records.provenance import package_versions
 from jmp_train.records.trackers import Trackers
 from jmp_train.reports.progress import RunProgress
@@ -13,6 +16,7 @@ from jmp_train.runs.directory import config_json
 from jmp_train.runs.early_stop import metric_of
 from jmp_train.runs.loop import Asked
 from jmp_train.runs.resume import Start
+from jmp_train.runs.window import Window
 from jmp_train.step.state import TrainState
 from jmp_train.types import Json
 
@@ -26,6 +30,7 @@ class Events:
       trackers: they get the records.
       progress: it shows them.
       batches: the iterator of the data, whose position is saved.
+      window: the sums of the metrics since the last record, which are saved too.
     """
 
     def __init__(
@@ -34,10 +39,15 @@ class Events:
         start: Start,
         trackers: Trackers,
         progress: RunProgress,
-        batches: Any,
+        batches: BatchIterator,
+        window: Window,
     ):
         self._context, self._start = context, start
         self._trackers, self._progress, self._batches = trackers, progress, batches
+        self._window = window
+        experiment = context.experiment
+        schedule = experiment.schedule or make_schedule(experiment.optimizer, experiment.steps)
+        self._learning_rate = jax.jit(schedule)
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._early = start.early_stop
         self.ended = start.ended  # why the run ended before its last step
@@ -45,6 +55,9 @@ class Events:
 
     def log(self, step: int, values: Json, state: TrainState) -> Asked:
         """Record the values of a training step."""
+        # A skipped step does not count for the schedule. The last update had the count before it.
+        before = step - values["skipped_steps"] - (values["skipped_in_row"] == 0)
+        values = {**values, "learning_rate": float(self._learning_rate(before))}
         self._trackers.record(step, "train", values)
         self._progress.train(step, values)
         return self._on_record(step, "train", values, state)
@@ -82,6 +95,7 @@ class Events:
             "rollbacks": start.rollbacks,
             "early_stop": self._early._asdict(),
             "ended": self.ended,
+            "window": self._window.state(),
         }
         context.checkpoints.save(
             step,

@@ -12,7 +12,7 @@ import jax
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import flatten
-from jmp_train.data.batches import state_at
+from jmp_train.data.batches import saved_state, state_at
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import DoesNotFit, Restored
 from jmp_train.records.provenance import package_versions
@@ -36,9 +36,10 @@ class Start(NamedTuple):
     wall_time_s: float  # spent before
     train_time_s: float
     rollbacks: int = 0  # so far
-    calls_left_out: int = 0  # calls of the step whose batches are passed over
     early_stop: EarlyStop = EarlyStop()
     ended: Json | None = None  # how a hook ended the run: by, step and reason
+    window: Json | None = None  # metrics since the last record
+    batches_left_out: int = 0  # batches that are passed over, after those of `data`
 
 
 def find_start(context: RunContext) -> Start:
@@ -81,27 +82,23 @@ def find_start(context: RunContext) -> Start:
     return Start(
         step,
         restored.state,
-        _data_position(context, step, extra["data"], reordering(changed)),
+        _data_position(context, step, extra, reordering(changed)),
         extra["wall_time_s"],
         extra["train_time_s"],
         extra["rollbacks"],
         early_stop=EarlyStop() if other_metric else EarlyStop(**extra.get("early_stop", {})),
         ended=None if continues else extra.get("ended"),
+        window=extra.get("window"),  # an earlier version had none
     )
 
 
-def _data_position(context: RunContext, step: int, saved: Json, changed: list[str]) -> Json:
+def _data_position(context: RunContext, step: int, extra: Json, changed: list[str]) -> Json:
     """Return the saved state of the data's iterator, or one for batches in another order."""
     if not changed:
-        return saved
-    calls, rest = divmod(step, context.experiment.steps_per_call)
-    if rest:
-        raise UsageError(
-            f"{context.run_dir} is at step {step}; expected --steps-per-call that divides it"
-        )
+        return saved_state(extra["data"], flatten(extra["config"]))
     names = ", ".join(changed)
     print_line(context.console, f"other batches from step {step} on, for {names} changed")
-    return state_at(calls)
+    return state_at(step)
 
 
 def _restore_with_other_skips(

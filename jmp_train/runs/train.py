@@ -6,17 +6,16 @@ import contextlib
 import time
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
-from jmp_train.data.batches import iterate
 from jmp_train.errors import UsageError
 from jmp_train.records.provenance import unused_devices_line
 from jmp_train.records.trackers import Trackers, make_trackers
 from jmp_train.reports.progress import RunProgress, print_line
-from jmp_train.runs.build import build, check_batch_size, compile_step, matmul_precision
+from jmp_train.runs.build import build, check_batch_size, matmul_precision
+from jmp_train.runs.calls import Calls, compile_calls
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
     check_directory,
@@ -34,6 +33,7 @@ from jmp_train.runs.resume import Start, find_start, finished_summary
 from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals
 from jmp_train.runs.summary import summarize, write_summary
+from jmp_train.runs.window import Window
 from jmp_train.types import Json
 
 
@@ -113,6 +113,10 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
     start = find_start(context)
     if start.step > experiment.steps:
         raise UsageError(f"{run_dir} is at step {start.step}; expected --steps of at least that")
+    if start.step % (experiment.steps_per_call or 1):
+        raise UsageError(
+            f"{run_dir} is at step {start.step}; expected --steps-per-call that divides it"
+        )
     if start.step:
         print_line(context.console, f"{run_dir} is at step {start.step}")
     finished = finished_summary(run_dir, start, experiment.steps)
@@ -120,26 +124,23 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
         return finished
     write_config(run_dir, context.name, experiment)
     context.checkpoints.set_aside_after(start.step)
-    compiled, compile_time = compile_step(experiment, context.parts, start.state)
+    calls = compile_calls(experiment, context.parts, start.state, start=start.step)
 
     def attempt(start: Start) -> Json:
-        return _train_once(context, trackers, start, compiled, compile_time)
+        nonlocal calls
+        if start.step % calls.steps:  # rolled back to where an earlier process was stopped
+            calls = compile_calls(experiment, context.parts, start.state, start=start.step)
+        return _train_once(context, trackers, start, calls)
 
     return with_rollbacks(attempt, context, start)
 
 
-def _train_once(
-    context: RunContext,
-    trackers: Trackers,
-    start: Start,
-    compiled: jax.stages.Compiled,
-    compile_time: float,
-) -> Json:
+def _train_once(context: RunContext, trackers: Trackers, start: Start, calls: Calls) -> Json:
     """Train to the last step, or to where a hook ends the run, and write the summary."""
     _start_trackers(context, trackers, start)
     summary: Json = {}
     try:
-        result, events = _run_steps(context, trackers, start, compiled)
+        result, events = _run_steps(context, trackers, start, calls)
         context.checkpoints.wait()
         if events.error is not None:
             raise events.error
@@ -150,12 +151,11 @@ def _train_once(
             context,
             result,
             evaluation,
-            compile_time_s=compile_time,
+            calls=calls,
             train_time_s=start.train_time_s + result.seconds,
             wall_time_s=start.wall_time_s + time.perf_counter() - context.began,
             rollbacks=start.rollbacks,
             ended=events.ended,
-            memory=compiled.memory_analysis(),
         )
         finished = result.step >= context.experiment.steps or events.ended is not None
         write_summary(context, summary, finished=finished)
@@ -170,7 +170,7 @@ def _train_once(
 
 
 def _run_steps(
-    context: RunContext, trackers: Trackers, start: Start, compiled: jax.stages.Compiled
+    context: RunContext, trackers: Trackers, start: Start, calls: Calls
 ) -> tuple[LoopResult, Events]:
     """Run the steps with their records, evaluations and checkpoints.
 
@@ -178,25 +178,25 @@ def _run_steps(
       How the loop ended, and its events.
     """
     experiment = context.experiment
-    batches = iterate(context.parts.batches)
+    batches = calls.iterate()
     if start.data is not None:
         batches.set_state(start.data)
-    for _ in range(start.calls_left_out):
-        next(batches)
+    batches.skip(start.batches_left_out)
+    window = Window(start.window)
     progress = RunProgress(
         context.console, start=start.step, total=experiment.steps, name=context.name
     )
-    events = Events(context, start, trackers, progress, batches)
+    events = Events(context, start, trackers, progress, batches, window)
     for file in ("diverged.json", "diverged.txt"):  # of an earlier attempt, which is resumed
         (context.run_dir / file).unlink(missing_ok=True)
     with contextlib.closing(progress):
         result = run_loop(
-            compiled,
+            calls.call,
             start.state,
             batches,
             start=start.step,
             stop=start.step if start.ended else experiment.steps,
-            steps_per_call=experiment.steps_per_call,
+            steps_per_call=calls.steps,
             every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
             log=events.log,
             evaluate=events.evaluate,
@@ -204,6 +204,8 @@ def _run_steps(
             should_stop=lambda: bool(context.stopped),
             skips_nonfinite=start.state.last_skip is not None,
             max_skipped_in_row=experiment.max_skipped_in_row,
+            last_batch=calls.last_batch,
+            window=window,
         )
     return result, events
 

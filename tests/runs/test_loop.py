@@ -89,7 +89,7 @@ def test_several_steps_a_call_give_the_same_state_and_log_the_last_of_them():
     many, events_many = run(every=(4, 4, 4), per_call=4)
     assert (one.state.params == many.state.params).all()
     losses = [
-        [v["loss"] for kind, _, v in events if kind == "log"]
+        [v["last_loss"] for kind, _, v in events if kind == "log"]
         for events in (events_one, events_many)
     ]
     assert losses[0] == losses[1]
@@ -100,7 +100,8 @@ def test_the_records_values_are_plain_numbers():
     _, events = run()
     values = events[0][2]
     assert set(values) == {
-        "loss", "size", "loss_scale", "skipped_steps", "skipped_in_row", "steps_per_second",
+        "loss", "size", "last_loss", "last_size", "averaged_steps", "loss_scale", "skipped_steps",
+        "skipped_in_row", "steps_per_second",
     }  # fmt: skip
     assert all(type(v) in (int, float) for v in values.values())
     assert values["size"] == 2.0 and values["loss_scale"] == 1.0
@@ -196,18 +197,19 @@ def test_a_record_names_the_gradients_of_a_skip_since_the_last_record(bad):
 
 
 def test_the_step_that_went_wrong_first_is_found():
-    losses = [(np.float32(1), None), (np.float32(2), None), (np.float32("nan"), None)]
+    losses = [{"loss": np.float32(x)} for x in (1, 2, "nan")]
     assert loop._first_bad(7, losses) == 7 and loop._first_bad(7, losses[:2]) == 7
-    norm = [(np.float32(1), np.float32("inf")), *losses]
+    norm = [{"loss": np.float32(1), "grad_norm": np.float32("inf")}, *losses]
     assert loop._first_bad(7, norm) == 4
-    calls = [(np.ones(4), np.ones(4)), (np.array([1, 1, np.nan, np.nan]), np.ones(4))]
+    calls = [{"loss": np.array(x), "grad_norm": np.ones(4)} for x in ([1] * 4, [1, 1, np.nan, 1])]
     assert loop._first_bad(8, calls) == 7 and loop._first_bad(8, []) == 8
 
 
 def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     # The step hands back objects that cannot be read at all, so any look at them would raise.
     looks = []
-    values = {"loss": 1.0, "skipped_in_row": 0}
+    values = {"last_loss": 1.0, "skipped_in_row": 0}
+    monkeypatch.setattr(loop, "_add_calls", lambda *_: None)
     monkeypatch.setattr(loop, "_train_values", lambda *_: looks.append(1) or values)
     monkeypatch.setattr(loop, "_diverged", lambda *_: "")
     nothing = lambda *_: None
@@ -277,6 +279,7 @@ def test_rates_and_times_leave_events_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(loop, "_diverged", lambda *_: "")
+    monkeypatch.setattr(loop, "_add_calls", lambda *_: None)
     monkeypatch.setattr(loop, "_train_values", lambda *_: {})
 
     def passes(seconds, result=None):
