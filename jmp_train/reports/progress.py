@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from jmp_train.types import Json
@@ -102,7 +103,10 @@ class RunProgress:
         if console.is_interactive and not console.quiet:
             # The bar gives way where the line is short; the values have lines of their own.
             self._bar = Progress(
-                BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                expand=True,
             )
             self._task = self._bar.add_task(name, total=total, completed=start)
             self._values = _Items()

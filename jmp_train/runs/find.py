@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,8 @@ from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError, nearest
 from jmp_train.runs.directory import changed_settings
+
+log = logging.getLogger(__name__)
 
 RUNS = Path("runs")
 NO_RUNS = "runs/ has no runs; start one with jmp-train train NAME"
@@ -106,6 +109,7 @@ def find_resumable(name: str, experiment: AnyExperiment, *, force: bool) -> Path
         try:
             changed, refusals_here = changed_settings(run, name, fitted, asked_warmup)
         except UsageError as error:
+            log.warning("%s", error)
             damage.append(str(error))
             continue
         if "experiment" in changed:  # a run of another one, which --run-dir put there

@@ -174,12 +174,14 @@ def test_resume_with_force_takes_the_newest_run():
     assert resumable(force=True) == newest
 
 
-def test_resume_passes_over_damaged_runs_and_names_them_without_a_match():
+def test_resume_passes_over_damaged_runs_and_names_them_without_a_match(caplog):
     wanted = make(f"runs/{NAME}/a", 1)
     bad = make(f"runs/{NAME}/b", 2)
     (bad / "config.json").write_text("{")
     assert resumable() == wanted
+    assert f"runs/{NAME}/b/config.json cannot be read" in caplog.text
     (wanted / "config.json").write_text(json.dumps({"steps": 3}))
+    os.utime(wanted / "config.json", (1, 1))
     with pytest.raises(UsageError, match=f"runs/{NAME}/b/config.json cannot be read"):
         resumable()
 
