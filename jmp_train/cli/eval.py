@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import choose_run, stored_experiment, take_run
 from jmp_train.config.experiment import Experiment
 from jmp_train.reports.progress import display_name
+from jmp_train.reports.stages import terminal_alone
 from jmp_train.runs.evaluate import evaluate_run
 
 
@@ -19,7 +18,7 @@ def command(arguments: list[str]) -> None:
     stored = stored_experiment(run_dir)
     experiment = parse(Experiment, stored, options, f"jmp-train eval {run_dir}")
     keep_compiled()
-    result = evaluate_run(run_dir, experiment, Console(stderr=True))
+    result = evaluate_run(run_dir, experiment, terminal_alone())
     step = result.pop("step")
     metrics = "  ".join(f"{display_name(k)} {v:.4f}" for k, v in result.items())
     print(f"step {step}  {metrics}  {run_dir}")

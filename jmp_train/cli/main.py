@@ -14,7 +14,8 @@ _COMMANDS = ("compare", "eval", "list", "predict", "profile", "train")
 _USAGE = """\
 usage: jmp-train COMMAND ...
 
-  train NAME [--run-dir DIR | --resume] [--force] [--lr RATE] [--FIELD VALUE ...]
+  train NAME [--run-dir DIR | --resume] [--force] [--lr RATE]
+          [--FIELD VALUE ...]
       train an experiment, or resume a run: the one in DIR, or with --resume the
       newest in runs/NAME with the same options
   eval RUN_DIR

@@ -6,11 +6,10 @@ import dataclasses
 import sys
 import unicodedata
 
-from rich.console import Console
-
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import choose_run, stored_experiment, take_run
+from jmp_train.reports.stages import terminal_alone
 from jmp_train.runs.predict import predict_run
 
 
@@ -53,7 +52,7 @@ def command(arguments: list[str]) -> None:
         length=options.length,
         temperature=options.temperature,
         seed=options.seed,
-        console=Console(stderr=True),
+        console=terminal_alone(),
     )
     print(printable(prompt + continuation, sys.stdout.encoding))
 

@@ -33,6 +33,16 @@ def stage(console: Console, name: str) -> Iterator[None]:
     print_line(console, f"{head}{time.perf_counter() - began:.1f} s")
 
 
+def terminal_alone() -> Console:
+    """Return a console of standard error that is quiet unless that is a terminal.
+
+    For commands whose standard output is their result: in a file, standard error has errors alone.
+    """
+    console = Console(stderr=True)
+    console.quiet = not console.is_interactive
+    return console
+
+
 @contextlib.contextmanager
 def _spinner(console: Console, name: str) -> Iterator[str]:
     columns = (SpinnerColumn("line"), TextColumn(name, markup=False), TimeElapsedColumn())

@@ -221,11 +221,7 @@ def test_eval_and_predict_name_the_run_that_they_choose(capsys, here, word):
     (config,) = config_times()
     status, out, err = call(capsys, "eval", word)
     assert status == 0 and out.startswith("step 12  ") and out.endswith(f"  {config.parent}\n")
-    assert out.count("\n") == 1  # all else is on standard error
-    assert f"run {config.parent}, the newest of " in err
-    assert re.search(
-        r"loading data \.\.\. \d+\.\d s\n.*evaluating \.\.\. \d+\.\d s\n", err, re.DOTALL
-    )
+    assert err == f"run {config.parent}, the newest of {word.replace('latest', 'runs')}\n"
     status, out, err = call(capsys, "predict", word)
     assert status == 2 and f"{config.parent} holds a run on digits" in err and out == ""
 
@@ -235,3 +231,16 @@ def test_a_wrong_word_for_a_run_gets_one_line(capsys, here):
     (Path("runs") / NAME / "a" / "config.json").write_text(json.dumps({"experiment": NAME}))
     status, _, err = call(capsys, "eval", "runs/linear_bf61")
     assert status == 2 and err.count("\n") == 1 and f"did you mean 'runs/{NAME}'?" in err
+
+
+def test_eval_shows_its_stages_on_a_terminal_alone(capsys, here, monkeypatch):
+    assert call(capsys, "train", NAME, *FEW)[0] == 0
+    (config,) = config_times()
+    assert call(capsys, "eval", str(config.parent))[2] == ""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes the stream for a terminal
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    status, out, err = call(capsys, "eval", str(config.parent))
+    assert status == 0 and out.count("\n") == 1
+    for name in ("loading data", "restoring a checkpoint", "evaluating"):
+        assert re.search(rf"{name} \.\.\. \d+\.\d s\n", err)
