@@ -5,12 +5,13 @@ One run takes about three minutes on two CPU cores.
 
 from jmp_train.config import Experiment
 from jmp_train.data import TextConfig
-from jmp_train.models import GptConfig
+from jmp_train.models import Gpt, Model
 from jmp_train.optim import OptimizerConfig
 
 FAMILY = Experiment(
-    model=GptConfig(width=128, depth=4, heads=4),
+    model=Model(Gpt, vocabulary=lambda spec: spec.classes, width=128, depth=4, heads=4),
     data=TextConfig(length=128),
+    task="language_modelling",
     steps=1000,
     batch_size=16,
     log_every=50,

@@ -2,12 +2,15 @@
 
 from jmp_train.config import Experiment
 from jmp_train.data import TextConfig
-from jmp_train.models import GptConfig
+from jmp_train.models import Gpt, Model
 from jmp_train.optim import OptimizerConfig
 
 FAMILY = Experiment(
-    model=GptConfig(width=896, depth=13, heads=14, remat="dots"),
+    model=Model(
+        Gpt, vocabulary=lambda spec: spec.classes, width=896, depth=13, heads=14, remat="dots"
+    ),
     data=TextConfig(length=1024),
+    task="language_modelling",
     steps=5000,
     batch_size=32,
     log_every=50,

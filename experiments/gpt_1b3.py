@@ -2,12 +2,15 @@
 
 from jmp_train.config import Experiment
 from jmp_train.data import TextConfig
-from jmp_train.models import GptConfig
+from jmp_train.models import Gpt, Model
 from jmp_train.optim import OptimizerConfig
 
 FAMILY = Experiment(
-    model=GptConfig(width=2048, depth=26, heads=16, remat="dots"),
+    model=Model(
+        Gpt, vocabulary=lambda spec: spec.classes, width=2048, depth=26, heads=16, remat="dots"
+    ),
     data=TextConfig(length=2048),
+    task="language_modelling",
     steps=5000,
     batch_size=16,
     log_every=50,

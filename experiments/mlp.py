@@ -2,12 +2,18 @@
 
 from jmp_train.config import Experiment
 from jmp_train.data import DigitsConfig
-from jmp_train.models import MlpConfig
+from jmp_train.models import Mlp, Model
 from jmp_train.optim import OptimizerConfig
 
 FAMILY = Experiment(
-    model=MlpConfig(hidden=(256, 256)),
+    model=Model(
+        Mlp,
+        inputs=lambda spec: spec.size("image"),
+        outputs=lambda spec: spec.classes,
+        hidden=(256, 256),
+    ),
     data=DigitsConfig(),
+    task="classification",
     steps=2000,
     batch_size=128,
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=1e-2, warmup_steps=100),

@@ -130,7 +130,7 @@ def _hints(function: Any) -> dict[str, Any]:
     inner = getattr(function, "func", function)  # of a functools.partial
     try:
         return typing.get_type_hints(inner.__init__ if isinstance(inner, type) else inner)
-    except Exception:
+    except Exception:  # noqa: BLE001  (an annotation may be any expression)
         return {}
 
 

@@ -47,6 +47,7 @@ LIBRARIES = {
     "rich": {"cli", "reports", "runs"},
     "sklearn": {"data"},
     "tensorboardX": {"records"},
+    "docstring_parser": {"cli"},
     "tyro": {"cli"},
 }
 MODULES = sorted(

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+import docstring_parser
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
@@ -19,6 +20,8 @@ from tyro.constructors import (
 )
 
 from jmp_train.config.experiment import AnyExperiment, Experiment
+from jmp_train.config.settings import setting_fields
+from jmp_train.configurable import Configured
 
 #: The options that the help of an experiment shows first.
 COMMON = (
@@ -70,7 +73,7 @@ def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
     """Return the options of a dataclass; types come from the default where it is a dataclass."""
     kinds = typing.get_type_hints(type(default), include_extras=True)
     texts = help_texts(type(default))
-    for field in dataclasses.fields(default):
+    for field in setting_fields(default):
         value = getattr(default, field.name)
         kind: Any = type(value) if dataclasses.is_dataclass(value) else kinds[field.name]
         if isinstance(default, Experiment):
@@ -90,6 +93,8 @@ def help_texts(kind: type) -> dict[str, str]:
 
     tyro reads them too, but breaks a text at the line breaks of its source.
     """
+    if issubclass(kind, Configured):
+        return _argument_texts(kind.function)
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         try:
@@ -104,4 +109,15 @@ def help_texts(kind: type) -> dict[str, str]:
                     ast.Expr(value=ast.Constant(value=str(text))),
                 ):
                     texts[name] = " ".join(text.split())
+    return texts
+
+
+def _argument_texts(function: Any) -> dict[str, str]:
+    """Return what the docstring of a function or a class says about its arguments."""
+    texts = help_texts(function) if dataclasses.is_dataclass(function) else {}
+    constructor = function.__init__ if isinstance(function, type) else function
+    for owner in (function, constructor):
+        for argument in docstring_parser.parse(inspect.getdoc(owner) or "").params:
+            text = " ".join((argument.description or "").split())
+            texts[argument.arg_name] = text[:1].upper() + text[1:]
     return texts

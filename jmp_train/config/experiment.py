@@ -7,13 +7,15 @@ import functools
 import reprlib
 from typing import Any, Generic, Literal, TypeVar
 
+from jmp_train.configurable import Configured
 from jmp_train.fields import check_fields
 from jmp_train.loss_scales.config import LossScaleConfig
+from jmp_train.models.model import Model
 from jmp_train.optim.optimizers import OptimizerConfig, check_parameters
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.spec import DataSpec
-from jmp_train.tasks.kinds import kind_of, make_task
-from jmp_train.tasks.task import Task
+from jmp_train.tasks.kinds import get_task, make_task
+from jmp_train.tasks.task import Task, TaskFunctions
 from jmp_train.types import DTypeLike
 
 ModelConfig = TypeVar("ModelConfig")
@@ -25,7 +27,13 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Settings of a run: model, data, precision, schedule of steps and optimizer."""
 
     model: ModelConfig
+    """The network: `jmp_train.Model(Net, width=64)`, or a class of a module."""
     data: DataConfig
+    """The data: a configuration with a method `load` that returns a `Dataset`."""
+    task: str | Task = dataclasses.field(
+        default="classification", kw_only=True, metadata={"setting": False}
+    )
+    """What the network is trained for: a name in `jmp_train.tasks.TASKS`, or a `jmp_train.Task`."""
     policy: str = "float32"
     """Precision policy, such as mixed_bfloat16 or params=float32,compute=float16,output=float32."""
     rules: tuple[str, ...] = ()
@@ -64,13 +72,19 @@ class Experiment(Generic[ModelConfig, DataConfig]):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for field, needed in (("model", "an attribute 'task'"), ("data", "a method 'load'")):
-            if not hasattr(getattr(self, field), needed.split("'")[1]):
+        if not isinstance(self.model, Configured):
+            if not callable(self.model) and not hasattr(self.model, "init"):
                 raise ValueError(
-                    f"{field} is {reprlib.repr(getattr(self, field))}; expected a configuration with "
-                    f"{needed}"
+                    f"model is {reprlib.repr(self.model)}; expected jmp_train.Model(Net, ...), where "
+                    "Net is a class of an NNX or a Linen module (docs/models.md)"
                 )
-        kind_of(self.model)  # raises for an unknown one
+            object.__setattr__(self, "model", Model(self.model))
+        if not hasattr(self.data, "load"):
+            raise ValueError(
+                f"data is {reprlib.repr(self.data)}; expected a configuration with a method 'load' "
+                "(docs/data.md)"
+            )
+        get_task(self.task)  # raises for an unknown one
         policies = self.precision.policies
         misfits = [m for p in policies if (m := self._parameters_misfit(p.param_dtype))]
         if len(misfits) == len(policies):
@@ -113,20 +127,21 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     @property
     def metric(self) -> str:
         """Name of the metric that runs are compared by."""
-        return kind_of(self.model).metric
+        return get_task(self.task).metric
 
     @property
     def highest(self) -> bool:
         """Whether higher values of the metric are better."""
-        return kind_of(self.model).highest
+        return get_task(self.task).highest
 
-    def task(self, spec: DataSpec, precision: Precision | None = None) -> Task:
-        """Return the task of the model on a data set, under the experiment's precision by default.
+    def functions(self, spec: DataSpec, precision: Precision | None = None) -> TaskFunctions:
+        """Return the model and its task on a data set as functions, under the experiment's precision
+        by default.
 
         Raises:
           ValueError: if a rule matches no module, or if the data lack an array that the task reads.
         """
-        return make_task(self.model, spec, precision or self.precision)
+        return make_task(self.model, self.task, spec, precision or self.precision)
 
     def _parameters_misfit(self, param_dtype: DTypeLike) -> str:
         """Return why `optimizer.parameters` does not apply to a dtype; "" if it does."""

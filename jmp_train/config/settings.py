@@ -31,6 +31,28 @@ def flatten(values: Json, prefix: str = "") -> Json:
 C = TypeVar("C")
 
 
+def settings_in(config: Any) -> Json:
+    """Return the settings of a configuration as nested dicts.
+
+    A dataclass field with the metadata `{"setting": False}`, such as the task of an experiment, is a
+    value of Python and no setting.
+
+    >>> from jmp_train.optim import OptimizerConfig
+    >>> settings_in(OptimizerConfig(learning_rate=0.5))["learning_rate"]
+    0.5
+    """
+    found: Json = {}
+    for field in setting_fields(config):
+        value = getattr(config, field.name)
+        found[field.name] = settings_in(value) if dataclasses.is_dataclass(value) else value
+    return found
+
+
+def setting_fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """Return the dataclass fields of a configuration that are settings."""
+    return [f for f in dataclasses.fields(config) if f.metadata.get("setting", True)]
+
+
 def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C:
     """Return a configuration with new values for some of its settings.
 
@@ -51,7 +73,7 @@ def with_settings(config: C, settings: Mapping[str, Any], prefix: str = "") -> C
     ValueError: unknown setting 'optimizer.lerning_rate'; did you mean 'learning_rate'?
     """
     kinds = typing.get_type_hints(type(config))
-    fields = [field.name for field in dataclasses.fields(config)]  # pyright: ignore
+    fields = [field.name for field in setting_fields(config)]
     inner: dict[str, Json] = {}
     changed: Json = {}
     for path, value in settings.items():

@@ -1,130 +1,263 @@
-"""Flax modules as pure functions of their parameters, under a precision."""
+"""A network of any kind as pure functions of its parameters and its state, under a precision."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from jmp_train._autocast.transform import autocast
 from jmp_train.flax import _linen, _nnx
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision
+from jmp_train.tree import cast_floating
 from jmp_train.types import Function, PyTree
 
 _FLOAT32 = Policy(np.float32, np.float32, np.float32)
 
+#: Flags of a call by the names that networks give them: True in training, or in evaluation.
+_IN_TRAINING = ("train", "training", "is_training")
+_IN_EVALUATION = ("deterministic", "use_running_average", "inference")
+
 
 class Functional(NamedTuple):
-    """Initialisation and call of a module as pure functions."""
+    """Initialisation and call of a network as pure functions."""
 
-    init: Callable[[jax.Array], Any]
-    """`init(key) -> params`, a tree of arrays in the precision's parameter dtypes."""
+    init: Callable[[jax.Array], tuple[Any, Any]]
+    """`init(key) -> (params, state)`: trees of arrays. The parameters have the precision's parameter
+    dtypes; the state is that of batch statistics and caches, or None."""
     apply: Function
-    """`apply(params, *args, method="__call__", key=None, **kwargs)` calls a method of the module. A
-    key becomes the random stream of dropout: `rngs=`, as the library spells it."""
+    """`apply(params, state, *args, train=False, key=None, method="__call__", **kwargs)` calls a method
+    and returns `(outputs, state)`."""
+    has: Callable[[str], bool]
+    """`has(method)` says whether the network has a method."""
+    precision: Precision
+    """The casts that remain to be done around the network, for `make_step`."""
 
 
-Maker = Callable[[Policy, nnx.Rngs], nnx.Module | linen.Module]
+Make = Callable[..., Any]
+FirstCall = Callable[[Any], Any]
 
 
-def functional(make: Maker, precision: Precision, *example: Any) -> Functional:
-    """Return a Flax module as functions.
+def functional(
+    make: Make,
+    precision: Precision,
+    first_call: FirstCall = lambda net: None,
+    *,
+    takes_dtype: bool = False,
+) -> Functional:
+    """Return a network as functions.
 
-    NNX: `make` constructs the module in the dtypes of the policy. Linen: the step casts parameters
-    and inputs to the dtypes of the policy, and the module computes in them. In both, rules are put
-    on the module by `apply_policy`.
+    A network that takes a `dtype` gets those of the policy. Any other network, and every network
+    under rules, is put under the policy by `jmp_train.flax.apply_policy`, or by `autocast` if it is a
+    pair of functions.
+
+    Each call gets what the method has parameters for: `train`, `training` or `is_training`;
+    `deterministic`, `use_running_average` or `inference`; `rngs` (of NNX) or `key`, in training. An
+    NNX module is also set by `train()` or `eval()`, and its random streams are seeded from the key
+    of the step.
 
     Args:
-      make: `make(policy, rngs)` constructs the module; a Linen module may ignore both.
-      precision: a policy, or rules. With rules, `make` gets the float32 policy.
-      *example: arguments of a call, as arrays or shapes, for the initialisation of a Linen module.
+      make: `make(dtype=, param_dtype=, rngs=)` constructs the network: an `nnx.Module`, a
+        `linen.Module`, or a pair `(init, apply)` of functions.
+      precision: a policy, or rules.
+      first_call: `first_call(net)` calls the network with arrays of the right shapes, to initialise a
+        Linen module; `net.has(method)` says whether it has a method.
+      takes_dtype: whether the network computes in the `dtype` that `make` is called with.
 
     Raises:
-      ValueError: for a rule that matches no module, and for a module with state besides parameters.
-      TypeError: for a module of another library.
+      ValueError: for a rule that matches no module, and for rules on a pair of functions.
+      TypeError: for a network of another kind.
 
     >>> from jmp_train.policy.precision import get_precision
-    >>> make = lambda policy, rngs: nnx.Linear(
-    ...     2, 3, dtype=policy.compute_dtype, param_dtype=policy.param_dtype, rngs=rngs)
+    >>> make = lambda dtype, param_dtype, rngs: nnx.BatchNorm(3, rngs=rngs)
     >>> net = functional(make, get_precision("mixed_bfloat16"))
-    >>> params = net.init(jax.random.key(0))
-    >>> net.apply(params, jax.numpy.ones((1, 2))).dtype, params["kernel"].dtype
-    (dtype(bfloat16), dtype('float32'))
-    >>> net = functional(
-    ...     lambda policy, rngs: linen.Dense(3),
-    ...     get_precision([("**", "mixed_bfloat16")]),
-    ...     jax.ShapeDtypeStruct((1, 2), "float32"),
-    ... )
-    >>> net.apply(net.init(jax.random.key(0)), jax.numpy.ones((1, 2))).dtype
-    dtype('float32')
+    >>> params, state = net.init(jax.random.key(0))
+    >>> out, state = net.apply(params, state, jnp.ones((2, 3)), train=True)
+    >>> out.dtype, state["mean"].dtype, [f"{x:.2f}" for x in state["mean"]]
+    (dtype('float32'), dtype('float32'), ['0.01', '0.01', '0.01'])
     """
-    policy = _FLOAT32 if precision.rules.entries else precision.model
+    rules = precision.rules
+    policy = _FLOAT32 if rules.entries else precision.model
+    if not takes_dtype and not rules.entries and policy != _FLOAT32:
+        rules = precision.as_rules
+    build = functools.partial(make, dtype=policy.compute_dtype, param_dtype=policy.param_dtype)
     made: list[Any] = []
-    # Traced, so that no parameter is computed to learn the library.
-    jax.eval_shape(lambda key: made.append(make(policy, _streams(key))), jax.random.key(0))
-    (module,) = made
-    if isinstance(module, linen.Module):
-        return _of_linen(make(policy, _streams(jax.random.key(0))), precision, example)
-    if isinstance(module, nnx.Module):
-        return _of_nnx(make, policy, precision)
-    raise TypeError(f"the network is {type(module)}; expected an nnx.Module or a linen.Module")
+    # Traced, so that no parameter is computed to learn the kind of network.
+    jax.eval_shape(lambda key: made.append(build(rngs=_streams(key))), jax.random.key(0))
+    (network,) = made
+    casts = Precision(None, rules) if rules.entries else precision
+    if isinstance(network, linen.Module):
+        return _of_linen(build(rngs=_streams(jax.random.key(0))), casts, first_call)
+    if isinstance(network, nnx.Module):
+        return _of_nnx(build, casts)
+    if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):
+        if precision.rules.entries:
+            raise ValueError(
+                "rules name the modules of a Flax network, and the model is a pair of functions; "
+                "expected a policy alone"
+            )
+        return _of_functions(*network, casts)
+    raise TypeError(
+        f"the network is {type(network)}; expected an nnx.Module, a linen.Module, or a pair of "
+        "functions (init, apply)"
+    )
 
 
-def _of_nnx(make: Maker, policy: Policy, precision: Precision) -> Functional:
-    def build(key: jax.Array) -> Any:
-        module: Any = make(policy, _streams(key))
+def _of_nnx(make: Make, precision: Precision) -> Functional:
+    def build(key: jax.Array, train: bool) -> Any:
+        module = make(rngs=_streams(key))
+        module.train() if train else module.eval()
         rules = precision.rules
         return _nnx.apply_policy(module, rules) if rules.entries else module
 
-    graph, _, rest = nnx.split(nnx.eval_shape(build, jax.random.key(0)), nnx.Param, ...)
-    found = {type(variable).__name__ for _, variable in nnx.to_flat_state(rest)}
-    _refuse_state(sorted(found))
+    kinds = (nnx.Param, nnx.RngState, ...)
+    graphs = {}
+    for train in (True, False):
+        module = nnx.eval_shape(functools.partial(build, train=train), jax.random.key(0))
+        kind = type(module)
+        graphs[train], _, streams, rest = nnx.split(module, *kinds)
+    has_state = bool(nnx.to_flat_state(rest))
 
     def init(key: jax.Array) -> Any:
-        return nnx.to_pure_dict(nnx.state(build(key), nnx.Param))
+        _, params, _, state = nnx.split(build(key, train=True), *kinds)
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(state) if has_state else None
 
     def apply(
-        params: PyTree, *args: Any, method: str = "__call__", key: Any = None, **kwargs: Any
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        train: bool = False,
+        key: Any = None,
+        method: str = "__call__",
+        **kwargs: Any,
     ) -> Any:
-        streams = {} if key is None else {"rngs": nnx.Rngs(dropout=key)}
-        return getattr(nnx.merge(graph, params), method)(*args, **streams, **kwargs)
+        seeded = _seed(streams, jax.random.key(0) if key is None else key)
+        module = nnx.merge(graphs[train], params, seeded, {} if state is None else state)
+        call = getattr(module, method)
+        random = {"key": key, "rngs": None if key is None else nnx.Rngs(key, dropout=key)}
+        out = call(*args, **_flags(call, train, random, kwargs))
+        if not has_state or not train:
+            return out, state
+        changed = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))))
+        return out, _with_structure_of(state, changed)
 
-    return Functional(init, apply)
+    return Functional(init, apply, lambda method: hasattr(kind, method), precision)
 
 
-def _of_linen(module: Any, precision: Precision, example: Any) -> Functional:
+def _seed(streams: Any, key: jax.Array) -> Any:
+    """Return the random streams of a module, each seeded from the key and its path."""
+
+    def seed(path: Any, x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jnp.zeros(x.shape, x.dtype)  # a count of draws
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return own if x.shape == () else jax.random.split(own, x.shape)
+
+    return jax.tree_util.tree_map_with_path(seed, nnx.to_pure_dict(streams))
+
+
+def _with_structure_of(before: PyTree, after: PyTree) -> PyTree:
+    """Return the leaves of `after` at the paths of `before`: variables of one call are dropped."""
+    if not isinstance(before, dict):
+        return after
+    return {name: _with_structure_of(value, after[name]) for name, value in before.items()}
+
+
+def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Functional:
     if precision.rules.entries:
         module = _linen.apply_policy(module, precision.rules)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), example)
-    streams = {name: jax.random.key(0) for name in ("params", "dropout")}
-    shapes = jax.eval_shape(lambda: module.init(streams, *zeros))
-    _refuse_state(sorted(set(shapes) - {"params"}))
 
     def init(key: jax.Array) -> Any:
-        params = module.init({"params": key, "dropout": key}, *zeros).get("params", {})
-        return precision.cast_to_param(params)
+        net = _FirstCall(module, key)
+        first_call(net)
+        variables = dict(net.variables)
+        params = precision.cast_to_param(variables.pop("params", {}))
+        return params, variables or None
 
     def apply(
-        params: PyTree, *args: Any, method: str = "__call__", key: Any = None, **kwargs: Any
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        train: bool = False,
+        key: Any = None,
+        method: str = "__call__",
+        **kwargs: Any,
     ) -> Any:
-        rngs = None if key is None else {"dropout": key}
-        return module.apply({"params": params}, *args, rngs=rngs, method=method, **kwargs)
+        # Streams of other names than dropout are drawn from that of the name params.
+        rngs = {"params": key, "dropout": key} if train and key is not None else None
+        options = {"rngs": rngs, "method": method}
+        options |= _flags(getattr(module, method), train, {"key": key}, kwargs)
+        variables = {"params": params, **(state or {})}
+        if not state or not train:
+            return module.apply(variables, *args, **options), state
+        return module.apply(variables, *args, mutable=list(state), **options)
 
-    return Functional(init, apply)
+    return Functional(init, apply, lambda method: hasattr(module, method), precision)
+
+
+class _FirstCall:
+    """A Linen module that is initialised by the first call."""
+
+    def __init__(self, module: linen.Module, key: jax.Array):
+        self._module, self._streams = module, {"params": key, "dropout": key}
+        self.variables: Any = {}
+
+    def has(self, method: str) -> bool:
+        return hasattr(self._module, method)
+
+    def __call__(self, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
+        flags = _flags(getattr(self._module, method), False, {"key": None}, kwargs)
+        out, variables = self._module.init_with_output(self._streams, *args, method=method, **flags)
+        self.variables = self.variables or variables
+        return out
+
+
+def _of_functions(first: Function, call: Function, precision: Precision) -> Functional:
+    policy = precision.model
+
+    def init(key: jax.Array) -> Any:
+        return cast_floating(first(key), policy.param_dtype), None
+
+    def apply(
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        train: bool = False,
+        key: Any = None,
+        method: str = "__call__",
+        **kwargs: Any,
+    ) -> Any:
+        del method
+        run = functools.partial(call, **_flags(call, train, {"key": key}, kwargs))
+        if precision.rules.entries:
+            run = autocast(run, policy.compute_dtype)
+        return run(params, *args), state
+
+    return Functional(init, apply, lambda method: method == "__call__", precision)
+
+
+def _flags(
+    method: Function, train: bool, random: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the keyword arguments of a call: the given ones, and the flags that the method takes."""
+    flags = dict.fromkeys(_IN_TRAINING, train) | dict.fromkeys(_IN_EVALUATION, not train)
+    flags |= random if train else dict.fromkeys(random)
+    try:
+        takes = inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        takes = {}
+    return {name: value for name, value in flags.items() if name in takes} | given
 
 
 def _streams(key: jax.Array) -> nnx.Rngs:
     """Random streams of a construction: parameters from the key, others from one derived from it."""
     return nnx.Rngs(jax.random.fold_in(key, 0), params=key)
-
-
-def _refuse_state(kinds: list[str]) -> None:
-    if kinds:
-        raise ValueError(
-            f"the network has state besides parameters ({', '.join(kinds)}); expected parameters "
-            "alone: pass the random streams of dropout in the call, and train batch statistics with "
-            "make_step(...).init(params, model_state=...) (docs/training.md)"
-        )

@@ -1,6 +1,7 @@
-"""Networks that the experiments share; each takes its dtypes as arguments."""
+"""Networks, and how an experiment names one with its settings."""
 
-from jmp_train.models.gpt import Gpt, GptConfig
-from jmp_train.models.mlp import Mlp, MlpConfig
+from jmp_train.models.gpt import Gpt
+from jmp_train.models.mlp import Mlp
+from jmp_train.models.model import Model
 
-__all__ = ["Gpt", "GptConfig", "Mlp", "MlpConfig"]
+__all__ = ["Gpt", "Mlp", "Model"]

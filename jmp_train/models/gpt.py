@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jmp_train.fields import check_fields
 from jmp_train.models.attention import causal_attention, masked_attention, rotary
-from jmp_train.spec import DataSpec
 from jmp_train.types import DTypeLike, Key
 
-TokenLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+
+
+class Sizes(NamedTuple):
+    """Sizes and rates of a network, which its blocks read."""
+
+    width: int
+    depth: int
+    heads: int
+    inner: int  # width of the gated layer
+    dropout: float
 
 
 class Dtypes(NamedTuple):
@@ -36,7 +43,7 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions, without biases."""
 
-    def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.heads = config.heads
         self.qkv = _linear(config.width, 3 * config.width, dtypes, rngs=rngs)
         self.out = _linear(config.width, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
@@ -66,7 +73,7 @@ class Attention(nnx.Module):
 class SwiGlu(nnx.Module):
     """A gated feed-forward layer, SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.up = _linear(config.width, 2 * config.inner, dtypes, rngs=rngs)
         self.down = _linear(config.inner, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
 
@@ -78,7 +85,7 @@ class SwiGlu(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm block: attention, then SwiGLU, each added to its input."""
 
-    def __init__(self, config: GptConfig, dtypes: Dtypes, *, rngs: nnx.Rngs):
+    def __init__(self, config: Sizes, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.norm1 = _norm(config.width, dtypes, rngs=rngs)
         self.attention = Attention(config, dtypes, rngs=rngs)
         self.norm2 = _norm(config.width, dtypes, rngs=rngs)
@@ -102,34 +109,53 @@ class Gpt(nnx.Module):
     it, so that one block is compiled for any depth.
 
     Args:
-      config: the sizes.
       vocabulary: size of the vocabulary; tokens are 0 to `vocabulary - 1`.
+      width: number of features per token.
+      depth: number of blocks.
+      heads: number of attention heads; twice this number must divide the width.
+      hidden: inner width of SwiGLU; None: 8/3 of the width, rounded to a multiple of 64.
+      dropout: dropout rate of the outputs of attention and SwiGLU in training: 0 <= rate < 1.
+      remat: what to rematerialise in the backward pass: nothing, all but matrix products, or whole
+        blocks.
+      loss_chunk: number of tokens whose float32 logits are in memory at once.
       dtype: dtype of the compute. Norms, softmax and logits are float32.
       param_dtype: dtype of the parameters.
       rngs: random streams of the initial parameters.
 
-    >>> model = Gpt(GptConfig(width=8, depth=1, heads=2), 5, rngs=nnx.Rngs(0))
+    Raises:
+      ValueError: for a size that is not possible.
+
+    >>> model = Gpt(5, width=8, depth=1, heads=2, rngs=nnx.Rngs(0))
     >>> model.logits(jnp.array([[3, 1, 4]])).shape
     (1, 3, 5)
     """
 
     def __init__(
         self,
-        config: GptConfig,
         vocabulary: int,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        remat: Literal["none", "dots", "full"] = "none",
+        loss_chunk: int = 1024,
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        _check_sizes(width, depth, heads, hidden, dropout, loss_chunk)
         dtypes = Dtypes(np.dtype(dtype), np.dtype(param_dtype))
+        inner = hidden or max(round(width * 8 / 3 / 64), 1) * 64
+        config = Sizes(width, depth, heads, inner, dropout)
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap
         def blocks(rngs: nnx.Rngs) -> Block:
             return Block(config, dtypes, rngs=rngs)
 
-        self.config = config
+        self.config, self.remat, self.loss_chunk = config, remat, loss_chunk
         self.dtype = dtypes.dtype
         self.embed = nnx.Embed(
             vocabulary,
@@ -146,8 +172,8 @@ class Gpt(nnx.Module):
 
         Args:
           tokens_BxT1: integers, (batch, length + 1).
-          loss: `loss(features_NxD, table_VxD, targets_N)` returns one loss per token; the logits
-            are the product of features and table. `loss` runs inside the network, so the network's
+          loss: `loss(features_NxD, table_VxD, targets_N, chunk)` returns one loss per token; the
+            logits are the product of features and table, for `chunk` tokens at a time. `loss` runs inside the network, so the network's
             policy applies to it, and it does not need the logits of all tokens in memory at once.
           key: key for dropout; None disables dropout.
 
@@ -156,7 +182,7 @@ class Gpt(nnx.Module):
         """
         x_BxTxD = self._features(tokens_BxT1[:, :-1], key)
         x_NxD, targets_BxT = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), tokens_BxT1[:, 1:]
-        losses_N = loss(x_NxD, self._table(x_NxD), targets_BxT.reshape(-1))
+        losses_N = loss(x_NxD, self._table(x_NxD), targets_BxT.reshape(-1), self.loss_chunk)
         return losses_N.reshape(targets_BxT.shape)
 
     def logits(self, tokens_BxT: jax.Array) -> jax.Array:
@@ -188,15 +214,19 @@ class Gpt(nnx.Module):
         self, x_BxTxD: jax.Array, key: Key | None, position: Any = 0, cache: Cache | None = None
     ) -> Any:
         block, params = nnx.split(self.blocks)
-        keys = None if key is None else jax.random.split(key, self.config.depth)
+        keys = (
+            None
+            if key is None or not self.config.dropout
+            else jax.random.split(key, self.config.depth)
+        )
 
         def body(x_BxTxD: jax.Array, part: Any) -> tuple[jax.Array, Any]:
             params, cache, key = part
             return nnx.merge(block, params)(x_BxTxD, position, cache, key)
 
-        if self.config.remat != "none":
+        if self.remat != "none":
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            policy = saved if self.config.remat == "dots" else None
+            policy = saved if self.remat == "dots" else None
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         return jax.lax.scan(body, x_BxTxD, (params, cache, keys))
 
@@ -207,53 +237,6 @@ class Gpt(nnx.Module):
         return jnp.einsum(
             "btd,vd->btv", x_BxTxD, self._table(x_BxTxD), preferred_element_type=jnp.float32
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class GptConfig:
-    """Decoder-only language model."""
-
-    task: ClassVar[str] = "language_modelling"
-
-    width: int = 128
-    """Number of features per token."""
-    depth: int = 4
-    """Number of blocks."""
-    heads: int = 4
-    """Number of attention heads; twice this number must divide the width."""
-    hidden: int | None = None
-    """Inner width of SwiGLU; None: 8/3 of the width, rounded to a multiple of 64."""
-    dropout: float = 0.0
-    """Dropout rate of the outputs of attention and SwiGLU in training: 0 <= rate < 1."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """Rematerialise in the backward pass: nothing, all but matrix products, or whole blocks."""
-    loss_chunk: int = 1024
-    """Number of tokens whose float32 logits are in memory at once."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for field in ("width", "depth", "heads", "loss_chunk"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; expected at least 1")
-        if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width is {self.width}; expected a multiple of 2 x heads ({2 * self.heads})"
-            )
-        if self.hidden is not None and self.hidden < 1:
-            raise ValueError(f"hidden is {self.hidden}; expected at least 1, or None")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; expected 0 <= dropout < 1")
-
-    @property
-    def inner(self) -> int:
-        """The inner width of SwiGLU."""
-        return self.hidden or max(round(self.width * 8 / 3 / 64), 1) * 64
-
-    def network(
-        self, spec: DataSpec, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> Gpt:
-        """Construct the network for the vocabulary of a data set."""
-        return Gpt(self, spec.classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def _linear(
@@ -273,3 +256,23 @@ def _linear(
 def _norm(width: int, dtypes: Dtypes, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Make an RMSNorm; its statistics are float32 for all dtypes."""
     return nnx.RMSNorm(width, **dtypes._asdict(), rngs=rngs)
+
+
+def _check_sizes(
+    width: int, depth: int, heads: int, hidden: int | None, dropout: float, loss_chunk: int
+) -> None:
+    """Raise ValueError for a size that is not possible."""
+    for name, value in {
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "loss_chunk": loss_chunk,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+    if width % (2 * heads):
+        raise ValueError(f"width is {width}; expected a multiple of 2 x heads ({2 * heads})")
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"hidden is {hidden}; expected at least 1, or None")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; expected 0 <= dropout < 1")

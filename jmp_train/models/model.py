@@ -15,7 +15,7 @@ _SUPPLIED = ("rngs", "dtype", "param_dtype")
 _OF_LINEN = ("parent", "name")
 
 
-def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:  # noqa: N802
+def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:
     """Return the model of an experiment: a network and the arguments of its constructor.
 
     The network does not need to know about precision, loss or data. It is constructed when a run
@@ -50,7 +50,7 @@ def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:  # no
     supplied = (*_SUPPLIED, *(_OF_LINEN if linens else ()))
     what = f"Model({described(network)})"
     if not callable(network):
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004  (a value in an experiment, like any other)
             f"{what}: expected an nnx.Module or a linen.Module class, or a function that returns a "
             "module or a pair (init, apply)"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -17,7 +17,7 @@ from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.step.evaluation import make_evaluate
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import Stepper, make_step
-from jmp_train.tasks.task import Task
+from jmp_train.tasks.task import TaskFunctions
 from jmp_train.types import PyTree
 
 
@@ -25,10 +25,10 @@ class Parts(NamedTuple):
     """The parts that an experiment is built into."""
 
     dataset: Dataset
-    task: Task
+    task: TaskFunctions
     stepper: Stepper
     batches: PyTree  # a Grain dataset: one item for each call of the step
-    evaluate: Callable[[Any], dict[str, float]]  # of parameters, on the held-out data
+    evaluate: Callable[[TrainState], dict[str, float]]  # on the held-out data
 
 
 def build(experiment: AnyExperiment) -> Parts:
@@ -39,7 +39,7 @@ def build(experiment: AnyExperiment) -> Parts:
     """
     dataset = _load_dataset(experiment)
     task = make_task_of(experiment, dataset)
-    evaluate = make_evaluate(task.metrics_fn, experiment.precision)
+    evaluate = make_evaluate(task.metrics_fn, task.precision, cast_batch=False)
     size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
     batches = train_batches(
         dataset.train,
@@ -52,7 +52,9 @@ def build(experiment: AnyExperiment) -> Parts:
         task,
         _make_stepper(experiment, task),
         batches,
-        lambda params: evaluate(params, eval_batches(dataset.eval, size)),
+        lambda state: evaluate(
+            state.eval_params, eval_batches(dataset.eval, size), state.model_state
+        ),
     )
 
 
@@ -69,26 +71,27 @@ def _load_dataset(experiment: AnyExperiment) -> Dataset:
     return dataset
 
 
-def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> Task:
+def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> TaskFunctions:
     """Return the task of an experiment on its dataset.
 
     Raises:
       UsageError: for a rule that matches no module, and for data without what the task reads.
     """
     try:
-        return experiment.task(dataset.spec)
+        return experiment.functions(dataset.spec)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-def _make_stepper(experiment: AnyExperiment, task: Task) -> Stepper:
+def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
     return make_step(
         task.loss_fn,
         make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
-        experiment.precision,
+        task.precision,
         loss_scale=experiment.loss_scale.make(experiment.precision.default_loss_scale()),
         skip_nonfinite=True if experiment.nonfinite == "skip" else None,
         grad_norm=True,
+        cast_batch=False,
         ema_decay=experiment.ema_decay,
         micro_batches=experiment.micro_batches,
     )
@@ -107,7 +110,8 @@ def check_batch_size(experiment: AnyExperiment, dataset: Dataset) -> None:
 def first_state(experiment: AnyExperiment, parts: Parts) -> TrainState:
     """Return the state before the first step."""
     init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
-    return parts.stepper.init(jax.jit(parts.task.init)(init_key), key=step_key)
+    params, model_state = jax.jit(parts.task.init)(init_key)
+    return parts.stepper.init(params, model_state=model_state, key=step_key)
 
 
 def compile_step(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import unicodedata
 from pathlib import Path
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.config.settings import flatten
+from jmp_train.config.settings import flatten, settings_in
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.records.metrics import strict_json, write_json
@@ -48,7 +47,7 @@ def read_config(run_dir: Path) -> tuple[str, Json]:
 
 def config_json(name: str, experiment: AnyExperiment) -> Json:
     """Return the content of config.json."""
-    return strict_json({"experiment": name, **dataclasses.asdict(experiment)})
+    return strict_json({"experiment": name, **settings_in(experiment)})
 
 
 def write_config(run_dir: Path, name: str, experiment: AnyExperiment) -> None:

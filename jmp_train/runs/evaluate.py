@@ -37,5 +37,5 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment, console: Console | No
         with stage(console, "restoring a checkpoint"):
             restored = restore_newest(run_dir, experiment, parts)
         with stage(console, "evaluating"):
-            metrics = parts.evaluate(restored.state.eval_params)
+            metrics = parts.evaluate(restored.state)
         return {"step": restored.step, **metrics}

@@ -28,7 +28,7 @@ from jmp_train.runs.loop import Diverged, LastCall, nonfinite_gradients
 from jmp_train.step.gradients import GradResult
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import step_gradients
-from jmp_train.tasks.task import Task
+from jmp_train.tasks.task import TaskFunctions
 from jmp_train.tree import nonfinite_leaves, path_names, widen_to_full
 from jmp_train.types import Json, PyTree
 
@@ -108,7 +108,7 @@ def _replay_last(
 def _accepts(experiment: AnyExperiment, dataset: Dataset, rules: tuple[str, ...]) -> bool:
     """Return whether the model has the modules that rules name."""
     try:
-        experiment.task(dataset.spec, get_precision("float32", rules))
+        experiment.functions(dataset.spec, get_precision("float32", rules))
     except ValueError:
         return False
     return True
@@ -135,15 +135,18 @@ def scale_of(state: TrainState, value: float) -> LossScale:
     return state.loss_scale if none else StaticLossScale(value)
 
 
-def _gradients(experiment: AnyExperiment, task: Task) -> Callable[..., GradResult]:
+def _gradients(experiment: AnyExperiment, task: TaskFunctions) -> Callable[..., GradResult]:
     """Return the gradients of the step, as a function of its state and batch."""
     return step_gradients(
-        task.loss_fn, experiment.precision, micro_batches=experiment.micro_batches
+        task.loss_fn,
+        task.precision,
+        cast_batch=False,
+        micro_batches=experiment.micro_batches,
     )
 
 
 def replay(
-    experiment: AnyExperiment, task: Task, state: TrainState, batch: PyTree
+    experiment: AnyExperiment, task: TaskFunctions, state: TrainState, batch: PyTree
 ) -> NonFiniteReport:
     """Return the operations of a step that went non-finite first."""
     grads = _gradients(experiment, task)

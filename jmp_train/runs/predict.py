@@ -56,7 +56,6 @@ def predict_run(
             )
         with stage(console, "restoring a checkpoint"):
             params = restore_newest(run_dir, experiment, parts).state.eval_params
-        params = experiment.precision.cast_to_compute(params)
         generate = jax.jit(parts.task.generate, static_argnames="length")
         with stage(console, "generating"):
             tokens = generate(

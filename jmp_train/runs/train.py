@@ -137,7 +137,7 @@ def _train_once(
     result, evaluation = _run_steps(context, start, compiled)
     checkpoints.wait()
     if result.step == start.step:  # only the summary was missing
-        evaluation = context.parts.evaluate(result.state.eval_params)
+        evaluation = context.parts.evaluate(result.state)
     summary = summarize(
         context,
         result,
@@ -179,7 +179,7 @@ def _run_steps(
 
     def evaluate(step: int, state: TrainState) -> None:
         nonlocal evaluated
-        evaluated = (step, context.parts.evaluate(state.eval_params))
+        evaluated = (step, context.parts.evaluate(state))
         writer.write(step, "eval", evaluated[1])
         progress.evaluation(step, evaluated[1])
 

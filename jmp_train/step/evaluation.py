@@ -17,26 +17,31 @@ from jmp_train.types import PyTree
 def make_evaluate(
     metrics_fn: Callable[..., dict[str, jax.Array]],
     policy: str | Policy | Rules | Precision | None = "float32",
+    *,
+    cast_batch: bool = True,
 ) -> Callable[..., dict[str, float]]:
     """Make `evaluate(params, batches, model_state=None) -> {name: mean over the examples}`.
 
     Args:
       metrics_fn: `metrics_fn(params, batch)` returns one value per example for each metric: shape
-        (batch,), floating or bool. It may return several values per example, such as one for each
-        token; then all metrics have the same shape. If there is a model state, `metrics_fn` is
-        called with `model_state=` too. It gets parameters and batch in the policy's compute dtype.
+        (batch,), floating or bool; or several values per example, such as one for each token; or a
+        pair `(values, weights)`, for the metric sum(values) / sum(weights). If there is a model
+        state, `metrics_fn` is called with `model_state=` too. It gets parameters and batch in the
+        policy's compute dtype.
       policy: an argument of `get_precision`; `Rules` and None cast nothing.
+      cast_batch: whether to cast the floating leaves of the batch to the compute dtype.
 
     Returns:
-      The function `evaluate`. A batch is any pytree. A dict may contain `"mask"`, bool, of the same
-      shape as the values; False marks padding, so that all batches have one shape and the program
-      is compiled once. Sums within a batch are float32; the sum over batches is float64, on the
+      The function `evaluate`. A batch is any pytree. A dict may contain `"mask"`, bool,
+      (batch,) or of the shape of the values; False marks padding, so that all batches have one shape
+      and the program is compiled once. Values per example under a mask per token count if any token
+      of the example does. Sums within a batch are float32; the sum over batches is float64, on the
       host.
 
     Raises:
       TypeError: when called, if a mask is not bool.
       ValueError: when called, if there is no unmasked example, or if the shapes of the mask and the
-        values differ.
+        values do not agree.
 
     >>> evaluate = make_evaluate(lambda params, batch: {"positive": batch["x"] > params})
     >>> batches = [{"x": jnp.array([1.0, 2.0, -5.0]), "mask": jnp.array([True, True, False])}]
@@ -46,9 +51,7 @@ def make_evaluate(
     to_compute = get_precision(policy).cast_to_compute
 
     @jax.jit
-    def sums(
-        params: PyTree, batch: PyTree, **extras: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def sums(params: PyTree, batch: PyTree, **extras: Any) -> PyTree:
         mask = batch.get("mask") if isinstance(batch, Mapping) else None
         if mask is not None and getattr(mask, "dtype", None) != jnp.bool_:
             given = f"has dtype {mask.dtype}" if hasattr(mask, "dtype") else "is not an array"
@@ -56,28 +59,52 @@ def make_evaluate(
                 f"the mask {given}; expected an array of bool, such as mask != 0, that says which "
                 "examples count"
             )
-        batch = to_compute(batch)
-        values = metrics_fn(to_compute(params), batch, **extras)
-        values = {name: value.astype(jnp.float32) for name, value in values.items()}
-        if mask is None:
-            mask = jnp.ones_like(next(iter(values.values())), bool)
-        for name, value in values.items():
-            if value.shape != mask.shape:
-                raise ValueError(
-                    f"metric {name!r} has shape {value.shape}; expected that of the mask, {mask.shape}"
-                )
-        # `where` drops padding; multiplication would not, because 0 times NaN is NaN.
-        return mask.sum(), {k: jnp.where(mask, v, 0.0).sum() for k, v in values.items()}
+        values = metrics_fn(
+            to_compute(params), to_compute(batch) if cast_batch else batch, **extras
+        )
+        return {name: weighted_sums(value, mask, name) for name, value in values.items()}
 
     def evaluate(
         params: PyTree, batches: Iterable[PyTree], model_state: PyTree = None
     ) -> dict[str, float]:
         extras = {} if model_state is None else {"model_state": model_state}
-        parts = [sums(params, batch, **extras) for batch in batches]
-        parts = jax.device_get(parts)
-        count = sum(int(n) for n, _ in parts)
-        if count == 0:
-            raise ValueError("the evaluation data has no examples; expected at least one")
-        return {name: sum(float(v[name]) for _, v in parts) / count for name in parts[0][1]}
+        parts = jax.device_get([sums(params, batch, **extras) for batch in batches])
+        names = parts[0] if parts else {}
+        means = {}
+        for name in names:
+            total, weight = (sum(float(part[name][i]) for part in parts) for i in (0, 1))
+            if weight == 0:
+                raise ValueError("the evaluation data has no examples; expected at least one")
+            means[name] = total / weight
+        return means
 
     return evaluate
+
+
+def weighted_sums(value: Any, mask: Any = None, name: str = "loss") -> tuple[jax.Array, jax.Array]:
+    """Return the sums of the values and of their weights, float32, without what is masked.
+
+    Args:
+      value: values, (batch, ...), or a pair of values and weights.
+      mask: bool, (batch, ...), which says what counts; None: everything.
+      name: name of the metric, for errors.
+
+    Raises:
+      ValueError: if the shapes of the mask and the values do not agree.
+    """
+    values, weights = value if isinstance(value, tuple) else (value, None)
+    values = jnp.asarray(values).astype(jnp.float32)
+    weights = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights)
+    weights = jnp.broadcast_to(weights.astype(jnp.float32), values.shape)
+    if mask is None:
+        return values.sum(), weights.sum()
+    shared = min(mask.ndim, values.ndim)
+    if not shared or mask.shape[:shared] != values.shape[:shared]:
+        raise ValueError(
+            f"metric {name!r} has shape {values.shape}; expected that of the mask, {mask.shape}"
+        )
+    if mask.ndim > values.ndim:
+        mask = mask.any(axis=tuple(range(values.ndim, mask.ndim)))
+    mask = mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+    # `where` drops padding; multiplication would not, because 0 times NaN is NaN.
+    return jnp.where(mask, values, 0.0).sum(), jnp.where(mask, weights, 0.0).sum()

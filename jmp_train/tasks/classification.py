@@ -1,4 +1,4 @@
-"""Classification of images into labels by softmax cross-entropy."""
+"""Classification: one label per example, or any number of labels."""
 
 from __future__ import annotations
 
@@ -8,37 +8,97 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jmp_train.flax.functional import Functional
-from jmp_train.policy.precision import Precision
-from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import Task
-from jmp_train.types import Batch, Key, PyTree
+from jmp_train.types import Batch
 
 
-def classification(net: Functional, model: Any, spec: DataSpec, precision: Precision) -> Task:
-    """Return the task of classifying `batch["image"]` into `batch["label"]`.
+def classification(inputs: str | tuple[str, ...] = "image", label: str = "label") -> Task:
+    """Return the task of classifying examples by softmax cross-entropy.
 
     Args:
-      net: network that maps images, (batch, ...), to logits, (batch, classes).
-      model: configuration of the network; with a `dropout` above 0, its call gets random streams.
-      spec: unused; in the signature of all tasks.
-      precision: precision of the network; the logits of the loss have its output dtype.
+      inputs: names of the network's inputs in a batch; it returns logits, (batch, classes).
+      label: name of the labels in a batch: integers from 0, (batch,).
+
+    Metrics: `accuracy`, and `loss` in nats. Predictions: `class`, int32, and `probability`, float32
+    (batch, classes).
+
+    >>> task = classification(inputs="x", label="y")
+    >>> logits, batch = jnp.array([[0.0, 1.0]]), {"y": jnp.array([1])}
+    >>> task.metrics["accuracy"](logits, batch).tolist()
+    [True]
     """
-    del spec
-    drops = getattr(model, "dropout", 0) > 0
 
-    def losses(params: PyTree, batch: Batch, key: Key | None) -> tuple[jax.Array, jax.Array]:
-        logits = net.apply(params, batch["image"], key=key if drops else None)
-        logits = precision.model.cast_to_output(logits)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return loss, logits.argmax(-1) == batch["label"]
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        _check_rank(logits)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[label])
 
-    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> PyTree:
-        loss, correct = losses(params, batch, key)
-        return loss.mean(), {"accuracy": correct.astype(jnp.float32).mean()}
+    return Task(
+        loss=loss,
+        metrics={"accuracy": lambda logits, batch: logits.argmax(-1) == batch[label]},
+        inputs=inputs,  # pyright: ignore[reportArgumentType]  (a name becomes a tuple)
+        targets=(label,),
+        metric="accuracy",
+        highest=True,
+        predict=lambda logits: {
+            "class": logits.argmax(-1).astype(jnp.int32),
+            "probability": jax.nn.softmax(logits.astype(jnp.float32)),
+        },
+    )
 
-    def metrics_fn(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        loss, correct = losses(params, batch, None)
-        return {"loss": loss, "accuracy": correct}
 
-    return Task(net.init, loss_fn, metrics_fn)
+def multi_label(inputs: str | tuple[str, ...] = "image", labels: str = "labels") -> Task:
+    """Return the task of finding all labels of an example, by binary cross-entropy of each.
+
+    Args:
+      inputs: names of the network's inputs in a batch; it returns logits, (batch, labels).
+      labels: name of the labels in a batch: 0 or 1 for each, (batch, labels).
+
+    Metrics: `f1`, the F1 score over all pairs of example and label, exact over unequal batches;
+    `exact`, the share of examples with every label right; `loss` in nats per label. Predictions:
+    `labels`, bool, and `probability`, float32 (batch, labels).
+
+    >>> logits, batch = jnp.array([[2.0, 2.0, -2.0]]), {"labels": jnp.array([[1, 0, 0]])}
+    >>> values, weights = multi_label().metrics["f1"](logits, batch)
+    >>> float(values.sum() / weights.sum())  # 2 TP / (2 TP + FP + FN)
+    0.6666666865348816
+    """
+
+    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+        _check_same_shape(logits, batch[labels], labels)
+        each = optax.sigmoid_binary_cross_entropy(logits, batch[labels].astype(logits.dtype))
+        return each.mean(-1)
+
+    def f1(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        predicted, right = logits > 0, batch[labels] > 0
+        twice = 2 * (predicted & right).sum(-1)
+        return twice, twice + (predicted != right).sum(-1)
+
+    return Task(
+        loss=loss,
+        metrics={
+            "f1": f1,
+            "exact": lambda logits, batch: ((logits > 0) == (batch[labels] > 0)).all(-1),
+        },
+        inputs=inputs,  # pyright: ignore[reportArgumentType]
+        targets=(labels,),
+        metric="f1",
+        highest=True,
+        predict=lambda logits: {
+            "labels": logits > 0,
+            "probability": jax.nn.sigmoid(logits.astype(jnp.float32)),
+        },
+    )
+
+
+def _check_rank(logits: Any) -> None:
+    if getattr(logits, "ndim", 0) != 2:
+        shape = getattr(logits, "shape", type(logits).__name__)
+        raise ValueError(f"the network returned {shape}; expected logits of shape (batch, classes)")
+
+
+def _check_same_shape(outputs: jax.Array, targets: jax.Array, name: str) -> None:
+    if outputs.shape != targets.shape:
+        raise ValueError(
+            f"the network returned shape {outputs.shape} and {name!r} has {targets.shape}; expected "
+            "equal shapes"
+        )

@@ -1,87 +1,176 @@
-"""Kinds of tasks by name, and the task of a model for a data set."""
+"""Tasks by name, and the functions of a model for a task on a data set."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from flax import linen, nnx
+import jax.numpy as jnp
+import numpy as np
 
+from jmp_train.configurable import Configured
 from jmp_train.errors import nearest
-from jmp_train.flax.functional import functional
+from jmp_train.flax.functional import Functional, functional
+from jmp_train.models.model import construct, takes_dtype
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.spec import DataSpec
-from jmp_train.tasks.classification import classification
+from jmp_train.step.accumulation import WeightedLoss
+from jmp_train.step.evaluation import weighted_sums
+from jmp_train.tasks.classification import classification, multi_label
 from jmp_train.tasks.language_modelling import language_modelling
-from jmp_train.tasks.task import Task
+from jmp_train.tasks.regression import regression
+from jmp_train.tasks.sequence_to_sequence import sequence_to_sequence
+from jmp_train.tasks.task import Task, TaskFunctions
+from jmp_train.types import Batch, Function, Key, PyTree
 
-
-class TaskKind(NamedTuple):
-    """A kind of task: its constructor, inputs and main metric."""
-
-    make: Callable[..., Task]
-    """`make(net, model, spec, precision) -> Task`; `net` is None for a model without `network`."""
-    reads: tuple[str, ...]
-    """Names of the arrays that a batch must have."""
-    metric: str
-    """Name of the metric that models are compared by."""
-    highest: bool
-    """Whether higher values of the metric are better."""
-
-
-TASKS: dict[str, TaskKind] = {
-    "classification": TaskKind(classification, ("image", "label"), "accuracy", True),
-    "language_modelling": TaskKind(language_modelling, ("tokens",), "bits_per_byte", False),
+TASKS: dict[str, Callable[[], Task]] = {
+    "classification": classification,
+    "multi_label": multi_label,
+    "regression": regression,
+    "language_modelling": language_modelling,
+    "sequence_to_sequence": sequence_to_sequence,
 }
 
 
-def make_task(model: Any, spec: DataSpec, precision: str | Policy | Rules | Precision) -> Task:
-    """Return the task of a model on a data set, under a precision.
+def get_task(task: str | Task) -> Task:
+    """Return a task by name, or the given one.
+
+    Raises:
+      ValueError: for an unknown name, or a value of another type.
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str) and task in TASKS:
+        return TASKS[task]()
+    hint = nearest(task, TASKS) if isinstance(task, str) else f"expected one of {', '.join(TASKS)}"
+    raise ValueError(f"the task is {task!r}; {hint}, or a jmp_train.Task (docs/models.md)")
+
+
+def make_task(
+    model: Configured,
+    task: str | Task,
+    spec: DataSpec,
+    precision: str | Policy | Rules | Precision,
+) -> TaskFunctions:
+    """Return the functions of a model for a task on a data set, under a precision.
 
     Args:
-      model: configuration of the model, with an attribute `task`, one of `TASKS` by name or a
-        `TaskKind`, and a method `network(spec, *, dtype, param_dtype, rngs)` that constructs an NNX
-        or a Linen module. A `TaskKind` that makes its own parameters needs no `network`.
+      model: what `jmp_train.Model` returned.
+      task: a `Task`, or the name of one of `TASKS`.
       spec: spec of the data set.
       precision: an argument of `get_precision`.
 
     Raises:
       ValueError: if a rule matches no module, if the data lack an array that the task reads, or if
-        the network has other state than parameters.
+        the network cannot be constructed from the spec.
     """
     precision = get_precision(precision)
-    kind = kind_of(model)
-    if not set(kind.reads) <= set(spec.example):
-        name = model.task if isinstance(model.task, str) else "the task"
+    name = task if isinstance(task, str) else "the task"
+    task = get_task(task)
+    if not set(task.reads) <= set(spec.example):
         raise ValueError(
-            f"the data have {' and '.join(spec.example)}; expected {' and '.join(kind.reads)}, "
-            f"which {name} reads"
+            f"the data have {' and '.join(spec.example)}; expected {' and '.join(task.reads)}, which "
+            f"{name} reads"
         )
+    output_dtype = precision.model.cast_to_output
 
-    def make(policy: Policy, rngs: nnx.Rngs) -> nnx.Module | linen.Module:
-        dtypes = {"dtype": policy.compute_dtype, "param_dtype": policy.param_dtype}
-        return model.network(spec, **dtypes, rngs=rngs)
+    def call(net: Function, batch: Batch, own: Any) -> Any:
+        if own is not None:
+            return own(net, batch)
+        return output_dtype(net(*(batch[name] for name in task.inputs)))
 
-    net = None
-    if hasattr(model, "network"):
-        one = spec.example[kind.reads[0]]
-        net = functional(make, precision, jax.ShapeDtypeStruct((1, *one.shape), one.dtype))
-    return kind.make(net, model, spec, precision)
+    one = {k: np.zeros((1, *x.shape), x.dtype) for k, x in spec.example.items()}
+    net = functional(
+        functools.partial(construct, model, spec),
+        precision,
+        lambda net: call(net, one, task.call),
+        takes_dtype=takes_dtype(model),
+    )
+    return TaskFunctions(
+        net.init,
+        _loss_fn(net, task, functools.partial(call, own=task.call)),
+        _metrics_fn(net, task, functools.partial(call, own=task.call)),
+        _predict_fn(net, task, functools.partial(call, own=task.predict_call or task.call)),
+        None if task.generate is None else _generate(net, task.generate, spec),
+        net.precision,
+    )
 
 
-def kind_of(model: Any) -> TaskKind:
-    """Return the kind of task that a model is trained for.
+class _Call:
+    """A network with its arguments, called by a task; remembers the state that the calls return."""
 
-    Raises:
-      ValueError: for a `task` that is neither a `TaskKind` nor one of `TASKS`.
-    """
-    kind = getattr(model, "task", "")
-    if isinstance(kind, TaskKind):
-        return kind
-    if isinstance(kind, str) and kind in TASKS:
-        return TASKS[kind]
-    name = type(model).__name__
-    raise ValueError(f"the task of {name} is {kind!r}; {nearest(str(kind), TASKS)}, or a TaskKind")
+    def __init__(self, net: Functional, params: PyTree, state: PyTree, train: bool, key: Any):
+        self._net, self.state = net, state
+        self._params = net.precision.cast_to_compute(params)
+        self._options = {"train": train, "key": key}
+
+    def has(self, method: str) -> bool:
+        """Return whether the network has a method."""
+        return self._net.has(method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._net.precision.cast_to_compute((args, kwargs))
+        out, self.state = self._net.apply(
+            self._params, self.state, *args, **self._options, **kwargs
+        )
+        return out
+
+
+def _loss_fn(net: Functional, task: Task, call: Function) -> Function:
+    def loss_fn(
+        params: PyTree, batch: Batch, *, key: Key | None = None, model_state: PyTree = None
+    ) -> Any:
+        bound = _Call(net, params, model_state, True, key)
+        outputs = call(bound, batch)
+        loss = _mean(task.loss(outputs, batch), batch)
+        aux = {name: _ratio(fn(outputs, batch), batch) for name, fn in task.metrics.items()}
+        return (loss, aux) if model_state is None else (loss, aux, bound.state)
+
+    return loss_fn
+
+
+def _mean(losses: Any, batch: Batch) -> Any:
+    """Return the loss of a batch: a scalar, or a `WeightedLoss` if values have weights."""
+    if isinstance(losses, tuple) or ("mask" in batch and losses.ndim):
+        return WeightedLoss(*weighted_sums(losses, batch.get("mask")))
+    return losses.mean() if losses.ndim else losses
+
+
+def _ratio(value: Any, batch: Batch) -> jax.Array:
+    """Return a metric of a batch; 0 where nothing counts."""
+    if not isinstance(value, tuple) and "mask" not in batch:
+        return jnp.asarray(value, jnp.float32).mean()
+    total, weight = weighted_sums(value, batch.get("mask"))
+    return total / jnp.where(weight == 0, 1, weight)
+
+
+def _metrics_fn(net: Functional, task: Task, call: Function) -> Callable[..., dict[str, Any]]:
+    def metrics_fn(params: PyTree, batch: Batch, *, model_state: PyTree = None) -> dict[str, Any]:
+        outputs = call(_Call(net, params, model_state, False, None), batch)
+        values = {name: fn(outputs, batch) for name, fn in task.metrics.items()}
+        loss = task.loss(outputs, batch)
+        whole = not isinstance(loss, tuple) and loss.ndim == 0
+        return values if whole else values | {"loss": loss}
+
+    return metrics_fn
+
+
+def _predict_fn(net: Functional, task: Task, call: Function) -> Callable[..., Any]:
+    def predict_fn(params: PyTree, batch: Batch, *, model_state: PyTree = None) -> Any:
+        outputs = call(_Call(net, params, model_state, False, None), batch)
+        if task.predict is not None:
+            return dict(task.predict(outputs))
+        return dict(outputs) if isinstance(outputs, dict) else {"output": outputs}
+
+    return predict_fn
+
+
+def _generate(net: Functional, generate: Function, spec: DataSpec) -> Callable[..., jax.Array]:
+    def generated(params: PyTree, prompt: jax.Array, key: Key, **options: Any) -> jax.Array:
+        return generate(_Call(net, params, None, False, None), spec, prompt, key, **options)
+
+    return generated

@@ -2,71 +2,106 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
-from jmp_train.flax.functional import Functional
-from jmp_train.policy.precision import Precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import Task
 from jmp_train.tasks.token_losses import token_losses
 from jmp_train.types import Batch, Key, PyTree
 
 
-def language_modelling(net: Functional, model: Any, spec: DataSpec, precision: Precision) -> Task:
-    """Return the task of predicting each token of `batch["tokens"]`, (batch, length + 1).
+def language_modelling(tokens: str = "tokens") -> Task:
+    """Return the task of predicting each token of `batch[tokens]`, (batch, length + 1).
+
+    A network with a method `score(tokens, loss)`, as `jmp_train.models.Gpt` has, computes its losses
+    itself, so that the logits of all tokens need not be in memory at once. Any other network is
+    called with the tokens but the last, and returns logits, (batch, length, vocabulary), each from
+    the tokens up to its own.
+
+    Metrics: `bits_per_byte` (bits per token; a token of the bundled texts is a byte), and `loss` in
+    nats. Losses are float32 under every precision. The task also generates texts, with a network that
+    has the methods `empty_cache` and `decode` of `Gpt`, or else by calls with a window of tokens.
 
     Args:
-      net: network with the methods `score`, `empty_cache` and `decode` of `models.gpt.Gpt`.
-      model: configuration of the network; `loss_chunk` is the number of tokens whose logits are in
-        memory at once, `dropout` the dropout rate.
-      spec: spec of the data; its length of a window is the context length of generated text.
-      precision: unused, because losses are float32 under every precision.
+      tokens: name of the tokens in a batch, integers.
     """
-    del precision
 
-    def token_loss(x_NxD: jax.Array, table_VxD: jax.Array, targets_N: jax.Array) -> jax.Array:
-        return token_losses(x_NxD, table_VxD, targets_N, model.loss_chunk)
+    def losses(net: Any, batch: Batch) -> jax.Array:
+        tokens_BxT1 = batch[tokens].astype(jnp.int32)
+        if net.has("score"):
+            return net(tokens_BxT1, token_losses, method="score")
+        logits_BxTxV = net(tokens_BxT1[:, :-1]).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, tokens_BxT1[:, 1:])
 
-    def losses(params: PyTree, batch: Batch, key: Key | None) -> jax.Array:
-        key = None if model.dropout == 0 else key
-        tokens = batch["tokens"].astype(jnp.int32)
-        return net.apply(params, tokens, token_loss, key, method="score")
+    return Task(
+        loss=lambda losses, batch: losses,
+        metrics={"bits_per_byte": lambda losses, batch: losses / math.log(2)},
+        inputs=(tokens,),
+        metric="bits_per_byte",
+        call=losses,
+        predict=lambda losses: {"loss": losses},
+        generate=functools.partial(_generate, tokens),
+    )
 
-    def loss_fn(params: PyTree, batch: Batch, *, key: Key | None = None) -> PyTree:
-        loss = losses(params, batch, key).mean()
-        return loss, {"bits_per_byte": loss / math.log(2)}
 
-    def metrics_fn(params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        loss = losses(params, batch, None)
-        return {"bits_per_byte": loss / math.log(2), "loss": loss}
+def _generate(
+    name: str,
+    net: Any,
+    spec: DataSpec,
+    prompt_P: jax.Array,
+    key: Key,
+    *,
+    length: int,
+    temperature: Any,
+) -> jax.Array:
+    prompt_P = jnp.asarray(prompt_P)
+    _check_generate(prompt_P, length, temperature)
+    prompt_P = prompt_P.astype(jnp.int32)
+    window = spec.size(name) - 1
+    start, logits_of = (_cached if net.has("decode") else _in_window)(net, window)
 
-    def generate(
-        params: PyTree, prompt_P: jax.Array, key: Key, *, length: int, temperature: Any
-    ) -> jax.Array:
-        prompt_P = jnp.asarray(prompt_P)
-        _check_generate(prompt_P, length, temperature)
+    def step(carry: PyTree, position: jax.Array) -> PyTree:
+        token, memory = carry
+        logits_V, memory = logits_of(token, position, memory)
+        drawn = _draw(logits_V, jax.random.fold_in(key, position), temperature)
+        following = jnp.minimum(position + 1, len(prompt_P) - 1)
+        token = jnp.where(position + 1 < len(prompt_P), prompt_P[following], drawn)
+        return (token, memory), token
 
-        def step(carry: PyTree, position: jax.Array) -> PyTree:
-            token, cache = carry
-            logits_BxV, cache = net.apply(params, token[None], position, cache, method="decode")
-            drawn = _draw(logits_BxV[0], jax.random.fold_in(key, position), temperature)
-            following = jnp.minimum(position + 1, len(prompt_P) - 1)
-            token = jnp.where(position + 1 < len(prompt_P), prompt_P[following], drawn)
-            return (token, cache), token
+    positions = jnp.arange(len(prompt_P) - 1 + length)
+    _, tokens = jax.lax.scan(step, (prompt_P[0], start), positions)
+    return tokens[len(prompt_P) - 1 :]
 
-        cache = net.apply(params, 1, spec.size("tokens") - 1, method="empty_cache")
-        prompt_P = prompt_P.astype(jnp.int32)
-        positions = jnp.arange(len(prompt_P) - 1 + length)
-        _, tokens = jax.lax.scan(step, (prompt_P[0], cache), positions)
-        return tokens[len(prompt_P) - 1 :]
 
-    return Task(net.init, loss_fn, metrics_fn, generate)
+def _cached(net: Any, window: int) -> Any:
+    """Return an empty cache of keys and values, and a function that returns the next logits."""
+
+    def logits_of(token: jax.Array, position: jax.Array, cache: PyTree) -> PyTree:
+        logits_BxV, cache = net(token[None], position, cache, method="decode")
+        return logits_BxV[0], cache
+
+    return net(1, window, method="empty_cache"), logits_of
+
+
+def _in_window(net: Any, window: int) -> Any:
+    """Return an empty window of tokens, and a function that returns the next logits."""
+
+    def logits_of(token: jax.Array, position: jax.Array, tokens_T: jax.Array) -> PyTree:
+        full = position >= window
+        tokens_T = jnp.where(full, jnp.roll(tokens_T, -1), tokens_T)
+        at = jnp.minimum(position, window - 1)
+        tokens_T = tokens_T.at[at].set(token)
+        return net(tokens_T[None])[0, at].astype(jnp.float32), tokens_T
+
+    return jnp.zeros(window, jnp.int32), logits_of
 
 
 def _check_generate(prompt_P: jax.Array, length: Any, temperature: Any) -> None:

@@ -1,27 +1,96 @@
-"""A task as pure functions."""
+"""A task: loss, metrics and prediction of a kind of problem, as functions of a network's outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from jmp_train.types import Function, Key, PyTree
+from jmp_train.policy.precision import Precision
+from jmp_train.types import Batch, Function, Key, PyTree
+
+Outputs = Any
+Metric = Callable[[Outputs, Batch], Any]
 
 
-class Task(NamedTuple):
-    """A network with its loss, metrics and prediction, as pure functions."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What a network is trained for: pure functions of its outputs and of a batch.
 
-    init: Callable[[Key], PyTree]
-    """`init(key) -> params`."""
-    loss_fn: Function
-    """`loss_fn(params, batch, *, key)`, for `make_step`."""
-    metrics_fn: Callable[..., dict[str, jax.Array]]
-    """`metrics_fn(params, batch)`, for `make_evaluate`."""
+    A batch is a dict of arrays whose leading axis counts examples. A `"mask"` in it, bool (batch,) or
+    (batch, tokens), excludes padding from the loss and the metrics.
+
+    >>> import jax.numpy as jnp
+    >>> def squared_error(outputs, batch):
+    ...     return jnp.square(outputs[:, 0] - batch["price"])
+    >>> task = Task(loss=squared_error, inputs=("rooms", "area"), targets=("price",))
+    >>> task.metric, task.highest
+    ('loss', False)
+    """
+
+    loss: Metric
+    """`loss(outputs, batch)` returns one value per example, (batch,), or per token, (batch, tokens),
+    which are averaged; or a pair `(values, weights)`, whose loss is sum(values) / sum(weights); or the
+    loss of the whole batch, (), which is not evaluated on held-out data."""
+    metrics: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    """By name, `metric(outputs, batch)`: values per example or token, floating or bool, whose mean is
+    the metric; or a pair `(values, weights)`, for sum(values) / sum(weights) over the whole data."""
+    inputs: tuple[str, ...] = ("x",)
+    """Names of the arrays of a batch that the network is called with, in order."""
+    targets: tuple[str, ...] = ()
+    """Names of the other arrays that the loss and the metrics read."""
+    metric: str = "loss"
+    """Name of the metric that runs and checkpoints are compared by."""
+    highest: bool = False
+    """Whether higher values of that metric are better."""
+    predict: Callable[[Outputs], Mapping[str, jax.Array]] | None = None
+    """`predict(outputs)` returns arrays by name, one row per example; None returns the outputs."""
+    call: Callable[[Function, Batch], Outputs] | None = None
+    """`call(net, batch)` computes the outputs, where `net(*args, method="__call__", **kwargs)` calls
+    the network; None calls it with the arrays of `inputs`, and casts outputs to the output dtype."""
+    predict_call: Callable[[Function, Batch], Outputs] | None = None
+    """`call` for predictions, without targets; None uses that of the loss."""
     generate: Callable[..., jax.Array] | None = None
-    """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None if the
-    task does not generate text.
+    """`generate(net, spec, prompt, key, length=, temperature=)` continues a text."""
+
+    def __post_init__(self) -> None:
+        for field in ("inputs", "targets"):
+            value = getattr(self, field)
+            value = (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, field, value)
+        if not callable(self.loss):
+            line = f"loss is {self.loss!r}; expected a function loss(outputs, batch)"
+            raise ValueError(line)  # noqa: TRY004  (a value in an experiment, like any other)
+        if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
+            raise ValueError("metrics are not a dict of functions; expected {'name': function}")
+        known = ("loss", *self.metrics)
+        if self.metric not in known:
+            raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(known)}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the arrays that a batch must have."""
+        return (*self.inputs, *self.targets)
+
+
+class TaskFunctions(NamedTuple):
+    """A network with the loss, metrics and prediction of a task, as pure functions."""
+
+    init: Callable[[Key], tuple[PyTree, PyTree]]
+    """`init(key) -> (params, model_state)`; the model state is None for a network without one."""
+    loss_fn: Function
+    """`loss_fn(params, batch, *, key=None, model_state=None)`, for `make_step`."""
+    metrics_fn: Callable[..., dict[str, Any]]
+    """`metrics_fn(params, batch, *, model_state=None)`, for `make_evaluate`."""
+    predict_fn: Callable[..., dict[str, jax.Array]]
+    """`predict_fn(params, batch, *, model_state=None)`: arrays by name, one row per example."""
+    generate: Callable[..., jax.Array] | None
+    """`generate(params, prompt, key, length=..., temperature=...)` continues a text; None if the task
+    does not generate text.
 
     Raises ValueError for an empty prompt, for a length below 1, and for a temperature that is
     negative or not finite."""
+    precision: Precision
+    """The precision for `make_step` and `make_evaluate`: what they have to cast."""
