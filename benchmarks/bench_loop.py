@@ -132,7 +132,7 @@ def train_loop(experiment: Any, parts: Parts) -> Loop:
             stop=experiment.steps,
             steps_per_call=calls.steps,
             every=Every(experiment.log_every, experiment.steps, experiment.steps),
-            log=lambda step, values: logged.append(values),
+            log=lambda step, values, state: logged.append(values),
             evaluate=lambda step, state: None,
             checkpoint=lambda step, state, seconds: None,
             skips_nonfinite=state.last_skip is not None,

@@ -14,6 +14,7 @@ from jmp_train.errors import UsageError
 from jmp_train.records.provenance import unused_devices_line
 from jmp_train.records.trackers import Trackers, make_trackers
 from jmp_train.reports.progress import RunProgress, print_line
+from jmp_train.reports.stages import stage
 from jmp_train.runs.build import build, check_batch_size, matmul_precision
 from jmp_train.runs.calls import Calls, compile_calls
 from jmp_train.runs.context import RunContext
@@ -27,6 +28,7 @@ from jmp_train.runs.directory import (
 )
 from jmp_train.runs.early_stop import check_metric
 from jmp_train.runs.events import Events
+from jmp_train.runs.header import show_header
 from jmp_train.runs.lock import lock_directory
 from jmp_train.runs.loop import Every, LoopResult, run_loop
 from jmp_train.runs.resume import Start, find_start, finished_summary
@@ -41,7 +43,7 @@ def train(
     name: str,
     experiment: AnyExperiment,
     run_dir: Path,
-    console: Console,
+    console: Console | None = None,
     *,
     force: bool = False,
 ) -> Json:
@@ -52,7 +54,7 @@ def train(
       experiment: what to train.
       run_dir: a directory with a run of the same experiment, which is resumed; or an empty or a new
         directory.
-      console: where to show progress.
+      console: where to show progress; None shows nothing.
       force: resume a run or a checkpoint of other settings, as far as its state fits.
 
     Returns:
@@ -68,13 +70,15 @@ def train(
       Stopped: if SIGTERM, SIGINT or SIGUSR1 ended the run, after saving.
     """
     began = time.perf_counter()
+    console = Console(quiet=True) if console is None else console
     asked_warmup = experiment.optimizer.warmup_steps
     experiment, scaled = fit_warmup(experiment)
     with collect_signals() as stopped, matmul_precision(experiment.matmul_precision):
         # Refuses before anything is written.
         check_directory(run_dir, name, experiment, asked_warmup, force)
         trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
-        parts = build(experiment)
+        with stage(console, "loading data"):
+            parts = build(experiment)
         check_metric(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
@@ -124,7 +128,9 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
         return finished
     write_config(run_dir, context.name, experiment)
     context.checkpoints.set_aside_after(start.step)
-    calls = compile_calls(experiment, context.parts, start.state, start=start.step)
+    show_header(context, start.state.params)
+    with stage(context.console, "compiling"):
+        calls = compile_calls(experiment, context.parts, start.state, start=start.step)
 
     def attempt(start: Start) -> Json:
         nonlocal calls
