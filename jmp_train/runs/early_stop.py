@@ -12,6 +12,7 @@ from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.batches import eval_batches
 from jmp_train.errors import UsageError, nearest
 from jmp_train.runs.build import Parts
+from jmp_train.runs.user_code import one_line_errors
 
 
 class EarlyStop(NamedTuple):
@@ -72,12 +73,13 @@ def check_metric(experiment: AnyExperiment, parts: Parts) -> None:
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     batch = next(iter(eval_batches(parts.dataset.eval, 1)))
     extras = {} if model_state is None else {"model_state": model_state}
-    metrics = jax.eval_shape(
-        lambda params, batch, extras: task.metrics_fn(
-            task.precision.cast_to_compute(params), batch, **extras
-        ),
-        params,
-        batch,
-        extras,
-    )
+    with one_line_errors():
+        metrics = jax.eval_shape(
+            lambda params, batch, extras: task.metrics_fn(
+                task.precision.cast_to_compute(params), batch, **extras
+            ),
+            params,
+            batch,
+            extras,
+        )
     metric_of(experiment.early_stop, dict.fromkeys(metrics, 0.0))

@@ -35,6 +35,7 @@ from jmp_train.runs.resume import Start, find_start, finished_summary
 from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals
 from jmp_train.runs.summary import summarize, write_summary
+from jmp_train.runs.user_code import one_line_errors
 from jmp_train.runs.window import Window
 from jmp_train.types import Json
 
@@ -114,7 +115,8 @@ def train(
 def _resume(context: RunContext, trackers: Trackers) -> Json:
     """Train from the newest checkpoint, or return the summary of a finished run."""
     experiment, run_dir = context.experiment, context.run_dir
-    start = find_start(context)
+    with one_line_errors():
+        start = find_start(context)
     if start.step > experiment.steps:
         raise UsageError(f"{run_dir} is at step {start.step}; expected --steps of at least that")
     if start.step % (experiment.steps_per_call or 1):
@@ -129,7 +131,7 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
     write_config(run_dir, context.name, experiment)
     context.checkpoints.set_aside_after(start.step)
     show_header(context, start.state.params)
-    with stage(context.console, "compiling"):
+    with stage(context.console, "compiling"), one_line_errors():
         calls = compile_calls(experiment, context.parts, start.state, start=start.step)
 
     def attempt(start: Start) -> Json:

@@ -103,6 +103,7 @@ def plain(width: int = 32):
 
 def experiment(model, **settings):
     settings = {"batch_size": 64, "steps": 20, "log_every": 1, "eval_every": 20} | settings
+    settings = {"optimizer": jt.optim.OptimizerConfig(learning_rate=0.01)} | settings
     return jt.Experiment(model, DigitsConfig(noise=0.0), task="classification", **settings)
 
 
@@ -203,7 +204,7 @@ def test_a_published_linen_model_trains_from_its_constructor(tmp_path):
         return linen.Sequential([stem, block, head])
 
     model = jt.Model(resnet, classes=lambda spec: spec.classes)
-    summary, records = run(tmp_path, model, steps=10, policy="mixed_bfloat16", eval_every=10)
+    summary, records = run(tmp_path, model, steps=40, policy="mixed_bfloat16")
     assert records[-1]["loss"] < records[0]["loss"]
     assert summary["eval"]["accuracy"] > 0.1
 
@@ -228,7 +229,7 @@ CONSTANT = jt.optim.OptimizerConfig(schedule="constant")
     "model,rules,message",
     [
         (NnxNet, ("frist=float32", "**=mixed_bfloat16"), "frist.*first"),
-        (LinenNet, ("Dense_7=float32", "**=mixed_bfloat16"), "Dense_7.*Dense_"),
+        (LinenNet, ("Dense_7=float32", "**=mixed_bfloat16"), "Dense_7.*Dense_[01]"),
         (plain, ("first=float32", "**=mixed_bfloat16"), "pair of functions"),
     ],
 )
@@ -246,3 +247,28 @@ def test_rules_reach_a_users_network():
     jaxpr = jax.make_jaxpr(lambda p: functions.loss_fn(p, batch, model_state=state)[0])(params)
     dtypes = [line.split(":")[1][:4] for line in str(jaxpr).splitlines() if "dot_general" in line]
     assert sorted(dtypes) == ["bf16", "f32["]
+
+
+class WrongSize(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layer = nnx.Linear(63, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x.reshape(len(x), -1))
+
+
+def images(classes: int = 10):
+    return linen.Sequential([linen.Dense(classes)])  # does not flatten: (batch, 8, classes)
+
+
+@pytest.mark.parametrize(
+    "model,message",
+    [
+        (WrongSize, r"do not fit: .*64.*63.* \(.*test_own_models.py, line \d+\)"),
+        (images, r"do not fit: the network returned \(\d+, 8, 10\); expected logits of shape"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data_is_one_line(tmp_path, model, message):
+    with pytest.raises(UsageError, match=message) as error:
+        run(tmp_path, model)
+    assert len(str(error.value).splitlines()) == 1

@@ -173,7 +173,9 @@ def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):
     values = iter([0.9, 0.5, 0.4, 0.3])
     monkeypatch.setattr(
         "jmp_train.runs.build.make_evaluate",
-        lambda *_: lambda params, batches: {"accuracy": next(values), "loss": 1.0},
+        lambda *_, **options: (
+            lambda params, batches, state: {"accuracy": next(values), "loss": 1.0}
+        ),
     )
     train("mlp_bf16", small("mlp_bf16", eval_every=10), tmp_path, QUIET)
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 30, 40]
