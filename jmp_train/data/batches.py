@@ -14,6 +14,8 @@ import grain
 import numpy as np
 
 from jmp_train.data.dataset import Source
+from jmp_train.data.examples import Examples, regroup
+from jmp_train.data.streams import Stream, StreamIterator, share_experiments
 from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
@@ -22,8 +24,9 @@ _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
 class _ShuffledBatches:
     """Endless batches, reshuffled each epoch; batch i is a pure function of (seed, i)."""
 
-    def __init__(self, source: Source, batch_size: int, *, seed: int):
+    def __init__(self, source: Source, batch_size: int, *, seed: int, shard: slice):
         self._source = source
+        self._shard = shard
         self._size = len(source)
         self._batch_size = batch_size
         self._seed = seed
@@ -36,7 +39,7 @@ class _ShuffledBatches:
         position = np.arange(self._batch_size) + int(index) * self._batch_size
         epochs, within = np.divmod(position, self._size)
         rows = np.concatenate([self._order(e)[within[epochs == e]] for e in np.unique(epochs)])
-        return self._source.draw(rows, _generator(self._seed, index, _DRAW))
+        return self._source.draw(rows[self._shard], _generator(self._seed, index, _DRAW))
 
     def _order(self, epoch: int) -> np.ndarray:
         orders = self._orders  # replaced, never mutated, because Grain reads from several threads
@@ -52,23 +55,29 @@ def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
 
 
 def train_batches(
-    source: Source,
+    source: Source | Stream,
     batch_size: int,
     *,
     seed: int,
+    workers: int = 0,
+    shard: grain.sharding.ShardOptions | None = None,
 ) -> Any:
     """Return endless batches: every example once per epoch, reshuffled each epoch.
 
     Args:
       source: the examples, such as `Arrays`. Its random numbers depend only on the seed and the
-        index of the batch.
+        index of the batch. A `Stream` keeps its own order.
       batch_size: number of examples in a batch; the last batch of an epoch is completed with
         examples of the next epoch.
       seed: seed of the order and of the random numbers for a batch.
+      workers: number of processes that make batches, in the same order; 0 makes them in a thread.
+      shard: the part of each batch that this process makes, by Grain's options; None makes all.
 
     Returns:
-      A Grain dataset of dicts of arrays, one batch for each step; batch i is a pure function of the
-      seed and i. See `iterate`.
+      A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
+
+    Raises:
+      ValueError: for a stream in several processes, or a batch that they do not divide.
 
     >>> from jmp_train.data import Arrays
     >>> source = Arrays({"x": np.arange(6)})
@@ -76,7 +85,28 @@ def train_batches(
     >>> sorted(np.concatenate([batches[0]["x"], batches[1]["x"]]).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    return grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
+    index, count = (0, 1) if shard is None else (shard.shard_index, shard.shard_count)
+    if isinstance(source, Stream):
+        if count > 1:
+            raise ValueError(
+                f"a stream cannot be divided among {count} processes; expected data with len and [i]"
+            )
+        return source.batches(batch_size, seed=seed)
+    if batch_size % count:
+        raise ValueError(f"batch_size is {batch_size}; expected a multiple of {count} processes")
+    part = slice(index, None, count)
+    dataset = grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed, shard=part))
+    return _InWorkers(dataset, workers) if workers else dataset
+
+
+class _InWorkers:
+    """A dataset of batches that worker processes make."""
+
+    def __init__(self, dataset: Any, workers: int):
+        self._dataset, self._workers = dataset, workers
+
+    def iterate(self, steps_per_call: int) -> BatchIterator:
+        return BatchIterator(self._dataset, steps_per_call, self._workers)
 
 
 class BatchIterator:
@@ -85,9 +115,13 @@ class BatchIterator:
     A thread prepares items ahead. See `iterate`.
     """
 
-    def __init__(self, dataset: Any, steps_per_call: int):
+    can_seek = True
+    replayed = 0
+
+    def __init__(self, dataset: Any, steps_per_call: int, workers: int = 0):
         self._dataset = dataset
         self._steps_per_call = steps_per_call
+        self._workers = workers
         self._next = 0  # index of the next batch
         self._items: Iterator[Batch] | None = None
 
@@ -119,10 +153,14 @@ class BatchIterator:
             dataset = dataset.batch(self._steps_per_call)
         # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        return iter(dataset.to_iter_dataset(options))
+        items = dataset.to_iter_dataset(options)
+        if self._workers:
+            share_experiments()
+            items = items.mp_prefetch(grain.MultiprocessingOptions(self._workers))
+        return iter(items)
 
 
-def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
+def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator | StreamIterator:
     """Iterate over a dataset in order, with a thread that prepares items ahead.
 
     Args:
@@ -140,6 +178,8 @@ def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
     >>> next(batches)["x"].shape, batches.get_state()
     ((2, 3), {'next_batch': 2})
     """
+    if hasattr(dataset, "iterate"):  # of a stream, or in workers
+        return dataset.iterate(steps_per_call)
     return BatchIterator(dataset, steps_per_call)
 
 
@@ -165,11 +205,13 @@ def saved_state(data: Json, config: Json) -> Json:
     return data
 
 
-def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:
+def eval_batches(
+    held_out: Mapping[str, np.ndarray] | Examples | Stream, batch_size: int
+) -> Iterator[dict[str, Any]]:
     """Yield every example once, in order, in batches of one shape.
 
     The last batch is padded with copies of its first example. Each batch has a `"mask"`, bool
-    (batch,), which is False for padding. If the arrays include a `"mask"`, bool (examples, ...),
+    (batch,), which is False for padding. If the examples include a `"mask"`, bool (examples, ...),
     which says which parts of each example count, padding is False in that mask instead.
 
     >>> for batch in eval_batches({"x": np.arange(3)}, 2):
@@ -177,11 +219,30 @@ def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[
     [0 1] [ True  True]
     [2 2] [ True False]
     """
-    size = len(next(iter(arrays.values())))
-    for start in range(0, size, batch_size):
-        rows = np.arange(start, start + batch_size)
-        mask = rows < size
-        rows = np.where(mask, rows, start)
-        batch = {name: array[rows] for name, array in arrays.items()}
+    for batch in _in_order(held_out, batch_size):
+        rows = np.arange(batch_size)
+        mask = rows < len(next(iter(batch.values())))
+        rows = np.where(mask, rows, 0)
+        batch = {name: array[rows] for name, array in batch.items()}
         counted = batch.get("mask", mask)
         yield {**batch, "mask": counted & mask.reshape(-1, *[1] * (counted.ndim - 1))}
+
+
+def _in_order(held_out: Any, batch_size: int) -> Iterator[Batch]:
+    """Yield every example once, in order; the last batch may have fewer."""
+    if isinstance(held_out, Stream):
+        yield from held_out.held_out(batch_size)
+    elif isinstance(held_out, Mapping):
+        yield from regroup([held_out], batch_size)
+    else:
+        rng = _generator(0, 0, _DRAW)  # unused: held-out examples have no random transforms
+        for start in range(0, len(held_out), batch_size):
+            yield held_out.draw(np.arange(start, min(start + batch_size, len(held_out))), rng)
+
+
+def eval_batch_size(held_out: Mapping[str, np.ndarray] | Examples | Stream, largest: int) -> int:
+    """Return the size of evaluation batches: at most `largest`, and the number of examples."""
+    if isinstance(held_out, Stream):
+        return largest
+    size = len(next(iter(held_out.values()))) if isinstance(held_out, Mapping) else len(held_out)
+    return min(largest, size)

@@ -253,7 +253,7 @@ class GptConfig:
         self, spec: DataSpec, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> Gpt:
         """Construct the network for the vocabulary of a data set."""
-        return Gpt(self, spec.classes, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        return Gpt(self, spec.class_count, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
 
 def _linear(

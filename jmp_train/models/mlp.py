@@ -75,5 +75,5 @@ class MlpConfig:
         self, spec: DataSpec, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
     ) -> Mlp:
         """Construct the network for the images of a data set."""
-        widths = (spec.size("image"), *self.hidden, spec.classes)
+        widths = (spec.size("image"), *self.hidden, spec.class_count)
         return Mlp(widths, dropout=self.dropout, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
