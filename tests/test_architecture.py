@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "types": 0,
     "fields": 1,
+    "configurable": 1,
     "spec": 1,
     "numerics": 1,
     "tree": 2,

@@ -1,0 +1,166 @@
+"""Settings from the signature of a function: its simple arguments become fields of a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar
+
+from jmp_train.errors import nearest
+from jmp_train.fields import check_fields
+
+_SIMPLE = (bool, int, float, str)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Configured:
+    """Base of the dataclasses that `configured` makes: a function with its settings as fields.
+
+    Two are equal if their functions have the same name and all settings are equal.
+    """
+
+    function: ClassVar[Callable[..., Any]]
+    """The function that the settings are arguments of."""
+    fixed: ClassVar[Mapping[str, Any]]
+    """The given arguments that are not settings, such as functions."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields and their values."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Configured) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> Any:
+        name = getattr(self.function, "__qualname__", "")
+        return name, getattr(self.function, "__module__", ""), tuple(self.settings.items())
+
+
+def configured(
+    function: Callable[..., Any],
+    values: Mapping[str, Any],
+    *,
+    base: type[Configured] = Configured,
+    supplied: Collection[str] = (),
+    what: str,
+) -> Any:
+    """Return a frozen dataclass whose fields are the simple arguments of a function.
+
+    A simple argument is a bool, a number, text, or a tuple of these; a list becomes a tuple. Its
+    value is the given one, or the default in the signature, and its type is the annotation, or that
+    of the value. Other arguments, such as functions and arrays, are fixed.
+
+    Args:
+      function: a function or a class.
+      values: arguments by name.
+      base: base class of the dataclass.
+      supplied: names of arguments that are supplied later, and so are no settings unless given.
+      what: the call of the user, for messages, such as "Model(Net)".
+
+    Raises:
+      ValueError: for an argument that the function does not have, and for one without a value.
+
+    >>> def net(width: int = 8, activation=abs): ...
+    >>> config = configured(net, {"width": 4}, what="Model(net)")
+    >>> config.width, dataclasses.replace(config, width=5).settings
+    (4, {'width': 5})
+    """
+    parameters = parameters_of(function)
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if all(p.kind != p.VAR_KEYWORD for p in parameters.values()):
+        for name in values:
+            if name not in named:
+                hint = nearest(name, named) if named else "it takes none"
+                raise ValueError(f"{what} has no argument {name!r}; {hint}")
+    missing = [
+        name
+        for name, parameter in named.items()
+        if parameter.default is parameter.empty and name not in values and name not in supplied
+    ]
+    if missing:
+        raise ValueError(f"{what} lacks the argument {missing[0]!r}; expected a value for it")
+    hints = _hints(function)
+    fields, fixed = [], {}
+    for name in dict.fromkeys([*named, *values]):
+        if name in values:
+            value = values[name]
+        elif name in supplied or named[name].default is inspect.Parameter.empty:
+            continue
+        else:
+            value = named[name].default
+        value = tuple(value) if isinstance(value, list) else value
+        kind = _kind(value, hints.get(name))
+        if kind is not None:
+            fields.append((name, kind, dataclasses.field(default=value)))
+        elif name in values:
+            fixed[name] = values[name]
+    made = dataclasses.make_dataclass(
+        getattr(function, "__name__", type(function).__name__),
+        fields,
+        bases=(base,),
+        namespace={"function": staticmethod(function), "fixed": types.MappingProxyType(fixed)},
+        frozen=True,
+        eq=False,
+    )
+    return made()
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a function, or of the constructor of a class, without `self`."""
+    if isinstance(function, type):  # a metaclass may hide the signature of the constructor
+        parameters = dict(inspect.signature(function.__init__).parameters)
+        parameters.pop(next(iter(parameters)), None)
+        return parameters
+    return dict(inspect.signature(function).parameters)
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Return the annotations; {} if they name what only a type checker can import."""
+    inner = getattr(function, "func", function)  # of a functools.partial
+    try:
+        return typing.get_type_hints(inner.__init__ if isinstance(inner, type) else inner)
+    except Exception:
+        return {}
+
+
+def _kind(value: Any, hint: Any) -> Any:
+    """Return the type of a setting; None if the value or its annotation is not simple."""
+    if typing.get_origin(hint) is list:
+        hint = tuple[typing.get_args(hint)[0], ...]
+    if isinstance(value, tuple):
+        if not all(isinstance(item, _SIMPLE) for item in value):
+            return None
+        if hint is not None and _simple(hint):
+            return hint
+        kinds = {type(item) for item in value}
+        return tuple[kinds.pop(), ...] if len(kinds) == 1 else None
+    if value is not None and not isinstance(value, _SIMPLE):
+        return None
+    if hint is not None and _simple(hint):
+        return hint
+    return None if value is None else type(value)
+
+
+def _simple(hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return all(_simple(option) for option in inner)
+    if origin is tuple:
+        return inner[1:] == (...,) and inner[0] in _SIMPLE
+    return origin is typing.Literal or hint in (*_SIMPLE, type(None))
+
+
+def described(function: Any) -> str:
+    """Return the name of a function for a message."""
+    return getattr(function, "__name__", None) or reprlib.repr(function)

@@ -1,0 +1,117 @@
+"""A network of any origin with its constructor's arguments as settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen, nnx
+
+from jmp_train.configurable import Configured, configured, described, parameters_of
+from jmp_train.spec import DataSpec
+from jmp_train.types import DTypeLike
+
+_SUPPLIED = ("rngs", "dtype", "param_dtype")
+_OF_LINEN = ("parent", "name")
+
+
+def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:  # noqa: N802
+    """Return the model of an experiment: a network and the arguments of its constructor.
+
+    The network does not need to know about precision, loss or data. It is constructed when a run
+    starts. Simple arguments become options of the command line, such as `--model.width 64`, and are
+    stored with the run; others are fixed in the experiment.
+
+    Args:
+      network: a class of `nnx.Module` or `linen.Module`, or a function that returns a module, or a
+        pair of functions: `init(key) -> params` and `apply(params, *inputs) -> outputs`. A parameter
+        `rngs` gets the random streams (`nnx.Rngs`). Parameters `dtype` and `param_dtype` get the
+        dtypes of the policy; a network without `dtype` is put under the policy by
+        `jmp_train.flax.apply_policy`.
+      **arguments: arguments of the network. A function of one parameter with the name `spec` is
+        called with the `DataSpec`, for sizes that depend on the data.
+
+    Raises:
+      ValueError: for an argument that the network does not have, and for one without a value.
+
+    >>> class Net(nnx.Module):
+    ...     def __init__(self, inputs: int, classes: int, width: int = 32, *, rngs: nnx.Rngs):
+    ...         self.hidden = nnx.Linear(inputs, width, rngs=rngs)
+    ...         self.out = nnx.Linear(width, classes, rngs=rngs)
+    >>> model = Model(Net, inputs=64, classes=lambda spec: spec.classes)
+    >>> model.settings
+    {'inputs': 64, 'width': 32}
+    >>> construct(model, DataSpec({}, classes=10), rngs=nnx.Rngs(0)).out.out_features
+    10
+    """
+    if isinstance(network, linen.Module):
+        return _of_instance(network, arguments)
+    linens = isinstance(network, type) and issubclass(network, linen.Module)
+    supplied = (*_SUPPLIED, *(_OF_LINEN if linens else ()))
+    what = f"Model({described(network)})"
+    if not callable(network):
+        raise ValueError(
+            f"{what}: expected an nnx.Module or a linen.Module class, or a function that returns a "
+            "module or a pair (init, apply)"
+        )
+    return configured(network, arguments, supplied=supplied, what=what)
+
+
+def construct(
+    model: Configured,
+    spec: DataSpec,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    rngs: nnx.Rngs,
+) -> Any:
+    """Return the network of a model for a data set.
+
+    Args:
+      model: what `Model` returned.
+      spec: spec of the data, for arguments that depend on it.
+      dtype: dtype of the compute, for a network with that parameter; None leaves its default.
+      param_dtype: dtype of the parameters, likewise.
+      rngs: random streams, for a network with a parameter `rngs`.
+    """
+    arguments = {**model.settings}
+    for name, value in model.fixed.items():
+        arguments[name] = value(spec) if depends_on_spec(value) else value
+    takes = parameters_of(model.function)
+    for name, value in (("dtype", dtype), ("param_dtype", param_dtype), ("rngs", rngs)):
+        if name in takes and name not in arguments and value is not None:
+            arguments[name] = value
+    return model.function(**arguments)
+
+
+def takes_dtype(model: Configured) -> bool:
+    """Return whether the network has a parameter `dtype` that the policy decides."""
+    given = {**model.settings, **model.fixed}
+    return "dtype" in parameters_of(model.function) and "dtype" not in given
+
+
+def depends_on_spec(value: Any) -> bool:
+    """Return whether an argument is a function of the spec: its one parameter is named `spec`.
+
+    >>> depends_on_spec(lambda spec: spec.classes), depends_on_spec(lambda x: x), depends_on_spec(3)
+    (True, False, False)
+    """
+    if not callable(value):
+        return False
+    try:
+        return list(parameters_of(value)) == ["spec"]
+    except (TypeError, ValueError):  # a built-in function
+        return False
+
+
+def _of_instance(module: linen.Module, arguments: Mapping[str, Any]) -> Configured:
+    """Return the model of a Linen module with values: its fields are the arguments."""
+    kind = type(module)
+    names = [name for name in parameters_of(kind) if name not in _OF_LINEN]
+    values = {name: getattr(module, name) for name in names}
+    given = {
+        name: value
+        for name, value in values.items()
+        if name not in _SUPPLIED or value is not parameters_of(kind)[name].default
+    }
+    return Model(kind, **{**given, **arguments})
