@@ -27,8 +27,10 @@ from jmp_train.tree import all_finite, cast_to_full, cast_to_half, select_tree
 if TYPE_CHECKING:
     from jmp_train import flax
     from jmp_train.config.experiment import Experiment
+    from jmp_train.data.data import Data
 
 __all__ = [
+    "Data",
     "DataParallel",
     "DynamicLossScale",
     "Experiment",
@@ -74,4 +76,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("jmp_train.flax")
     if name == "Experiment":
         return importlib.import_module("jmp_train.config.experiment").Experiment
+    if name == "Data":
+        return importlib.import_module("jmp_train.data.data").Data
     raise AttributeError(f"module 'jmp_train' has no attribute {name!r}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from jmp_train.data.dataset import Source
 from jmp_train.data.examples import Examples, regroup
-from jmp_train.data.streams import Stream, StreamIterator, share_experiments
+from jmp_train.data.streams import Stream, StreamIterator, prepare_workers
 from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
@@ -155,7 +155,7 @@ class BatchIterator:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
         items = dataset.to_iter_dataset(options)
         if self._workers:
-            share_experiments()
+            prepare_workers()
             items = items.mp_prefetch(grain.MultiprocessingOptions(self._workers))
         return iter(items)
 

@@ -151,7 +151,21 @@ def _check_array(value: Any, name: str, key: Any) -> np.ndarray:
     if not numeric:
         why = "Python objects" if array.dtype.hasobject else f"dtype {array.dtype}"
         raise DataError(f"{name}: {key!r} has {why}; expected numbers")
-    return array
+    return _in_32_bits(array, name, key)
+
+
+def _in_32_bits(array: np.ndarray, name: str, key: str) -> np.ndarray:
+    """Return 64-bit numbers in 32 bits, which JAX computes with."""
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32)
+    if array.dtype not in (np.int64, np.uint64):
+        return array
+    if array.size and not (-(2**31) <= array.min() and array.max() < 2**31):
+        raise DataError(
+            f"{name}: {key!r} has integers beyond 32 bits; expected -2**31 to 2**31 - 1"
+        )
+    return array.astype(np.int32)
 
 
 def stack(examples: list[Batch], names: list[str]) -> Batch:

@@ -11,6 +11,7 @@ from typing import Any
 import cloudpickle  # with which Grain sends a dataset to its workers
 import grain
 import numpy as np
+from absl import flags
 
 from jmp_train.data.dataset import DataError
 from jmp_train.data.examples import check_example, regroup, stack, takes_generator, with_generator
@@ -56,7 +57,7 @@ class Stream:
             source = source.random_map(with_generator(self._transform), seed=seed_of_pass)
         source = source.batch(batch_size, drop_remainder=True, batch_fn=_stack)
         if self._workers:
-            share_experiments()
+            prepare_workers()
             return iter(source.mp_prefetch(grain.MultiprocessingOptions(self._workers)))
         return iter(source)
 
@@ -232,8 +233,14 @@ class StreamIterator:
         self._pass = None
 
 
-def share_experiments() -> None:
-    """Let worker processes have the functions of experiment files, which they cannot import."""
+def prepare_workers() -> None:
+    """Prepare what Grain's worker processes need.
+
+    They cannot import experiment files, so their functions are sent. Grain reads flags of absl, which
+    are parsed only in a program of absl.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
     if "experiments" in sys.modules:
         cloudpickle.register_pickle_by_value(sys.modules["experiments"])
 
@@ -244,7 +251,9 @@ def check_batch(batch: Any, name: str) -> Batch:
     Raises:
       DataError: if it is not a dict of arrays whose leading axes are equal.
     """
-    batch = check_example(batch, name, what="a dict of arrays by name, whose leading axis counts examples")
+    batch = check_example(
+        batch, name, what="a dict of arrays by name, whose leading axis counts examples"
+    )
     check_leading_axes(batch, name)
     return batch
 

@@ -15,7 +15,7 @@ _SUPPLIED = ("rngs", "dtype", "param_dtype")
 _OF_LINEN = ("parent", "name")
 
 
-def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:  # noqa: N802
+def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:
     """Return the model of an experiment: a network and the arguments of its constructor.
 
     The network does not need to know about precision, loss or data. It is constructed when a run

@@ -11,8 +11,8 @@ import jax
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.batches import eval_batch_size, eval_batches, iterate, train_batches
-from jmp_train.data.dataset import Dataset
 from jmp_train.data.data import own_shard
+from jmp_train.data.dataset import Dataset
 from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
@@ -43,7 +43,13 @@ def build(experiment: AnyExperiment) -> Parts:
     task = make_task_of(experiment, dataset)
     evaluate = make_evaluate(task.metrics_fn, experiment.precision)
     size = eval_batch_size(dataset.eval, experiment.batch_size)
-    batches = train_batches(dataset.train, experiment.batch_size, seed=experiment.seed, workers=dataset.workers, shard=own_shard())
+    batches = train_batches(
+        dataset.train,
+        experiment.batch_size,
+        seed=experiment.seed,
+        workers=dataset.workers,
+        shard=own_shard(),
+    )
     return Parts(
         dataset,
         task,

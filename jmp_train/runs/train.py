@@ -166,6 +166,11 @@ def _run_steps(
     if start.data is not None:
         batches.set_state(start.data)
     batches.skip(start.batches_left_out)
+    if not batches.can_seek:
+        line = "the data cannot be read from a position: a resumed run reads them again up to it"
+        print_line(context.console, line)
+        if batches.replayed:
+            print_line(context.console, f"read {batches.replayed} batches again")
     writer = _open_metrics(run_dir, start.step)
     progress = RunProgress(context.console, start=start.step, total=experiment.steps, name=name)
     evaluated: tuple[int, dict[str, float]] = (-1, {})
