@@ -24,7 +24,7 @@ _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
 class _ShuffledBatches:
     """Endless batches, reshuffled each epoch; batch i is a pure function of (seed, i)."""
 
-    def __init__(self, source: Source, batch_size: int, *, seed: int, shard: slice):
+    def __init__(self, source: Source, batch_size: int, *, seed: int, shard: slice = slice(None)):
         self._source = source
         self._shard = shard
         self._size = len(source)
@@ -133,7 +133,8 @@ class BatchIterator:
             self._items = self._items_from(self._next)
         item = next(self._items)
         self._next += self._steps_per_call
-        return item
+        # Out of the memory that is shared with the worker, so that it is free when the worker ends.
+        return {name: np.array(x) for name, x in item.items()} if self._workers else item
 
     def get_state(self) -> Json:
         """Return the position, a small dict for a checkpoint."""
@@ -141,11 +142,19 @@ class BatchIterator:
 
     def set_state(self, state: Json) -> None:
         """Move to the position of a state from `get_state`."""
-        self._next, self._items = state["next_batch"], None
+        self.close()
+        self._next = state["next_batch"]
 
     def skip(self, batches: int) -> None:
         """Move forward by a number of batches, without making them."""
-        self._next, self._items = self._next + batches, None
+        if batches:
+            self.close()
+            self._next += batches
+
+    def close(self) -> None:
+        """End the threads and worker processes."""
+        getattr(self._items, "close", lambda: None)()
+        self._items = None
 
     def _items_from(self, start: int) -> Iterator[Batch]:
         dataset = self._dataset.slice(slice(start, None))

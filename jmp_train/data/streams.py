@@ -45,7 +45,7 @@ class Stream:
         self._source = source
         self._transform = transform
         self._augment = batch_transform
-        self._workers = workers
+        self.workers = workers
 
     def open(self, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
         """Return an iterator over one pass."""
@@ -56,9 +56,9 @@ class Stream:
             seed_of_pass = _seed(seed, epoch, _EXAMPLE)
             source = source.random_map(with_generator(self._transform), seed=seed_of_pass)
         source = source.batch(batch_size, drop_remainder=True, batch_fn=_stack)
-        if self._workers:
+        if self.workers:
             prepare_workers()
-            return iter(source.mp_prefetch(grain.MultiprocessingOptions(self._workers)))
+            return iter(source.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
         return iter(source)
 
     def batches(self, batch_size: int, *, seed: int) -> StreamBatches:
@@ -115,6 +115,7 @@ class StreamBatches:
 
     def __init__(self, stream: Stream, batch_size: int, seed: int):
         self._stream, self._batch_size, self._seed = stream, batch_size, seed
+        self.workers = stream.workers
 
     def iterate(self, steps_per_call: int = 1) -> StreamIterator:
         """Return an iterator over items of so many batches."""
@@ -181,12 +182,12 @@ class StreamIterator:
 
     def set_state(self, state: Json) -> None:
         """Resume from a position that `get_state` or `state_at` returned."""
-        self._close()
+        self.close()
         self._next, self._epoch, self._read = 0, 0, 0
         if self.can_seek and "stream" in state:
             self._next, self._epoch = state["next_batch"], state["epoch"]
             self._read = state["read"]
-            self._close()
+            self.close()
             self._opened().set_state(state["stream"])  # pyright: ignore
             return
         self.replayed = state["next_batch"]
@@ -211,7 +212,7 @@ class StreamIterator:
                         f"pass {self._epoch} over the data has no whole batch; expected a smaller "
                         "--batch-size, or more examples"
                     ) from None
-                self._close()
+                self.close()
                 self._epoch, self._read = self._epoch + 1, 0
                 continue
             except (DataError, KeyboardInterrupt):
@@ -220,14 +221,17 @@ class StreamIterator:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise DataError(f"batch {self._next} cannot be read: {what}") from error
             self._next, self._read = self._next + 1, self._read + 1
-            return batch
+            # Out of the memory that worker processes share, as in `BatchIterator`.
+            own = isinstance(batch, dict) and self._batches.workers
+            return {name: np.array(x) for name, x in batch.items()} if own else batch
 
     def _opened(self) -> Iterator[Batch]:
         if self._pass is None:
             self._pass = self._batches.open(self._epoch)
         return self._pass
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the threads and worker processes."""
         close: Callable[[], None] = getattr(self._pass, "close", lambda: None)
         close()
         self._pass = None

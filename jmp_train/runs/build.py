@@ -120,7 +120,8 @@ def compile_step(
 ) -> tuple[jax.stages.Compiled, float]:
     """Return the compiled step for the shapes of a run, and the seconds that compiling took."""
     step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan
-    batch = next(iterate(parts.batches, experiment.steps_per_call))
+    with contextlib.closing(iterate(parts.batches, experiment.steps_per_call)) as batches:
+        batch = next(batches)
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     return compiled, time.perf_counter() - began

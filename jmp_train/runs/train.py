@@ -209,7 +209,7 @@ def _run_steps(
 
     for file in ("diverged.json", "diverged.txt"):  # of an earlier attempt, which is resumed
         (run_dir / file).unlink(missing_ok=True)
-    with contextlib.closing(writer), contextlib.closing(progress):
+    with contextlib.closing(writer), contextlib.closing(progress), contextlib.closing(batches):
         result = run_loop(
             compiled,
             start.state,
