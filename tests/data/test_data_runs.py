@@ -119,7 +119,7 @@ def test_a_killed_run_on_own_data_resumes_bitwise(folder, options):
     assert resumed.returncode == 0, resumed.stderr
     assert "is at step" in resumed.stdout
     assert ("batches again" in resumed.stdout) == (options[1] == "function")
-    assert_same_arrays(final_arrays(folder / "a", 60), final_arrays(folder / "b", 60))
+    assert_same_arrays(final_arrays(folder / "a"), final_arrays(folder / "b"))
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -127,7 +127,7 @@ def test_an_unreadable_example_ends_the_run_with_its_index(folder, workers):
     ended = call(folder, folder / "a", "--data.form", "bad", "--data.workers", workers)
     assert ended.returncode == 2
     line = "jmp-train: example 5 cannot be read: OSError: unreadable\n"
-    assert ended.stderr.endswith(line), ended.stderr
+    assert ended.stderr.startswith(line), ended.stderr
 
 
 def test_an_unknown_field_of_the_function_is_named(folder):
