@@ -13,6 +13,8 @@ from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.types import PyTree
 
+_NO_EXAMPLES = "the evaluation data has no examples; expected at least one"
+
 
 def make_evaluate(
     metrics_fn: Callable[..., dict[str, jax.Array]],
@@ -69,12 +71,13 @@ def make_evaluate(
     ) -> dict[str, float]:
         extras = {} if model_state is None else {"model_state": model_state}
         parts = jax.device_get([sums(params, batch, **extras) for batch in batches])
-        names = parts[0] if parts else {}
+        if not parts:
+            raise ValueError(_NO_EXAMPLES)
         means = {}
-        for name in names:
+        for name in parts[0]:
             total, weight = (sum(float(part[name][i]) for part in parts) for i in (0, 1))
             if weight == 0:
-                raise ValueError("the evaluation data has no examples; expected at least one")
+                raise ValueError(_NO_EXAMPLES)
             means[name] = total / weight
         return means
 

@@ -13,7 +13,7 @@ from helpers.programs import equations
 
 import jmp_train as jt
 from jmp_train.config.find import find_experiment
-from jmp_train.models import Gpt
+from jmp_train.models.model import construct
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.policy.precision import get_precision
 from jmp_train.spec import DataSpec
@@ -30,7 +30,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # half the time to compile
 
 
 def task_of(policy="float32", config=CONFIG, rules=()):
-    return make_task(config, SPEC, get_precision(policy, rules))
+    return make_task(config, "language_modelling", SPEC, get_precision(policy, rules))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def model():
-    make = lambda: Gpt(CONFIG, 256, rngs=nnx.Rngs(0))
+    make = lambda: construct(CONFIG, SPEC, rngs=nnx.Rngs(0))
     return nnx.split(nnx.eval_shape(make))[0]
 
 
@@ -251,7 +251,8 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
     shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     count = sum(x.size for x in jax.tree.leaves(shapes))
     # The closed form: two kernels of attention, three gated ones, two norms; a table, a norm.
-    block = 4 * config.width**2 + 3 * config.width * config.inner + 2 * config.width
+    inner = round(config.width * 8 / 3 / 64) * 64
+    block = 4 * config.width**2 + 3 * config.width * inner + 2 * config.width
     assert count == config.depth * block + 256 * config.width + config.width
     assert abs(count / 1e6 - million) < within
     optimizer = make_optimizer(experiment.optimizer, experiment.steps)
@@ -277,4 +278,4 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
 )
 def test_an_invalid_setting_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
-        gpt(**fields)
+        task_of(config=gpt(**fields))

@@ -22,13 +22,13 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16")
 def test_parameters_and_output_have_the_policys_dtypes(policy):
     policy = jt.get_policy(policy)
     dtypes = {"dtype": policy.compute_dtype, "param_dtype": policy.param_dtype}
-    model = Mlp((64, 32, 10), **dtypes, rngs=nnx.Rngs(0))
+    model = Mlp(64, 10, hidden=(32,), **dtypes, rngs=nnx.Rngs(0))
     assert all(x.dtype == policy.param_dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert model(jnp.ones((2, 64))).dtype == policy.compute_dtype
 
 
 def test_no_hidden_layer_is_a_linear_map():
-    model = Mlp((4, 3), rngs=nnx.Rngs(0))
+    model = Mlp(4, 3, hidden=(), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     kernel, bias = (
         np.asarray(p[...], np.float64) for p in (model.layers[0].kernel, model.layers[0].bias)
@@ -51,7 +51,7 @@ def test_dropout_drops_in_training_alone():
 @pytest.mark.parametrize("field,value", [("hidden", (0,)), ("dropout", 1.0), ("dropout", -0.1)])
 def test_invalid_setting_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field} is .*expected"):
-        mlp(**{field: value})
+        make_task(mlp(**{field: value}), "classification", DigitsConfig().load().spec, "f32")
 
 
 class LinenMlp(nn.Module):

@@ -77,7 +77,19 @@ def test_several_values_an_example_are_averaged_where_their_mask_counts_them():
     }
     evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
     assert evaluate(0.0, [batch]) == {"x": pytest.approx(13 / 3)}
-    with pytest.raises(
-        ValueError, match=r"'x' has shape \(2, 2\); expected that of the mask, \(2,\)"
-    ):
-        evaluate(0.0, [{**batch, "mask": jnp.ones(2, bool)}])
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
+def test_a_mask_of_another_shape_than_the_values_is_refused(shape):
+    evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
+    batch = {"x": jnp.ones((2, 2)), "mask": jnp.ones(shape, bool)}
+    with pytest.raises(ValueError, match=r"'x' has shape \(2, 2\); expected that of the mask"):
+        evaluate(0.0, [batch])
+
+
+def test_a_mask_per_example_counts_all_its_values_and_a_mask_per_token_its_example():
+    evaluate = jt.make_evaluate(lambda params, batch: {"x": batch["x"]})
+    tokens = {"x": jnp.array([[1.0, 2.0], [4.0, 8.0]]), "mask": jnp.array([False, True])}
+    assert evaluate(0.0, [tokens]) == {"x": 6.0}
+    examples = {"x": jnp.array([3.0, 5.0]), "mask": jnp.array([[False, False], [True, False]])}
+    assert evaluate(0.0, [examples]) == {"x": 5.0}
