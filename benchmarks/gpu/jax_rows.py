@@ -66,7 +66,7 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
     Args:
       row: gives precision and program.
       workload: the sizes.
-      **changes: to the fields of a `GptConfig`.
+      **changes: to the arguments of `Gpt`.
     """
     plain = row.program in ("autocast", "apply_policy")
     rules = Rules(POLICIES[row.precision] if row.program == "apply_policy" else ())

@@ -22,10 +22,11 @@ def fit_warmup(experiment: E) -> tuple[E, str]:
 
     >>> from jmp_train.config import Experiment
     >>> from jmp_train.data import DigitsConfig
-    >>> from jmp_train.models import MlpConfig
+    >>> from jmp_train.models import Mlp, Model
     >>> from jmp_train.optim import OptimizerConfig
     >>> optimizer = OptimizerConfig(warmup_steps=100)
-    >>> experiment = Experiment(MlpConfig(), DigitsConfig(), steps=60, optimizer=optimizer)
+    >>> model = Model(Mlp, inputs=64, outputs=10)
+    >>> experiment = Experiment(model, DigitsConfig(), steps=60, optimizer=optimizer)
     >>> fitted, line = fit_warmup(experiment)
     >>> fitted.optimizer.warmup_steps
     6

@@ -122,10 +122,9 @@ def _of_nnx(make: Make, precision: Precision) -> Functional:
         return _nnx.apply_policy(module, rules) if rules.entries else module
 
     kinds = (nnx.Param, nnx.RngState, ...)
-    graphs = {}
+    graphs, module = {}, None
     for train in (True, False):
         module = nnx.eval_shape(functools.partial(build, train=train), jax.random.key(0))
-        kind = type(module)
         graphs[train], _, streams, rest = nnx.split(module, *kinds)
     has_state = bool(nnx.to_flat_state(rest))
 
@@ -152,7 +151,8 @@ def _of_nnx(make: Make, precision: Precision) -> Functional:
         changed = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))))
         return out, _with_structure_of(state, changed)
 
-    return Functional(init, apply, lambda method: hasattr(kind, method), precision)
+    # Of an instance: every class has `__call__`, that of its metaclass.
+    return Functional(init, apply, lambda method: hasattr(module, method), precision)
 
 
 def _seed(streams: Any, key: jax.Array) -> Any:

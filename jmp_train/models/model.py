@@ -73,6 +73,10 @@ def construct(
       dtype: dtype of the compute, for a network with that parameter; None leaves its default.
       param_dtype: dtype of the parameters, likewise.
       rngs: random streams, for a network with a parameter `rngs`.
+
+    Raises:
+      ValueError: from the constructor; a message that begins with the name of a setting, such as
+        "width is 0", gets "model." before it.
     """
     arguments = {**model.settings}
     for name, value in model.fixed.items():
@@ -81,7 +85,12 @@ def construct(
     for name, value in (("dtype", dtype), ("param_dtype", param_dtype), ("rngs", rngs)):
         if name in takes and name not in arguments and value is not None:
             arguments[name] = value
-    return model.function(**arguments)
+    try:
+        return model.function(**arguments)
+    except ValueError as error:
+        if str(error).partition(" ")[0] not in model.settings:
+            raise
+        raise ValueError(f"model.{error}") from None  # the name of the setting, as of its option
 
 
 def takes_dtype(model: Configured) -> bool:

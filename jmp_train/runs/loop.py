@@ -163,9 +163,9 @@ def run_loop(
                 reason = f"{reason}; it began with step {bad}"
             raise Diverged(reason, LastCall(at, state, batch, values["loss_scale"], skipped, bad))
         calls = []
-        # A stop skips the evaluation of the last step, but not one that the interval demands: a
-        # resumed run would lack it.
-        if evaluate_due and (not stopped or at % every.evaluate == 0):
+        # A stop skips its evaluation, but not one that the interval demands, which a resumed run would
+        # lack, nor that of the last step, without which a run is not finished.
+        if evaluate_due and (not stopped or at >= stop or at % every.evaluate == 0):
             asked.add(evaluate(at, state))
         stopped = stopped or "stop" in asked
         if checkpoint_due or asked & {"save", "stop"}:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train.configurable import Configured
+from jmp_train.configurable import Configured, described
 from jmp_train.errors import nearest
 from jmp_train.flax.functional import Functional, functional
 from jmp_train.models.model import construct, takes_dtype
@@ -90,6 +90,11 @@ def make_task(
         lambda net: call(net, one, task.call),
         takes_dtype=takes_dtype(model),
     )
+    if task.call is None and not net.has("__call__"):
+        raise ValueError(
+            f"the network {described(model.function)} has no method '__call__', with which {name} "
+            "calls it; expected one, or a task with a function `call` (docs/models.md)"
+        )
     return TaskFunctions(
         net.init,
         _loss_fn(net, task, functools.partial(call, own=task.call)),

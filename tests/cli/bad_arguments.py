@@ -146,7 +146,16 @@ NAMES = [
     (["train", "rule_text"], r"rules is '\*\*=bf16'; expected a tuple, each text"),
     (["train", "adamx"], r"name is 'adamx'; did you mean 'adam'"),
     (["train", "text_rate"], r"learning_rate is '1e-3'; expected a number"),
-    (["train", "listed"], r"hidden is \[64\]; expected a tuple, each an integer"),
+    (["train", "listed"], r"rules is \['\*\*=bf16'\]; expected a tuple, each text"),
+    (["train", "texts"], r"hidden is \('wide',\); expected a tuple, each an integer"),
+    (["train", "no_width"], r"model.hidden is \(0,\); expected widths of at least 1"),
+    (["train", "mlp_bf16", "--model.hidden", "0"], r"model.hidden is \(0,\); expected widths of"),
+    (["train", "mlp_bf16", "--model.dropout", "1"], r"model.dropout is 1.0; expected 0 <= dropout"),
+    (
+        ["train", "gpt_classifies"],
+        r"the network Gpt has no method '__call__', with which classification calls it",
+    ),
+    (["train", "no_task"], r"the task is 'clasification'; did you mean 'classification'"),
     (
         ["train", "mlp_on_text"],
         r"the data have tokens.*; expected image and label, which classification reads",
@@ -156,7 +165,7 @@ NAMES = [
         r"the data have image and label; expected tokens, which language_modelling reads",
     ),
     (["train", "no_data"], r"data is None; expected a configuration with a method 'load'"),
-    (["train", "no_model"], r"model is 3; expected a configuration with an attribute 'task'"),
+    (["train", "no_model"], r"model is 3; expected jmp_train.Model\(Net, ...\), .* \(docs/models.md\)"),
     (["train", "unknown_field"], r"unexpected keyword argument 'stesp'"),
     (["train", "no_path"], r"missing 1 required positional argument: 'path'"),
 ]
@@ -256,7 +265,7 @@ PREDICTS = [
     (["done", "--promt", "x"], r"did you mean --prompt\?"),
 ]
 OTHERS = [
-    ([""], r"unknown command ''; expected one of compare, eval, list, predict, profile, train"),
+    ([""], r"unknown command ''; expected one of compare, eval, list, new, predict, profile, train"),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
 ]

@@ -36,12 +36,18 @@ EXPERIMENTS = {
     "rule_text": own('NpzConfig("good.npz"), rules="**=bf16"'),
     "adamx": own('NpzConfig("good.npz"), optimizer=OptimizerConfig(name="adamx")'),
     "text_rate": own('NpzConfig("good.npz"), optimizer=OptimizerConfig(learning_rate="1e-3")'),
-    "listed": own('NpzConfig("good.npz")').replace("hidden=()", "hidden=[64]"),
+    "listed": own('NpzConfig("good.npz"), rules=["**=bf16"]'),
+    "texts": own('NpzConfig("good.npz")').replace("hidden=()", "hidden=['wide']"),
+    "no_width": own('NpzConfig("good.npz"), batch_size=8').replace("hidden=()", "hidden=[0]"),
     "no_data": own("None"),
     "mlp_on_text": own("TextConfig(length=8)").replace("NpzConfig", "TextConfig"),
-    "gpt_on_arrays": own('NpzConfig("good.npz"), batch_size=8')
-    .replace("mlp(hidden=())", "gpt(width=8, depth=1, heads=1)")
-    .replace("MlpConfig", "GptConfig"),
+    "gpt_on_arrays": own('NpzConfig("good.npz"), task="language_modelling", batch_size=8').replace(
+        "mlp(hidden=())", "gpt(width=8, depth=1, heads=1)"
+    ),
+    "gpt_classifies": own('NpzConfig("good.npz"), batch_size=8').replace(
+        "mlp(hidden=())", "gpt(width=8, depth=1, heads=1)"
+    ),
+    "no_task": own('NpzConfig("good.npz"), task="clasification"'),
     "no_model": own('NpzConfig("good.npz")').replace("mlp(hidden=())", "3"),
     "unknown_field": own('NpzConfig("good.npz"), stesp=3'),
     "no_path": own("NpzConfig()"),

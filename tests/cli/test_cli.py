@@ -178,7 +178,7 @@ def test_too_many_skips_have_status_3_and_a_report(capsys, tmp_path):
     ]  # fmt: skip
     first = report["operations"]["ops"][0]
     assert first["kind"] == "overflow" and first["backward"] and first["dtype"] == "float16"
-    assert first["source"].split(":")[0].endswith("jmp_train/tasks/classification.py")
+    assert first["source"].split(":")[0].endswith("jmp_train/tasks/kinds.py")
     float32 = report["float32"]
     assert float32["finite"] and float32["format"] == "float16"
     # 1e9 times the largest gradient is above 65,504, and every share is of the same numbers.
@@ -249,7 +249,9 @@ def test_a_signal_ends_a_comparison_with_its_status(capsys, tmp_path, monkeypatc
 
     signals = iter([signal.SIGINT])
     monkeypatch.setattr(RunProgress, "train", lambda *_: [os.kill(os.getpid(), s) for s in signals])
-    status, _, err = run(capsys, "compare", "linear", *FEW, "--out", str(tmp_path / "out"))
+    status, _, err = run(
+        capsys, "compare", "linear", *FEW, "--steps-per-call", "1", "--out", str(tmp_path / "out")
+    )
     assert status == 130 and "stopped by SIGINT at step 11" in err
     assert err.splitlines()[1] == "resume with:" and err.count("\n") == 3
 
