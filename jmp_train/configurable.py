@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import reprlib
@@ -126,12 +127,16 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _hints(function: Any) -> dict[str, Any]:
-    """Return the annotations; {} if they name what only a type checker can import."""
+    """Return the annotations, without those that name what only a type checker can import."""
     inner = getattr(function, "func", function)  # of a functools.partial
-    try:
-        return typing.get_type_hints(inner.__init__ if isinstance(inner, type) else inner)
-    except Exception:  # noqa: BLE001  (an annotation may be any expression)
-        return {}
+    inner = inspect.unwrap(inner.__init__ if isinstance(inner, type) else inner)
+    hints = {}
+    for name, hint in getattr(inner, "__annotations__", {}).items():
+        alone = types.SimpleNamespace(__annotations__={name: hint})
+        # An annotation may be any expression.
+        with contextlib.suppress(Exception):
+            hints |= typing.get_type_hints(alone, globalns=getattr(inner, "__globals__", {}))
+    return hints
 
 
 def _kind(value: Any, hint: Any) -> Any:

@@ -165,7 +165,10 @@ NAMES = [
         r"the data have image and label; expected tokens, which language_modelling reads",
     ),
     (["train", "no_data"], r"data is None; expected a configuration with a method 'load'"),
-    (["train", "no_model"], r"model is 3; expected jmp_train.Model\(Net, ...\), .* \(docs/models.md\)"),
+    (
+        ["train", "no_model"],
+        r"model is 3; expected jmp_train.Model\(Net, ...\), .* \(docs/models.md\)",
+    ),
     (["train", "unknown_field"], r"unexpected keyword argument 'stesp'"),
     (["train", "no_path"], r"missing 1 required positional argument: 'path'"),
 ]
@@ -265,7 +268,10 @@ PREDICTS = [
     (["done", "--promt", "x"], r"did you mean --prompt\?"),
 ]
 OTHERS = [
-    ([""], r"unknown command ''; expected one of compare, eval, list, new, predict, profile, train"),
+    (
+        [""],
+        r"unknown command ''; expected one of compare, eval, list, new, predict, profile, train",
+    ),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
 ]
