@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import Task
-from jmp_train.tasks.token_losses import token_losses
+from jmp_train.tasks.token_losses import logits_losses, token_losses
 from jmp_train.types import Batch, Key, PyTree
 
 
@@ -38,8 +37,7 @@ def language_modelling(tokens: str = "tokens") -> Task:
         tokens_BxT1 = batch[tokens].astype(jnp.int32)
         if net.has("score"):
             return net(tokens_BxT1, token_losses, method="score")
-        logits_BxTxV = net(tokens_BxT1[:, :-1]).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, tokens_BxT1[:, 1:])
+        return logits_losses(net(tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
 
     return Task(
         loss=lambda losses, batch: losses,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jmp_train.tasks.task import Task
+from jmp_train.tasks.token_losses import logits_losses
 from jmp_train.types import Batch, Function
 
 
@@ -35,19 +35,9 @@ def sequence_to_sequence(
     def scored(batch: Batch) -> jax.Array:
         return right(batch) != padding
 
-    def losses(logits: jax.Array, batch: Batch) -> jax.Array:
-        expected = right(batch).shape
-        if logits.ndim != 3 or logits.shape[:2] != expected:
-            raise ValueError(
-                f"the network returned shape {logits.shape}; expected logits of shape "
-                f"({', '.join(map(str, expected))}, vocabulary)"
-            )
-        logits = logits.astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, right(batch))
-
     def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         mask = scored(batch)
-        return jnp.where(mask, losses(logits, batch), 0.0), mask
+        return jnp.where(mask, logits_losses(logits, right(batch)), 0.0), mask
 
     def accuracy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         mask = scored(batch)

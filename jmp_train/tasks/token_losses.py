@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jmp_train.numerics.dtypes import at_least_float32
 from jmp_train.types import PyTree
@@ -38,6 +39,24 @@ def token_losses(
     """
     # A chunk above the number of tokens would be padded, and the padding computed.
     return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
+
+
+def logits_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """Return the cross-entropy of each token, computed in float32 from logits of a network.
+
+    Raises:
+      ValueError: if the shapes do not agree.
+
+    >>> logits_losses(jnp.zeros((1, 2, 4)), jnp.array([[0, 3]])).round(4).tolist()  # log 4
+    [[1.386299967765808, 1.386299967765808]]
+    """
+    if logits_BxTxV.ndim != 3 or logits_BxTxV.shape[:2] != targets_BxT.shape:
+        raise ValueError(
+            f"the network returned shape {logits_BxTxV.shape}; expected logits of shape "
+            f"({', '.join(map(str, targets_BxT.shape))}, vocabulary)"
+        )
+    logits_BxTxV = logits_BxTxV.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, targets_BxT)
 
 
 def _forward(
