@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jmp_train.numerics.dtypes import at_least_float32
@@ -41,7 +42,7 @@ def token_losses(
     return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
 
 
-def logits_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+def logits_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array | np.ndarray) -> jax.Array:
     """Return the cross-entropy of each token, computed in float32 from logits of a network.
 
     Raises:
