@@ -15,6 +15,7 @@ from jmp_train.data.dataset import Dataset
 from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
+from jmp_train.runs.user_code import one_line_errors
 from jmp_train.step.evaluation import make_evaluate
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import Stepper, make_step
@@ -77,12 +78,14 @@ def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> TaskFunctions:
     """Return the task of an experiment on its dataset.
 
     Raises:
-      UsageError: for a rule that matches no module, and for data without what the task reads.
+      UsageError: for a rule that matches no module, for data without what the task reads, and for a
+        network that cannot be constructed.
     """
-    try:
-        return experiment.functions(dataset.spec)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    with one_line_errors():
+        try:
+            return experiment.functions(dataset.spec)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:

@@ -261,9 +261,18 @@ def images(classes: int = 10):
     return linen.Sequential([linen.Dense(classes)])  # does not flatten: (batch, 8, classes)
 
 
+class NegativeSize(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layer = nnx.Linear(64, -1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x.reshape(len(x), -1))
+
+
 @pytest.mark.parametrize(
     "model,message",
     [
+        (NegativeSize, r"do not fit: .*\(64, -1\).* \(.*test_own_models.py, line \d+\)"),
         (WrongSize, r"do not fit: .*64.*63.* \(.*test_own_models.py, line \d+\)"),
         (images, r"do not fit: the network returned \(\d+, 8, 10\); expected logits of shape"),
     ],
