@@ -19,8 +19,8 @@ TABLE = RNG.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
 
 
 def mean_so_far(x, xp=jnp):
-    """Mean over positions up to each one, (batch, length, width)."""
-    return xp.cumsum(x, 1) / xp.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+    """Mean over positions up to each one, (batch, length, width), the features turned by one."""
+    return xp.roll(xp.cumsum(x, 1), 1, -1) / xp.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
 
 
 class Logits(nnx.Module):
@@ -73,10 +73,16 @@ def test_losses_and_gradients_from_logits_equal_those_of_score(network):
 @pytest.mark.parametrize("network", [Logits, LinenLogits])
 def test_a_text_is_continued_by_calls_with_the_newest_window(network):
     table = TABLE.astype(np.float64)
-    text = [3, 1, 4]
-    for _ in range(2 * LENGTH):
-        features = mean_so_far(table[np.array(text[-LENGTH:])][None], np)[0, -1]
-        text.append(int((table @ features).argmax()))
+
+    def continued(sees):
+        text = [3, 1, 4]
+        for _ in range(2 * LENGTH):
+            features = mean_so_far(table[np.array(text[-sees:])][None], np)[0, -1]
+            text.append(int((table @ features).argmax()))
+        return text
+
+    text = continued(LENGTH)
+    assert text != continued(99)  # the window matters
     prompt, key = jnp.array([3, 1, 4]), jax.random.key(0)
     generate = lm(network).generate
     assert generate is not None
