@@ -13,6 +13,7 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_positional
+from jmp_train.cli.resume_command import tell_how_to_resume
 from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.errors import UsageError
 from jmp_train.runs.compare import compare, families, variants_of
@@ -65,4 +66,6 @@ def command(arguments: list[str]) -> None:
     if options.compilation_cache:
         keep_compiled()
     with results_folder(options.out, Path("runs") / "compare" / family) as out:
-        compare(family, variants, seeds=options.seeds, out=out, console=Console())
+        folder = ["--out", str(out)] if options.out is None else []
+        with tell_how_to_resume(["compare", *arguments], folder):
+            compare(family, variants, seeds=options.seeds, out=out, console=Console())

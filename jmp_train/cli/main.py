@@ -14,8 +14,10 @@ _COMMANDS = ("compare", "eval", "list", "predict", "profile", "train")
 _USAGE = """\
 usage: jmp-train COMMAND ...
 
-  train NAME [--run-dir DIR] [--force] [--lr RATE] [--FIELD VALUE ...]
-      train an experiment, or resume a run
+  train NAME [--run-dir DIR | --resume] [--force] [--lr RATE]
+          [--FIELD VALUE ...]
+      train an experiment, or resume a run: the one in DIR, or with --resume the
+      newest in runs/NAME with the same options
   eval RUN_DIR
       evaluate the newest checkpoint of a run
   predict RUN_DIR --prompt TEXT [--length N] [--temperature T] [--seed N]
@@ -29,6 +31,10 @@ usage: jmp-train COMMAND ...
       trace some steps of an experiment, for Perfetto
   --version
       print the versions of jmp-train and JAX
+
+RUN_DIR is the directory of a run; runs/NAME, for the newest run of NAME; or
+latest, for the newest run of all. Ctrl-C saves the state of a run, and prints
+the command that resumes it.
 
 Every field of an experiment: jmp-train train NAME --help
 """
@@ -94,7 +100,9 @@ def _run(name: str, arguments: list[str]) -> int:
     except (NoUsableCheckpoint, NotSaved) as error:
         return _fail(error, 4)
     except Stopped as error:
-        return _fail(error, 128 + error.signum)
+        status = _fail(error, 128 + error.signum)
+        _print_notes(error)
+        return status
     except (MemoryError, JaxRuntimeError) as error:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -102,9 +110,15 @@ def _run(name: str, arguments: list[str]) -> int:
         cause = f"out of memory: {what}" if what else "out of memory"
         hint = "expected a smaller model or batch, or more micro_batches"
         return _fail(UsageError(f"{cause}; {hint}"), 2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        _print_notes(error)
         return 130
     return 0
+
+
+def _print_notes(error: BaseException) -> None:
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr)
 
 
 def _fail(error: Exception, status: int) -> int:

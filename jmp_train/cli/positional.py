@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.settings import with_settings
 from jmp_train.errors import UsageError
 from jmp_train.runs.directory import read_config
+from jmp_train.runs.find import COMPARED, LATEST, NO_RUNS, RUNS, TRAINED, find_run, newest_first
 
 
 def take_positional(
@@ -41,11 +43,22 @@ def take_experiment(arguments: list[str], command: str) -> tuple[str, list[str]]
     return take_positional(arguments, f"{command} NAME", "the name of an experiment", choices)
 
 
-def take_run_dir(arguments: list[str], command: str) -> tuple[Path, list[str]]:
-    """Return the directory of a run and the other arguments, as `take_positional` does."""
+def take_run(arguments: list[str], command: str) -> tuple[str, list[str]]:
+    """Return the argument that names a run and the other arguments, as `take_positional` does."""
     what = "the directory of a run"
-    folder, rest = take_positional(arguments, f"{command} RUN_DIR", what, _newest_runs)
-    return Path(folder), rest
+    return take_positional(arguments, f"{command} RUN_DIR", what, _newest_runs)
+
+
+def choose_run(given: str) -> Path:
+    """Return the run directory that an argument names; print it to standard error if it was chosen.
+
+    Raises:
+      UsageError: as `find_run`.
+    """
+    run_dir = find_run(given)
+    if run_dir != Path(given):
+        print(f"run {run_dir}, the newest of {RUNS if given == LATEST else given}", file=sys.stderr)
+    return run_dir
 
 
 def stored_experiment(run_dir: Path) -> AnyExperiment:
@@ -64,18 +77,13 @@ def stored_experiment(run_dir: Path) -> AnyExperiment:
 
 def _newest_runs() -> str:
     """Return the end of a message that names the newest runs."""
-    configs = [
-        path
-        for form in ("*/*/config.json", "compare/*/*/runs/*/config.json")
-        for path in Path("runs").glob(form)
-    ]
     found = []
-    for config in sorted(configs, key=lambda path: path.stat().st_mtime, reverse=True):
+    for run in newest_first(RUNS, *TRAINED, COMPARED):
         with contextlib.suppress(UsageError):  # skips a run that cannot be read
-            found.append(f"{config.parent} ({read_config(config.parent)[0]})")
+            found.append(f"{run} ({read_config(run)[0]})")
         if len(found) == 3:
             break
     if not found:
-        return "runs/ has no runs; start one with jmp-train train NAME"
+        return NO_RUNS
     newest = "run is" if len(found) == 1 else "runs are"
     return f"the newest {newest} {', '.join(found)}"

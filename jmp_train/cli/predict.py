@@ -8,7 +8,8 @@ import unicodedata
 
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
-from jmp_train.cli.positional import stored_experiment, take_run_dir
+from jmp_train.cli.positional import choose_run, stored_experiment, take_run
+from jmp_train.reports.stages import terminal_alone
 from jmp_train.runs.predict import predict_run
 
 
@@ -38,9 +39,10 @@ class PredictOptions:
 
 def command(arguments: list[str]) -> None:
     """Continue a text, and print it with its continuation."""
-    run_dir, rest = take_run_dir(arguments, "predict")
-    options = parse(PredictOptions, PredictOptions(), rest, f"jmp-train predict {run_dir}")
+    given, rest = take_run(arguments, "predict")
+    options = parse(PredictOptions, PredictOptions(), rest, f"jmp-train predict {given}")
     prompt = options.prompt.encode("utf-8", "surrogateescape")  # the bytes that the shell gave
+    run_dir = choose_run(given)
     experiment = stored_experiment(run_dir)
     keep_compiled()
     continuation = predict_run(
@@ -50,6 +52,7 @@ def command(arguments: list[str]) -> None:
         length=options.length,
         temperature=options.temperature,
         seed=options.seed,
+        console=terminal_alone(),
     )
     print(printable(prompt + continuation, sys.stdout.encoding))
 

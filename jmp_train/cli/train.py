@@ -14,17 +14,21 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
+from jmp_train.cli.resume_command import tell_how_to_resume
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.reports.progress import display_name
+from jmp_train.runs.find import RUNS, find_resumable
 from jmp_train.runs.train import train
 from jmp_train.types import Json
 
 _USAGE = """\
-usage: jmp-train train NAME [--run-dir DIR] [--force] [--lr RATE]
+usage: jmp-train train NAME [--run-dir DIR | --resume] [--force] [--lr RATE]
                             [--FIELD VALUE ...]
 
-Train an experiment, or resume the run in --run-dir.
+Train an experiment. --run-dir resumes the run in DIR, if there is one; --resume
+resumes the newest run in runs/NAME that was started with the same options.
+Ctrl-C saves the state and prints the command that resumes.
 
 The fields depend on the experiment; its own help shows each with its value:
 
@@ -36,17 +40,26 @@ Experiments:
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
-    """Train an experiment, or resume the run in --run-dir."""
+    """Train an experiment, or resume a run."""
 
     experiment: AnyExperiment
     run_dir: Annotated[
         Path | None, tyro.conf.arg(help_behavior_hint="(default: runs/NAME/TIME)")
     ] = None
     """Directory of the run; an existing run there is resumed."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Resume the newest run in runs/NAME with these settings; with --force, the newest one."""
     compilation_cache: Annotated[bool, tyro.conf.FlagConversionOff] = True
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Resume a run of other settings, as far as its state fits."""
+
+    def __post_init__(self) -> None:
+        if self.resume and self.run_dir is not None:
+            raise ValueError(
+                f"--resume finds the run in runs/, and --run-dir {self.run_dir} names it; expected one "
+                "of the two (--run-dir resumes too)"
+            )
 
 
 def usage() -> str:
@@ -62,8 +75,13 @@ def command(arguments: list[str]) -> None:
     parsed = parse(TrainArguments, default, options, f"jmp-train train {name}")
     if parsed.compilation_cache:
         keep_compiled()
-    with results_folder(parsed.run_dir, Path("runs") / name) as run_dir:
-        summary = train(name, parsed.experiment, run_dir, Console(), force=parsed.force)
+    given = parsed.run_dir
+    if parsed.resume:
+        given = find_resumable(name, parsed.experiment, force=parsed.force)
+    with results_folder(given, RUNS / name) as run_dir:
+        directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
+        with tell_how_to_resume(["train", *arguments], directory):
+            summary = train(name, parsed.experiment, run_dir, Console(), force=parsed.force)
     print(_results(name, summary))
     print(run_dir)
 

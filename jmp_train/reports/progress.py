@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from jmp_train.types import Json
 
-_SHOWN = ("loss", "accuracy", "bits_per_byte", "loss_scale", "skipped_steps", "steps_per_second")
+_LAST = ("loss_scale", "skipped_steps", "steps_per_second")
+_RECORDED = (*_LAST, "skipped_in_row", "last_skipped_step", "nonfinite_tensors", "grad_norm",
+             "learning_rate")  # fmt: skip
 
 
 def print_line(console: Console, text: str) -> None:
@@ -38,18 +38,49 @@ def format_values(values: Json) -> str:
     >>> format_values({"loss": 0.12345, "loss_scale": 65536.0, "steps_per_second": 812.3})
     'loss 0.1235  loss scale 65536  812 steps/s'
     """
-    shown = []
-    for name in _SHOWN:
+    return "  ".join(_shown(values))
+
+
+def _shown(values: Json) -> list[str]:
+    """Return the texts of the loss, the metrics of the task, the loss scale, skips and the rate."""
+    metrics = [k for k, v in values.items() if k not in _RECORDED and isinstance(v, (int, float))]
+    shown = [
+        f"{display_name(k)} {values[k]:.4f}" for k in sorted(metrics, key=lambda k: k != "loss")
+    ]
+    for name in _LAST:
         if name not in values or (name == "skipped_steps" and not values[name]):
             continue
         value = values[name]
         if name == "steps_per_second":
             shown.append(f"{value:.3g} steps/s" if value < 100 else f"{value:.0f} steps/s")
-        elif name in ("loss_scale", "skipped_steps"):
-            shown.append(f"{display_name(name.removesuffix('_steps'))} {value:.6g}")
         else:
-            shown.append(f"{display_name(name)} {value:.4f}")
-    return "  ".join(shown)
+            shown.append(f"{display_name(name.removesuffix('_steps'))} {value:.6g}")
+    return shown
+
+
+def print_header(console: Console, rows: dict[str, str]) -> None:
+    """Print names and values in two columns; the lines of a value stand below each other."""
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        for i, line in enumerate(text.splitlines()):
+            print_line(console, f"{'' if i else name:{width}}  {line}")
+
+
+class _Items:
+    """A renderable: texts side by side, in as many lines as they need."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = ""
+        for text in self.texts:
+            if line and cell_len(f"{line}  {text}") > options.max_width:
+                yield Text(line)
+                line = text
+            else:
+                line = f"{line}  {text}" if line else text
+        yield Text(line, overflow="fold")
 
 
 class RunProgress:
@@ -67,23 +98,26 @@ class RunProgress:
         self._total = total
         self._began = time.monotonic()
         self._start = start
-        self._bar = None
-        if console.is_terminal:
+        self._name = name
+        self._live = None
+        if console.is_interactive and not console.quiet:
+            # The bar gives way where the line is short; the values have lines of their own.
             self._bar = Progress(
-                TextColumn(name, markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}", markup=False),
-                TimeRemainingColumn(),
-                console=console,
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                expand=True,
             )
-            self._task = self._bar.add_task(name, total=total, completed=start, values="")
-            self._bar.start()
+            self._task = self._bar.add_task(name, total=total, completed=start)
+            self._values = _Items()
+            self._live = Live(Group(self._bar, self._values), console=console)
+            self._live.start()
 
     def train(self, step: int, values: Json) -> None:
         """Show the values of a step."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, values=format_values(values))
+        if self._live is not None:
+            self._values.texts = [self._name, *_shown(values)]
+            self._bar.update(self._task, completed=step)
             return
         rate = (step - self._start) / max(time.monotonic() - self._began, 1e-9)
         left = (self._total - step) / rate if rate > 0 else 0.0
@@ -99,5 +133,5 @@ class RunProgress:
 
     def close(self) -> None:
         """End the live bar."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()

@@ -90,19 +90,34 @@ def check_directory(
             return []
     except OSError as error:
         raise UsageError(f"{run_dir} cannot be read: {error.strerror}") from None
-    saved_name, saved = read_config(run_dir)
-    if saved_name != name and not force:
+    changed, refusals = changed_settings(run_dir, name, experiment, asked_warmup)
+    if "experiment" in changed and not force:
+        saved_name, _ = read_config(run_dir)
         raise UsageError(f"{run_dir} holds a run of {saved_name!r}; expected one of {name!r}")
-    changed = differences(
-        {"experiment": saved_name, **saved}, flatten(config_json(name, experiment))
-    )
-    refusals = refused(changed, saved, asked_warmup)
     if refusals and not force:
         raise UsageError(
             f"{run_dir} holds a run with other settings: {', '.join(refusals)}; expected the same "
             "ones, another --run-dir, or --force to resume with these"
         )
     return list(changed.values())
+
+
+def changed_settings(
+    run_dir: Path, name: str, experiment: AnyExperiment, asked_warmup: int
+) -> tuple[dict[str, str], list[str]]:
+    """Compare the settings of a run with those of an experiment; arguments as in `check_directory`.
+
+    Returns:
+      The text of each change by dotted path, "experiment" for its name; and the texts of those that
+      only --force allows.
+
+    Raises:
+      UsageError: as `read_config`.
+    """
+    saved_name, saved = read_config(run_dir)
+    now = flatten(config_json(name, experiment))
+    changed = differences({"experiment": saved_name, **saved}, now)
+    return changed, refused(changed, saved, asked_warmup)
 
 
 def check_path(run_dir: Path) -> None:

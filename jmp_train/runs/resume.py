@@ -17,6 +17,7 @@ from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import DoesNotFit, Restored
 from jmp_train.records.provenance import package_versions
 from jmp_train.reports.progress import print_line
+from jmp_train.reports.stages import stage
 from jmp_train.runs.build import Parts, first_state
 from jmp_train.runs.changes import differences, refused, reordering
 from jmp_train.runs.context import RunContext
@@ -61,9 +62,11 @@ def find_start(context: RunContext) -> Start:
                 f"{', '.join(refusals)}; move it away, or give --force to resume from it"
             )
 
-    state = first_state(experiment, context.parts)
+    with stage(context.console, "initialising"):
+        state = first_state(experiment, context.parts)
     try:
-        restored = context.checkpoints.restore_latest(state, check=check)
+        with _restoring(context):
+            restored = context.checkpoints.restore_latest(state, check=check)
     except DoesNotFit as error:
         restored = _restore_with_other_skips(context, state, check)
         if restored is None:
@@ -82,6 +85,12 @@ def find_start(context: RunContext) -> Start:
         extra["train_time_s"],
         extra["rollbacks"],
     )
+
+
+def _restoring(context: RunContext) -> contextlib.AbstractContextManager[None]:
+    if not context.checkpoints.steps():
+        return contextlib.nullcontext()
+    return stage(context.console, "restoring a checkpoint")
 
 
 def _data_position(context: RunContext, step: int, saved: Json, changed: list[str]) -> Json:

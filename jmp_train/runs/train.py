@@ -16,6 +16,7 @@ from jmp_train.errors import UsageError
 from jmp_train.records.metrics import MetricsWriter
 from jmp_train.records.provenance import package_versions, unused_devices_line
 from jmp_train.reports.progress import RunProgress, print_line
+from jmp_train.reports.stages import stage
 from jmp_train.runs.build import build, check_batch_size, compile_step, matmul_precision
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
@@ -25,6 +26,7 @@ from jmp_train.runs.directory import (
     open_checkpoints,
     write_config,
 )
+from jmp_train.runs.header import show_header
 from jmp_train.runs.lock import lock_directory
 from jmp_train.runs.loop import Every, LoopResult, run_loop
 from jmp_train.runs.resume import Start, find_start, finished_summary
@@ -39,7 +41,7 @@ def train(
     name: str,
     experiment: AnyExperiment,
     run_dir: Path,
-    console: Console,
+    console: Console | None = None,
     *,
     force: bool = False,
 ) -> Json:
@@ -50,7 +52,7 @@ def train(
       experiment: what to train.
       run_dir: a directory with a run of the same experiment, which is resumed; or an empty or a new
         directory.
-      console: where to show progress.
+      console: where to show progress; None shows nothing.
       force: resume a run or a checkpoint of other settings, as far as its state fits.
 
     Returns:
@@ -66,12 +68,14 @@ def train(
       Stopped: if SIGTERM, SIGINT or SIGUSR1 ended the run, after saving.
     """
     began = time.perf_counter()
+    console = Console(quiet=True) if console is None else console
     asked_warmup = experiment.optimizer.warmup_steps
     experiment, scaled = fit_warmup(experiment)
     with collect_signals() as stopped, matmul_precision(experiment.matmul_precision):
         # Refuses before anything is written.
         check_directory(run_dir, name, experiment, asked_warmup, force)
-        parts = build(experiment)
+        with stage(console, "loading data"):
+            parts = build(experiment)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
         with lock_directory(run_dir, console):
@@ -115,7 +119,9 @@ def _resume(context: RunContext) -> Json:
         return finished
     write_config(run_dir, context.name, experiment)
     context.checkpoints.set_aside_after(start.step)
-    compiled, compile_time = compile_step(experiment, context.parts, start.state)
+    show_header(context, start.state.params)
+    with stage(context.console, "compiling"):
+        compiled, compile_time = compile_step(experiment, context.parts, start.state)
 
     def attempt(start: Start) -> Json:
         return _train_once(context, start, compiled, compile_time)

@@ -172,9 +172,9 @@ RUN_DIRS = [
 ]
 EVALS = [
     ([], r"expected the directory of a run: jmp-train eval RUN_DIR"),
-    (["nowhere"], r"nowhere is not a run directory; expected a directory with config.json"),
-    (["file"], r"file is not a run directory; expected a directory with config.json"),
-    (["full"], r"full is not a run directory; expected a directory with config.json"),
+    (["nowhere"], r"nowhere is not a run directory; runs/ has no runs; start one with"),
+    (["file"], r"file is not a run directory; runs/ has no runs; start one with"),
+    (["full"], r"full is not a run directory; runs/ has no runs; start one with"),
     (["configs/whole"], r"configs/whole has no checkpoint; expected the directory of a run"),
     (["configs/not_json"], r"configs/not_json/config.json cannot be read"),
     (["configs/list"], r"configs/list/config.json cannot be read"),
@@ -236,7 +236,7 @@ TEXT = [
 ]
 PREDICTS = [
     ([], r"expected the directory of a run: jmp-train predict RUN_DIR"),
-    (["nowhere"], r"nowhere is not a run directory; expected a directory with config.json"),
+    (["nowhere"], r"nowhere is not a run directory; runs/ has no runs; start one with"),
     (["configs/typo"], r"unknown setting 'optimizer.lerning_rate'; did you mean 'learning_rate'"),
     (["done"], r"done holds a run on npz, whose model does not continue texts; expected"),
     (["done", "--length", "0"], r"length is 0; expected at least 1"),

@@ -250,7 +250,8 @@ def test_a_signal_ends_a_comparison_with_its_status(capsys, tmp_path, monkeypatc
     signals = iter([signal.SIGINT])
     monkeypatch.setattr(RunProgress, "train", lambda *_: [os.kill(os.getpid(), s) for s in signals])
     status, _, err = run(capsys, "compare", "linear", *FEW, "--out", str(tmp_path / "out"))
-    assert status == 130 and "stopped by SIGINT at step 11" in err and err.count("\n") == 1
+    assert status == 130 and "stopped by SIGINT at step 11" in err
+    assert err.splitlines()[1] == "resume with:" and err.count("\n") == 3
 
 
 def test_list_marks_a_failing_file_and_continues(capsys, tmp_path, monkeypatch):

@@ -1,0 +1,50 @@
+"""The header of a run: what trains, on what, in which precision, and where."""
+
+from __future__ import annotations
+
+import jax
+
+from jmp_train.reports.progress import print_header
+from jmp_train.runs.context import RunContext
+from jmp_train.types import PyTree
+
+
+def show_header(context: RunContext, params: PyTree) -> None:
+    """Print the experiment, device, precision, size of the model, data, and run directory.
+
+    Args:
+      context: the run.
+      params: the parameters of its state.
+    """
+    experiment, dataset = context.experiment, context.parts.dataset
+    held_out = len(next(iter(dataset.eval.values())))
+    rows = {
+        "experiment": context.name,
+        "device": _device(),
+        "precision": "\n".join([experiment.policy, *experiment.rules]),
+        "parameters": _size(params),
+        "data": f"{experiment.data.name}: {len(dataset.train):,} training examples, "
+        f"{held_out:,} held out",
+        "run": str(context.run_dir),
+    }
+    if experiment.rules:  # they replace the policy
+        rows["precision"] = "\n".join(["by rules, the first match:", *experiment.rules])
+    print_header(context.console, rows)
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.device_kind == device.platform:
+        return device.platform
+    return f"{device.device_kind} ({device.platform})"
+
+
+def _size(params: PyTree) -> str:
+    leaves = jax.tree.leaves(params)
+    dtypes = dict.fromkeys(str(leaf.dtype) for leaf in leaves)
+    size, unit = float(sum(leaf.nbytes for leaf in leaves)), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{sum(leaf.size for leaf in leaves):,} in {', '.join(dtypes)}, {size:.4g} {unit}"
