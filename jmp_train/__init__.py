@@ -25,12 +25,14 @@ from jmp_train.step.step import make_step
 from jmp_train.tree import all_finite, cast_to_full, cast_to_half, select_tree
 
 if TYPE_CHECKING:
-    from jmp_train import flax
+    from jmp_train import flax, tasks
     from jmp_train.config.experiment import Experiment
+    from jmp_train.data.data import Data
     from jmp_train.models.model import Model
     from jmp_train.tasks.task import Task
 
 __all__ = [
+    "Data",
     "DataParallel",
     "DynamicLossScale",
     "Experiment",
@@ -63,6 +65,7 @@ __all__ = [
     "numerics",
     "optim",
     "select_tree",
+    "tasks",
     "value_and_grad",
     "with_precision",
 ]
@@ -70,6 +73,7 @@ __all__ = [
 
 #: Public names whose modules import Flax or the libraries of training, and so are imported when used.
 _LATER = {
+    "Data": "data.data",
     "Experiment": "config.experiment",
     "Model": "models.model",
     "Task": "tasks.task",
@@ -82,8 +86,8 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("jmp-train")
-    if name == "flax":
-        return importlib.import_module("jmp_train.flax")
+    if name in ("flax", "tasks"):
+        return importlib.import_module(f"jmp_train.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(f"jmp_train.{_LATER[name]}"), name)
     raise AttributeError(f"module 'jmp_train' has no attribute {name!r}")

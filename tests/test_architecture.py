@@ -31,7 +31,7 @@ FLOORS = {
     "models": 7,
     "tasks": 8,
     "config": 9,
-    "records": 9,
+    "records": 8,
     "reports": 10,
     "runs": 11,
     "cli": 12,
@@ -46,9 +46,11 @@ LIBRARIES = {
     "orbax": {"records"},
     "rich": {"cli", "reports", "runs"},
     "sklearn": {"data"},
+    "mlflow": {"records"},
     "tensorboardX": {"records"},
     "docstring_parser": {"cli"},
     "tyro": {"cli"},
+    "wandb": {"records"},
 }
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").parts

@@ -15,6 +15,15 @@ PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
 
 # What must hold after a page's last line.
 CHECKS = {
+    "docs/trackers.md": """
+from pathlib import Path
+from rich.console import Console
+from jmp_train.runs.train import train
+train("page", EXPERIMENT, Path("run"), Console(quiet=True))
+stopped = train("page", stopping, Path("stopped"), Console(quiet=True))["stopped_early"]
+print("stopped", stopped["by"] == "on_record" and stopped["step"] < 2000)
+assert with_restarts.schedule(50) == 2e-3
+""",
     "README.md": """
 assert info.loss.dtype == jnp.float32 and jnp.isfinite(info.loss)
 assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
@@ -35,6 +44,7 @@ PRINTS = {
         "flowers.npz has no array 'y'; expected one of x, labels",
     ],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
+    "docs/trackers.md": ["start page 0", "train 20 ['accuracy']", "finish 20", "stopped True"],
     "docs/flax.md": ["head                      Linear", "the nearest are 'head'"],
 }
 

@@ -24,7 +24,8 @@ from jmp_train.data import NpzConfig
 from jmp_train.errors import UsageError
 from jmp_train.policy.policy import Policy, get_policy
 from jmp_train.policy.rules import Rules
-from jmp_train.records.metrics import MetricsWriter, read_metrics, strict_json
+from jmp_train.records.metrics import read_metrics, strict_json
+from jmp_train.records.trackers.jsonl import Jsonl
 from jmp_train.runs.directory import read_config
 
 
@@ -209,15 +210,17 @@ def check_metrics(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         path.write_bytes(data)
+        tracker, config = Jsonl(), {"run": {"directory": folder, "step": 20}}
         try:
             records = read_metrics(path)
         except ValueError as error:
             assert str(path) in str(error) and ", line " in str(error)
             with pytest.raises(ValueError, match="expected a record"):
-                MetricsWriter(Path(folder), resume_step=20)
+                tracker.start(config)
             assert path.read_bytes() == data  # nothing is lost
             return
-        MetricsWriter(Path(folder), resume_step=20).close()
+        tracker.start(config)
+        tracker.finish({})
         assert read_metrics(path) == [record for record in records if record["step"] <= 20]
 
 

@@ -15,7 +15,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_room_is_in_the_wheel():
-    rooms = {f"jmp_train.{path.parent.name}" for path in (ROOT / "jmp_train").glob("*/__init__.py")}
+    inits = (ROOT / "jmp_train").glob("*/**/__init__.py")
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in inits}
     packages = PROJECT["tool"]["setuptools"]["packages"]
     assert set(packages) == rooms | {"jmp_train", "jmp_train.experiments"}
 

@@ -54,7 +54,7 @@ def dataclass_options(info: StructTypeInfo) -> StructConstructorSpec | None:
     specs = list(_field_specs(info.default))
     experiment = getattr(info.default, "experiment", None)
     if not isinstance(experiment, Experiment):
-        return StructConstructorSpec(type(info.default), tuple(specs))
+        return StructConstructorSpec(_changed(info.default), tuple(specs))
     own = {spec.name: spec for spec in specs if spec.name != "experiment"}
     fields = {spec.name: spec for spec in _field_specs(experiment)}
     short = _short_learning_rate(experiment)
@@ -67,6 +67,16 @@ def dataclass_options(info: StructTypeInfo) -> StructConstructorSpec | None:
 
     instantiate.__doc__ = type(info.default).__doc__  # the first line of the help
     return StructConstructorSpec(instantiate, tuple(ordered.values()))
+
+
+def _changed(default: Any) -> Any:
+    """Return a function of options that keeps the fields of the default that are not settings."""
+
+    def instantiate(**values: Any) -> Any:
+        return dataclasses.replace(default, **values)
+
+    instantiate.__doc__ = type(default).__doc__
+    return instantiate
 
 
 def _field_specs(default: Any) -> Iterator[StructFieldSpec]:

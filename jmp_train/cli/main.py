@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
-_COMMANDS = ("compare", "eval", "list", "predict", "profile", "train")
+_COMMANDS = ("compare", "eval", "list", "new", "predict", "profile", "train")
 
 _USAGE = """\
 usage: jmp-train COMMAND ...
@@ -24,6 +24,8 @@ usage: jmp-train COMMAND ...
       continue a text with a run of a language model
   list
       list the experiments
+  new NAME [--linen]
+      write experiments/NAME.py, a first experiment to change and train
   compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR]
           [--FIELD VALUE ...]
       train one family in several precisions and seeds, and compare

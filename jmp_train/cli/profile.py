@@ -45,7 +45,7 @@ def command(arguments: list[str]) -> None:
         keep_compiled()
     with results_folder(parsed.run_dir, Path("runs") / name) as run_dir:
         trace = profile_experiment(parsed.experiment, run_dir, steps=parsed.profile_steps)
-    per_call = parsed.experiment.steps_per_call
+    per_call = parsed.experiment.steps_per_call or 1
     calls = -(-parsed.profile_steps // per_call)
     in_calls = f" ({calls} calls of {per_call})" if per_call > 1 else ""
     print(f"trace of {calls * per_call} steps{in_calls}: {trace}")

@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import reprlib
+from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
+from jmp_train.config.early_stop import EarlyStopConfig
 from jmp_train.configurable import Configured
 from jmp_train.fields import check_fields
 from jmp_train.loss_scales.config import LossScaleConfig
 from jmp_train.models.model import Model
-from jmp_train.optim.optimizers import OptimizerConfig, check_parameters
+from jmp_train.optim.config import OptimizerConfig
+from jmp_train.optim.optimizers import check_parameters
 from jmp_train.policy.precision import Precision, get_precision
+from jmp_train.records.trackers import Tracker, TrackerName
 from jmp_train.spec import DataSpec
+from jmp_train.step.state import TrainState
 from jmp_train.tasks.kinds import get_task, make_task
 from jmp_train.tasks.task import Task, TaskFunctions
-from jmp_train.types import DTypeLike
+from jmp_train.types import DTypeLike, Json
+
+# Of a field that is a value of Python: no option, and not in config.json.
+_PYTHON = {"setting": False}
 
 ModelConfig = TypeVar("ModelConfig")
 DataConfig = TypeVar("DataConfig")
@@ -54,8 +62,12 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Number of steps between checkpoints; the last step is always saved."""
     checkpoint_wait: bool = False
     """Wait until each checkpoint is on disk, so that a kill loses at most one interval."""
-    steps_per_call: int = 1
-    """Number of steps per dispatch to the device; must divide the step counts above."""
+    steps_per_call: int | None = None
+    """Number of steps per dispatch to the device; must divide the step counts above. None: chosen
+    from them, the size of a step and a limit of 0.1 s. The run is bitwise the same with each."""
+    data_on_device: bool = True
+    """Keep training arrays on the device if they need at most a quarter of its memory; False: send
+    each batch. Data with random augmentation are always sent."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """Response to a non-finite step that no loss scale skips.
     stop: end the run.
@@ -69,6 +81,18 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     """Precision of float32 matrix products; on recent GPUs, default is TF32, highest float32."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loss_scale: LossScaleConfig = dataclasses.field(default_factory=LossScaleConfig)
+    early_stop: EarlyStopConfig = dataclasses.field(default_factory=EarlyStopConfig)
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Trackers of the records, beside metrics.jsonl; wandb and mlflow are extras to install."""
+    own_trackers: tuple[Tracker, ...] = dataclasses.field(default=(), metadata=_PYTHON)
+    """Trackers of your own (docs/trackers.md)."""
+    on_record: Callable[[Json, TrainState], Literal["stop"] | None] | None = dataclasses.field(
+        default=None, metadata=_PYTHON
+    )
+    """Function of each record and the state on the device; "stop" ends the run after a checkpoint."""
+    schedule: Callable[[Any], Any] | None = dataclasses.field(default=None, metadata=_PYTHON)
+    """Learning rate by the number of updates so far, such as an Optax schedule; replaces those of
+    the optimizer's settings."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -85,6 +109,7 @@ class Experiment(Generic[ModelConfig, DataConfig]):
                 f"data is {reprlib.repr(self.data)}; expected a configuration with a method 'load' "
                 "(docs/data.md)"
             )
+        self._check_hooks()
         get_task(self.task)  # raises for an unknown one
         policies = self.precision.policies
         misfits = [m for p in policies if (m := self._parameters_misfit(p.param_dtype))]
@@ -97,7 +122,6 @@ class Experiment(Generic[ModelConfig, DataConfig]):
             "log_every",
             "eval_every",
             "checkpoint_every",
-            "steps_per_call",
             "max_skipped_in_row",
         ):
             if getattr(self, field) < 1:
@@ -108,17 +132,46 @@ class Experiment(Generic[ModelConfig, DataConfig]):
             raise ValueError(f"ema_decay is {self.ema_decay}; expected 0 < ema_decay < 1, or None")
         if not 0 <= self.seed < 2**32:  # jax.random.key drops the higher bits
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
+        self._check_steps_per_call()
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected a multiple of micro_batches "
+                f"({self.micro_batches})"
+            )
+
+    def _check_steps_per_call(self) -> None:
+        if self.steps_per_call is None:
+            return
+        if self.steps_per_call < 1:
+            raise ValueError(
+                f"steps_per_call is {self.steps_per_call}; expected at least 1, or None"
+            )
         for field in ("steps", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, field) % self.steps_per_call:
                 raise ValueError(
                     f"{field} is {getattr(self, field)}; expected a multiple of steps_per_call "
                     f"({self.steps_per_call})"
                 )
-        if self.batch_size % self.micro_batches:
-            raise ValueError(
-                f"batch_size is {self.batch_size}; expected a multiple of micro_batches "
-                f"({self.micro_batches})"
-            )
+
+    def _check_hooks(self) -> None:
+        for tracker in self.own_trackers:
+            if isinstance(tracker, type) or not isinstance(tracker, Tracker):
+                raise ValueError(  # noqa: TRY004  # a value in a file, like any other
+                    f"own_trackers holds {reprlib.repr(tracker)}; expected objects with methods start, "
+                    "record and finish (docs/trackers.md)"
+                )
+        for field in ("on_record", "schedule"):
+            value = getattr(self, field)
+            if value is not None and not callable(value):
+                raise ValueError(f"{field} is {reprlib.repr(value)}; expected a function, or None")
+        default = OptimizerConfig()
+        for field in ("learning_rate", "schedule", "warmup_steps"):
+            value = getattr(self.optimizer, field)
+            if self.schedule is not None and value != getattr(default, field):
+                raise ValueError(
+                    f"optimizer.{field} is {value!r}; expected it unset, for the experiment's own "
+                    "schedule replaces it"
+                )
 
     @functools.cached_property
     def precision(self) -> Precision:

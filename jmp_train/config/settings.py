@@ -28,6 +28,25 @@ def flatten(values: Json, prefix: str = "") -> Json:
     return flat
 
 
+def default_settings(config: Any) -> Json:
+    """Return the defaults of a dataclass's settings as nested dicts; those without one are left out.
+
+    >>> from jmp_train.optim import OptimizerConfig
+    >>> default_settings(OptimizerConfig(learning_rate=9.0))["learning_rate"]
+    0.001
+    """
+    values: Json = {}
+    for field in setting_fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            values[field.name] = default_settings(value)
+        elif field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return values
+
+
 C = TypeVar("C")
 
 

@@ -7,16 +7,58 @@ that Grain handles one record per batch. With Grain's per-example shuffle and co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 
 from jmp_train.data.dataset import Source
-from jmp_train.types import Batch
+from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
+
+
+class Order:
+    """The order of the examples: every example once per epoch, reshuffled each epoch.
+
+    >>> order = Order(size=6, batch_size=3, seed=0)
+    >>> order.rows(0, batches=2).shape, sorted(order.rows(0, batches=2).ravel().tolist())
+    ((2, 3), [0, 1, 2, 3, 4, 5])
+    """
+
+    def __init__(self, size: int, batch_size: int, *, seed: int):
+        self._size = size
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def rows(self, first: int, batches: int) -> np.ndarray:
+        """Return the indices of the examples of some batches; shape=(batches, batch), int.
+
+        They are a pure function of the seed, and of the index of each batch.
+
+        Args:
+          first: index of the first batch.
+          batches: number of batches.
+        """
+        position = np.arange(first * self._batch_size, (first + batches) * self._batch_size)
+        epochs, within = np.divmod(position, self._size)
+        cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1), len(position)]
+        parts = [
+            self._epoch(int(epochs[start]))[within[start:end]]
+            for start, end in itertools.pairwise(cuts)
+        ]
+        return np.concatenate(parts).reshape(batches, self._batch_size)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        epochs = self._epochs  # replaced, never mutated, because Grain reads from several threads
+        if epoch not in epochs:
+            rng = _generator(self._seed, epoch, _SHUFFLE)
+            recent = {e: order for e, order in epochs.items() if abs(e - epoch) <= 1}
+            epochs = self._epochs = {**recent, epoch: rng.permutation(self._size)}
+        return epochs[epoch]
 
 
 class _ShuffledBatches:
@@ -24,27 +66,15 @@ class _ShuffledBatches:
 
     def __init__(self, source: Source, batch_size: int, *, seed: int):
         self._source = source
-        self._size = len(source)
-        self._batch_size = batch_size
+        self._order = Order(len(source), batch_size, seed=seed)
         self._seed = seed
-        self._orders: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return 2**62  # Grain requires a length; the batches are endless
 
     def __getitem__(self, index: int) -> Batch:
-        position = np.arange(self._batch_size) + int(index) * self._batch_size
-        epochs, within = np.divmod(position, self._size)
-        rows = np.concatenate([self._order(e)[within[epochs == e]] for e in np.unique(epochs)])
+        (rows,) = self._order.rows(int(index), batches=1)
         return self._source.draw(rows, _generator(self._seed, index, _DRAW))
-
-    def _order(self, epoch: int) -> np.ndarray:
-        orders = self._orders  # replaced, never mutated, because Grain reads from several threads
-        if epoch not in orders:
-            rng = _generator(self._seed, epoch, _SHUFFLE)
-            recent = {e: order for e, order in orders.items() if abs(e - epoch) <= 1}
-            orders = self._orders = {**recent, epoch: rng.permutation(self._size)}
-        return orders[epoch]
 
 
 def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
@@ -56,7 +86,6 @@ def train_batches(
     batch_size: int,
     *,
     seed: int,
-    steps_per_call: int = 1,
 ) -> Any:
     """Return endless batches: every example once per epoch, reshuffled each epoch.
 
@@ -66,44 +95,131 @@ def train_batches(
       batch_size: number of examples in a batch; the last batch of an epoch is completed with
         examples of the next epoch.
       seed: seed of the order and of the random numbers for a batch.
-      steps_per_call: number of batches in an item; if above 1, they are stacked along a new
-        leading axis.
 
     Returns:
-      A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
+      A Grain dataset of dicts of arrays, one batch for each step; batch i is a pure function of the
+      seed and i. See `iterate`.
 
     >>> from jmp_train.data import Arrays
     >>> source = Arrays({"x": np.arange(6)})
-    >>> items = train_batches(source, 3, seed=0)
-    >>> sorted(np.concatenate([items[0]["x"], items[1]["x"]]).tolist())
+    >>> batches = train_batches(source, 3, seed=0)
+    >>> sorted(np.concatenate([batches[0]["x"], batches[1]["x"]]).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    dataset = grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
-    if steps_per_call > 1:
-        dataset = dataset.batch(steps_per_call)
-    return dataset
+    return grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
 
 
-def iterate(dataset: Any) -> Any:
+class BatchIterator:
+    """Iterator whose position counts batches, whatever the number of batches in an item.
+
+    Args:
+      items_from: returns an iterator over the items from the batch with an index on.
+      steps_per_call: number of batches in an item.
+    """
+
+    def __init__(self, items_from: Callable[[int], Iterator[Any]], steps_per_call: int):
+        self._items_from = items_from
+        self._steps_per_call = steps_per_call
+        self._next = 0  # index of the next batch
+        self._items: Iterator[Any] | None = None
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._items is None:
+            self._items = self._items_from(self._next)
+        item = next(self._items)
+        self._next += self._steps_per_call
+        return item
+
+    def get_state(self) -> Json:
+        """Return the position, a small dict for a checkpoint."""
+        return state_at(self._next)
+
+    def set_state(self, state: Json) -> None:
+        """Move to the position of a state from `get_state`."""
+        self._next, self._items = state["next_batch"], None
+
+    def skip(self, batches: int) -> None:
+        """Move forward by a number of batches, without making them."""
+        self._next, self._items = self._next + batches, None
+
+
+def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
     """Iterate over a dataset in order, with a thread that prepares items ahead.
 
+    Args:
+      dataset: a dataset of batches from `train_batches`.
+      steps_per_call: number of batches in an item; if above 1, they are stacked along a new leading
+        axis. The batches and their order do not depend on it.
+
     Returns:
-      A Grain iterator. `get_state()` returns a small dict; `set_state` with that dict resumes from
-      the same item.
+      An iterator. `get_state()` returns a small dict with the number of the next batch; `set_state`
+      with that dict resumes from the same batch, with any `steps_per_call`.
 
     >>> from jmp_train.data import Arrays
-    >>> batches = iterate(train_batches(Arrays({"x": np.arange(6)}), 3, seed=0))
+    >>> dataset = train_batches(Arrays({"x": np.arange(6)}), 3, seed=0)
+    >>> batches = iterate(dataset, steps_per_call=2)
     >>> next(batches)["x"].shape, batches.get_state()
-    ((3,), {'next_index': 1})
+    ((2, 3), {'next_batch': 2})
     """
-    # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(dataset.to_iter_dataset(options))
+
+    def items_from(start: int) -> Iterator[Batch]:
+        items = dataset.slice(slice(start, None))
+        if steps_per_call > 1:
+            items = items.batch(steps_per_call)
+        # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        return iter(items.to_iter_dataset(options))
+
+    return BatchIterator(items_from, steps_per_call)
 
 
-def state_at(item: int) -> dict[str, int]:
-    """Return the state of an iterator from `iterate` whose next item has this index."""
-    return {"next_index": item}
+def iterate_rows(order: Order, steps_per_call: int = 1) -> BatchIterator:
+    """Iterate over the indices of the examples of the same batches as `train_batches`.
+
+    Args:
+      order: the order, with the size, batch size and seed of the batches.
+      steps_per_call: number of batches in an item.
+
+    Returns:
+      An iterator as `iterate` returns. Its items are int32, of shape (batch,), or
+      (steps_per_call, batch) if `steps_per_call` is above 1.
+
+    >>> rows = iterate_rows(Order(size=6, batch_size=3, seed=0), steps_per_call=2)
+    >>> next(rows).shape, rows.get_state()
+    ((2, 3), {'next_batch': 2})
+    """
+
+    def items_from(start: int) -> Iterator[np.ndarray]:
+        for first in itertools.count(start, steps_per_call):
+            rows = order.rows(first, batches=steps_per_call).astype(np.int32)
+            yield rows if steps_per_call > 1 else rows[0]
+
+    return BatchIterator(items_from, steps_per_call)
+
+
+def state_at(batch: int) -> Json:
+    """Return the state of an iterator from `iterate` whose next batch has this index."""
+    return {"next_batch": batch}
+
+
+def saved_state(data: Json, config: Json) -> Json:
+    """Return the state of an iterator as a checkpoint has it, of an earlier version too.
+
+    Args:
+      data: the state in the checkpoint; in one of an earlier version `{"next_index": calls}`, the
+        number of the next call of the step.
+      config: the settings that it was saved with; their `steps_per_call` was the number of batches
+        in a call.
+
+    >>> saved_state({"next_index": 3}, {"steps_per_call": 5})
+    {'next_batch': 15}
+    """
+    if "next_index" in data:
+        return state_at(data["next_index"] * config["steps_per_call"])
+    return data
 
 
 def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:

@@ -95,7 +95,10 @@ def functional(
     (network,) = made
     casts = Precision(None, rules) if rules.entries else precision
     if isinstance(network, linen.Module):
-        return _of_linen(build(rngs=_streams(jax.random.key(0))), casts, first_call)
+        net = _of_linen(build(rngs=_streams(jax.random.key(0))), casts, first_call)
+        if precision.rules.entries:  # a module of Linen is known when it is called
+            jax.eval_shape(net.init, jax.random.key(0))
+        return net
     if isinstance(network, nnx.Module):
         return _of_nnx(build, casts)
     if isinstance(network, tuple) and len(network) == 2 and all(map(callable, network)):

@@ -23,6 +23,13 @@ def _pyplot() -> Any:
     return plt
 
 
+_AXES = {
+    "loss_scale": "loss scale",
+    "grad_norm": "gradient norm before clipping, mean",
+    "learning_rate": "learning rate",
+}
+
+
 def _series(records: Sequence[Json], split: str, name: str) -> tuple[list, list]:
     found = [(r["step"], float(r[name])) for r in records if r["split"] == split and name in r]
     return [step for step, _ in found], [value for _, value in found]
@@ -37,18 +44,20 @@ def plot_run(records: Sequence[Json], directory: Path, *, title: str) -> list[Pa
       title: title of each plot.
 
     Returns:
-      The files: one per metric, and the loss scale where it is not 1 throughout.
+      The files: one for the loss and each metric of an evaluation; and one each for the loss
+      scale, gradient norm and learning rate that vary.
     """
     plt = _pyplot()
     directory.mkdir(parents=True, exist_ok=True)
     evaluated = [
         k for r in records if r["split"] == "eval" for k in r if k not in ("step", "split")
     ]
-    names = list(dict.fromkeys(["loss", *evaluated, "loss_scale"]))
+    if_varying = ("loss_scale", "grad_norm", "learning_rate")
+    names = list(dict.fromkeys(["loss", *evaluated, *if_varying]))
     files = []
     for name in names:
         curves = {split: _series(records, split, name) for split in ("train", "eval")}
-        if name == "loss_scale" and set(curves["train"][1]) <= {1.0}:
+        if name in if_varying and len({*curves["train"][1]}) < 2:
             continue
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         for split, (steps, values) in curves.items():
@@ -58,7 +67,7 @@ def plot_run(records: Sequence[Json], directory: Path, *, title: str) -> list[Pa
                 axes.plot(steps, values, style, markersize=4, label=label)
         if name == "loss_scale":
             axes.set_yscale("log", base=2)
-        axes.set(xlabel="step", ylabel=display_name(name), title=title)
+        axes.set(xlabel="step", ylabel=_AXES.get(name, display_name(name)), title=title)
         axes.grid(alpha=0.3)
         if len([1 for steps, _ in curves.values() if steps]) > 1:
             axes.legend()

@@ -13,9 +13,8 @@ from rich.text import Text
 
 from jmp_train.types import Json
 
-_LAST = ("loss_scale", "skipped_steps", "steps_per_second")
-_RECORDED = (*_LAST, "skipped_in_row", "last_skipped_step", "nonfinite_tensors", "grad_norm",
-             "learning_rate")  # fmt: skip
+_LAST = ("learning_rate", "loss_scale", "skipped_steps", "steps_per_second")
+_RECORDED = (*_LAST, "skipped_in_row", "nonfinite_tensors", "grad_norm", "averaged_steps")
 
 
 def print_line(console: Console, text: str) -> None:
@@ -35,15 +34,21 @@ def display_name(name: str) -> str:
 def format_values(values: Json) -> str:
     """Return the most important values as one line.
 
-    >>> format_values({"loss": 0.12345, "loss_scale": 65536.0, "steps_per_second": 812.3})
-    'loss 0.1235  loss scale 65536  812 steps/s'
+    >>> format_values({"loss": 0.12345, "learning_rate": 2e-3, "steps_per_second": 812.3})
+    'loss 0.1235  learning rate 2.00e-03  812 steps/s'
     """
     return "  ".join(_shown(values))
 
 
 def _shown(values: Json) -> list[str]:
     """Return the texts of the loss, the metrics of the task, the loss scale, skips and the rate."""
-    metrics = [k for k, v in values.items() if k not in _RECORDED and isinstance(v, (int, float))]
+    metrics = [
+        name
+        for name, value in values.items()
+        if name not in _RECORDED
+        and not name.startswith("last_")
+        and isinstance(value, (int, float))
+    ]
     shown = [
         f"{display_name(k)} {values[k]:.4f}" for k in sorted(metrics, key=lambda k: k != "loss")
     ]
@@ -53,6 +58,8 @@ def _shown(values: Json) -> list[str]:
         value = values[name]
         if name == "steps_per_second":
             shown.append(f"{value:.3g} steps/s" if value < 100 else f"{value:.0f} steps/s")
+        elif name == "learning_rate":
+            shown.append(f"{display_name(name)} {value:.2e}")
         else:
             shown.append(f"{display_name(name.removesuffix('_steps'))} {value:.6g}")
     return shown

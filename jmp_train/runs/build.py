@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ class Parts(NamedTuple):
     dataset: Dataset
     task: TaskFunctions
     stepper: Stepper
-    batches: PyTree  # a Grain dataset: one item for each call of the step
+    batches: PyTree  # a Grain dataset: one batch for each step
     evaluate: Callable[[TrainState], dict[str, float]]  # on the held-out data
 
 
@@ -41,12 +40,7 @@ def build(experiment: AnyExperiment) -> Parts:
     task = make_task_of(experiment, dataset)
     evaluate = make_evaluate(task.metrics_fn, task.precision, cast_batch=False)
     size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
-    batches = train_batches(
-        dataset.train,
-        experiment.batch_size,
-        seed=experiment.seed,
-        steps_per_call=experiment.steps_per_call,
-    )
+    batches = train_batches(dataset.train, experiment.batch_size, seed=experiment.seed)
     return Parts(
         dataset,
         task,
@@ -86,7 +80,12 @@ def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> TaskFunctions:
 def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
     return make_step(
         task.loss_fn,
-        make_optimizer(experiment.optimizer, experiment.steps, seed=experiment.seed),
+        make_optimizer(
+            experiment.optimizer,
+            experiment.steps,
+            seed=experiment.seed,
+            schedule=experiment.schedule,
+        ),
         task.precision,
         loss_scale=experiment.loss_scale.make(experiment.precision.default_loss_scale()),
         skip_nonfinite=True if experiment.nonfinite == "skip" else None,
@@ -112,17 +111,6 @@ def first_state(experiment: AnyExperiment, parts: Parts) -> TrainState:
     init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
     params, model_state = jax.jit(parts.task.init)(init_key)
     return parts.stepper.init(params, model_state=model_state, key=step_key)
-
-
-def compile_step(
-    experiment: AnyExperiment, parts: Parts, state: TrainState
-) -> tuple[jax.stages.Compiled, float]:
-    """Return the compiled step for the shapes of a run, and the seconds that compiling took."""
-    step = parts.stepper.step if experiment.steps_per_call == 1 else parts.stepper.scan
-    batch = parts.batches[0]
-    began = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    return compiled, time.perf_counter() - began
 
 
 def matmul_precision(precision: str) -> contextlib.AbstractContextManager[None]:

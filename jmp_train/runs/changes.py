@@ -13,9 +13,16 @@ _MAY_CHANGE = (
     "checkpoint_wait",
     "max_skipped_in_row",
     "nonfinite",
+    "steps_per_call",
+    "data_on_device",
     "optimizer.learning_rate",
+    "trackers",
+    "early_stop.metric",
+    "early_stop.patience",
+    "early_stop.min_delta",
+    "early_stop.best",
 )
-_ORDER_OF_DATA = ("batch_size", "steps_per_call", "seed")  # and all of data.*
+_ORDER_OF_DATA = ("batch_size", "seed")  # and all of data.*
 
 
 def differences(before: Json, now: Json) -> dict[str, str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import unicodedata
+import uuid
 from pathlib import Path
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.config.settings import flatten, settings_in
+from jmp_train.config.settings import default_settings, flatten, settings_in
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints
-from jmp_train.records.metrics import strict_json, write_json
+from jmp_train.records.metrics import replace_text, strict_json, write_json
 from jmp_train.runs.changes import differences, refused
 from jmp_train.types import Json
 
@@ -58,6 +59,28 @@ def write_config(run_dir: Path, name: str, experiment: AnyExperiment) -> None:
     """
     try:
         write_json(run_dir / "config.json", config_json(name, experiment))
+    except OSError as error:
+        raise not_writable(run_dir, error) from None
+
+
+def changed_since(saved: Json, name: str, experiment: AnyExperiment) -> dict[str, str]:
+    """Return `differences` from saved settings, by dotted path; a setting that is newer than they are
+    had its default."""
+    defaults = flatten(strict_json(default_settings(experiment)))
+    return differences({**defaults, **saved}, flatten(config_json(name, experiment)))
+
+
+def run_id(run_dir: Path) -> str:
+    """Return the id of the run in a directory, which stays the same when the run is resumed.
+
+    Raises:
+      UsageError: if the directory cannot be written.
+    """
+    path = run_dir / "run_id"
+    try:
+        if not path.exists():
+            replace_text(path, uuid.uuid4().hex + "\n")
+        return path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise not_writable(run_dir, error) from None
 
@@ -115,8 +138,7 @@ def changed_settings(
       UsageError: as `read_config`.
     """
     saved_name, saved = read_config(run_dir)
-    now = flatten(config_json(name, experiment))
-    changed = differences({"experiment": saved_name, **saved}, now)
+    changed = changed_since({"experiment": saved_name, **saved}, name, experiment)
     return changed, refused(changed, saved, asked_warmup)
 
 
@@ -138,11 +160,12 @@ def open_checkpoints(
     Raises:
       UsageError: if the directory cannot be written.
     """
+    early = experiment.early_stop
     try:
         return Checkpoints(
             run_dir / "checkpoints",
-            best=experiment.metric,
-            highest=experiment.highest,
+            best=early.metric or experiment.metric,
+            highest=early.highest(experiment.metric, experiment.highest),
             clean=clean,
         )
     except OSError as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from jmp_train.loss_scales.states import DynamicLossScale
+from jmp_train.runs.window import Window
 from jmp_train.step.state import StepInfo, TrainState
 from jmp_train.tree import all_finite, path_names
 from jmp_train.types import Json, PyTree
@@ -24,6 +25,10 @@ SKIPS_AT_MINIMUM = 10
 
 #: Largest number of tensor names in a train record.
 _NAMES = 8
+
+
+Asked = Literal["save", "stop"] | None
+"""What an event asks for beside its interval: a checkpoint now, and also the end of the run."""
 
 
 class LastCall(NamedTuple):
@@ -61,6 +66,11 @@ class Every(NamedTuple):
     checkpoint: int
 
 
+def last_of_stack(item: PyTree, steps: int) -> PyTree:
+    """Return the entries of the last step of a call; they are stacked if it has several steps."""
+    return item if steps == 1 else jax.tree.map(lambda x: x[-1], item)
+
+
 def run_loop(
     step_fn: Callable[[TrainState, Any], tuple[TrainState, StepInfo]],
     state: TrainState,
@@ -70,12 +80,14 @@ def run_loop(
     stop: int,
     steps_per_call: int,
     every: Every,
-    log: Callable[[int, Json], None],
-    evaluate: Callable[[int, TrainState], None],
+    log: Callable[[int, Json, TrainState], Asked],
+    evaluate: Callable[[int, TrainState], Asked],
     checkpoint: Callable[[int, TrainState, float], None],
     should_stop: Callable[[], bool] = lambda: False,
     skips_nonfinite: bool = False,
     max_skipped_in_row: int = 100,
+    last_batch: Callable[[Any, int], PyTree] = last_of_stack,
+    window: Window | None = None,
 ) -> LoopResult:
     """Run the steps from `start` to `stop`.
 
@@ -89,7 +101,7 @@ def run_loop(
       stop: steps at the end.
       steps_per_call: divides `start`, `stop` and all of `every`.
       every: when to log, evaluate and save.
-      log: gets the step and the values of the train record.
+      log: gets the step, the values of the train record and the state.
       evaluate: gets the step and the state.
       checkpoint: gets the step, the state and the seconds spent in steps so far; it must have
         copied what it needs on return.
@@ -97,6 +109,9 @@ def run_loop(
       skips_nonfinite: whether `step_fn` skips steps that are not finite, so that a loss
         that is not finite can recover.
       max_skipped_in_row: number of skipped steps in a row that ends the run.
+      last_batch: returns the batch of the last step of a call, from its item and `steps_per_call`.
+      window: the metrics of the steps since the last interval of `every.log`, which a resumed run
+        has from its checkpoint. It is up to date when `checkpoint` is called.
 
     Raises:
       Diverged: at an event, before it saves: if the loss is not finite and such steps are not
@@ -106,41 +121,69 @@ def run_loop(
     at = logged = start
     seconds = since_log = 0.0
     stopped = False
-    losses: list[Any] = []  # of the calls since the last event, still on the device
+    window = window or Window()
+    calls: list[tuple[Json, Any]] = []  # metrics since the last event, still on the device
     began = time.perf_counter()
     while at < stop and not stopped:
         batch = next(batches)
         state, info = step_fn(state, batch)
         at += steps_per_call
-        if not skips_nonfinite:
-            losses.append((info.loss, info.grad_norm))
+        calls.append((_metrics(info, steps_per_call), info.finite))
         stopped = should_stop()
         last = stopped or at >= stop
         log_due, evaluate_due, checkpoint_due = (last or at % n == 0 for n in every)
         if not (log_due or evaluate_due or checkpoint_due):
             continue
-        values = _train_values(info, state, steps_per_call, logged)  # waits for the device
+        calls = jax.device_get(calls)  # waits for the device
+        _add_calls(window, calls)
+        values = _train_values(info, state, steps_per_call, logged)
         elapsed = time.perf_counter() - began
         seconds, since_log = seconds + elapsed, since_log + elapsed
+        asked = set()
         if log_due:
-            log(at, {**values, "steps_per_second": (at - logged) / since_log})
+            means = {**window.means(), "averaged_steps": window.taken}
+            speed = {"steps_per_second": (at - logged) / since_log}
+            asked.add(log(at, {**means, **values, **speed}, state))
             logged, since_log = at, 0.0
+            if at % every.log == 0:  # not at the end, so that a resumed run has the same means
+                window.clear()
         reason = _diverged(at, values, state, skips_nonfinite, max_skipped_in_row)
         if reason:
-            if steps_per_call > 1:
-                batch = jax.tree.map(lambda x: x[-1], batch)
+            batch = last_batch(batch, steps_per_call)
             skipped = values["skipped_in_row"] > 0
-            bad = _first_bad(at, losses)
+            bad = at if skips_nonfinite else _first_bad(at, [metrics for metrics, _ in calls])
             if bad < at:
                 reason = f"{reason}; it began with step {bad}"
             raise Diverged(reason, LastCall(at, state, batch, values["loss_scale"], skipped, bad))
-        losses.clear()
-        if evaluate_due and not stopped:
-            evaluate(at, state)
-        if checkpoint_due:
+        calls = []
+        # A stop skips the evaluation of the last step, but not one that the interval demands: a
+        # resumed run would lack it.
+        if evaluate_due and (not stopped or at % every.evaluate == 0):
+            asked.add(evaluate(at, state))
+        stopped = stopped or "stop" in asked
+        if checkpoint_due or asked & {"save", "stop"}:
             checkpoint(at, state, seconds)
         began = time.perf_counter()
     return LoopResult(state, at, seconds)
+
+
+def _metrics(info: StepInfo, steps_per_call: int) -> Json:
+    """Return the arrays of a call with one number per step, by the names of the record."""
+    aux = info.aux if isinstance(info.aux, dict) else {}
+    axes = int(steps_per_call > 1)
+    metrics = {name: x for name, x in aux.items() if np.ndim(x) == axes}
+    metrics["loss"] = info.loss
+    if info.grad_norm is not None:
+        metrics["grad_norm"] = info.grad_norm
+    return metrics
+
+
+def _add_calls(window: Window, calls: list[tuple[Json, Any]]) -> None:
+    """Add the metrics of the calls, on the host, to a window."""
+    join = lambda arrays: np.concatenate([np.ravel(x) for x in arrays])
+    metrics = {name: join([m[name] for m, _ in calls]) for name in calls[0][0]}
+    taken = None if calls[0][1] is None else join([finite for _, finite in calls])
+    window.add(metrics, taken)
 
 
 def _train_values(info: StepInfo, state: TrainState, steps_per_call: int, logged: int) -> Json:
@@ -148,13 +191,8 @@ def _train_values(info: StepInfo, state: TrainState, steps_per_call: int, logged
     info, skipped, in_row, last_skip = jax.device_get(
         (info, state.skipped, state.skipped_in_row, state.last_skip)
     )
-    if steps_per_call > 1:
-        info = jax.tree.map(lambda x: x[-1], info)
-    values: Json = {"loss": float(info.loss)}
-    if isinstance(info.aux, dict):
-        values = {k: v.item() for k, v in info.aux.items() if np.ndim(v) == 0} | values
-    if info.grad_norm is not None:
-        values["grad_norm"] = float(info.grad_norm)
+    info = last_of_stack(info, steps_per_call)
+    values: Json = {f"last_{name}": x.item() for name, x in _metrics(info, 1).items()}
     values["loss_scale"] = 1.0 if info.loss_scale is None else float(info.loss_scale)
     values |= {"skipped_steps": int(skipped), "skipped_in_row": int(in_row)}
     if last_skip is not None and last_skip.step > logged:
@@ -186,23 +224,23 @@ def _diverged(at: int, values: Json, state: TrainState, skips_nonfinite: bool, l
             f"{in_row} steps in a row up to step {at} were not finite and were skipped "
             f"(loss scale {scale:g}{why})"
         )
-    if not skips_nonfinite and not math.isfinite(values["loss"]):
-        return f"the loss is {values['loss']} at step {at}"
+    if not skips_nonfinite and not math.isfinite(values["last_loss"]):
+        return f"the loss is {values['last_loss']} at step {at}"
     if not _all_finite(state.params):
         return f"a parameter is not finite after step {at}"
     return ""
 
 
-def _first_bad(at: int, losses: list[Any]) -> int:
+def _first_bad(at: int, calls: list[Json]) -> int:
     """Return the first step up to `at` whose loss or gradient norm is not finite; else `at`.
 
     Args:
       at: the last step.
-      losses: (loss, norm or None) of the calls up to it; shapes () or (steps in a call,).
+      calls: metrics of the calls up to it; shapes () or (steps in a call,).
     """
     good = [
-        np.all([np.isfinite(x) for x in call if x is not None], axis=0).ravel()
-        for call in jax.device_get(losses)
+        np.all([np.isfinite(call[k]) for k in ("loss", "grad_norm") if k in call], axis=0).ravel()
+        for call in calls
     ]
     bad = np.flatnonzero(~np.concatenate(good)) if good else []
     return at - sum(map(len, good)) + 1 + int(bad[0]) if len(bad) else at

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,13 @@ import jax
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
-from jmp_train.data.batches import iterate
 from jmp_train.runs.build import (
     build,
     check_batch_size,
-    compile_step,
     first_state,
     matmul_precision,
 )
+from jmp_train.runs.calls import compile_calls
 from jmp_train.runs.directory import check_path, not_writable
 from jmp_train.runs.loop import Every, run_loop
 from jmp_train.step.state import StepInfo, TrainState
@@ -35,7 +35,8 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
     Args:
       experiment: what to train.
       run_dir: the trace is written to its subfolder `profile`.
-      steps: number of steps to trace; rounded up to a multiple of `steps_per_call`.
+      steps: number of steps to trace; rounded up to a multiple of `steps_per_call`,
+        which is 1 unless the experiment sets it.
 
     Returns:
       The path of the trace, gzip-compressed JSON in Chrome's trace format. Each call of the step is
@@ -51,12 +52,16 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
         parts = build(experiment)
         check_batch_size(experiment, parts.dataset)
         state = first_state(experiment, parts)
-        compiled, _ = compile_step(experiment, parts, state)
-        calls = itertools.count()
+        # One step a call by default, so that the trace shows each of them.
+        per_call = experiment.steps_per_call or 1
+        calls = compile_calls(
+            dataclasses.replace(experiment, steps_per_call=per_call), parts, state
+        )
+        numbers = itertools.count()
 
         def annotated(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
-            with jax.profiler.StepTraceAnnotation("train", step_num=next(calls)):
-                return compiled(state, batch)
+            with jax.profiler.StepTraceAnnotation("train", step_num=next(numbers)):
+                return calls.call(state, batch)
 
         def take_steps(
             state: TrainState, batches: Iterator[Any], start: int, stop: int
@@ -67,18 +72,18 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
                 batches,
                 start=start,
                 stop=stop,
-                steps_per_call=experiment.steps_per_call,
+                steps_per_call=per_call,
                 every=Every(stop, stop, stop),
-                log=lambda step, values: None,
+                log=lambda step, values, state: None,
                 evaluate=lambda step, state: None,
                 checkpoint=lambda step, state, seconds: None,
                 skips_nonfinite=state.last_skip is not None,
                 max_skipped_in_row=experiment.max_skipped_in_row,
             ).state
 
-        batches = iterate(parts.batches)
-        begin = _WARM_UP * experiment.steps_per_call
-        end = begin + -(-steps // experiment.steps_per_call) * experiment.steps_per_call
+        batches = calls.iterate()
+        begin = _WARM_UP * per_call
+        end = begin + -(-steps // per_call) * per_call
         state = take_steps(state, batches, 0, begin)
         folder = _make_folder(run_dir)
         before = set(folder.rglob("*"))

@@ -12,7 +12,7 @@ import jax
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import flatten
-from jmp_train.data.batches import state_at
+from jmp_train.data.batches import saved_state, state_at
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import DoesNotFit, Restored
 from jmp_train.records.provenance import package_versions
@@ -21,7 +21,8 @@ from jmp_train.reports.stages import stage
 from jmp_train.runs.build import Parts, first_state
 from jmp_train.runs.changes import differences, refused, reordering
 from jmp_train.runs.context import RunContext
-from jmp_train.runs.directory import config_json, open_checkpoints
+from jmp_train.runs.directory import changed_since, open_checkpoints
+from jmp_train.runs.early_stop import EarlyStop
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import no_skip
 from jmp_train.types import Json
@@ -36,7 +37,10 @@ class Start(NamedTuple):
     wall_time_s: float  # spent before
     train_time_s: float
     rollbacks: int = 0  # so far
-    calls_left_out: int = 0  # calls of the step whose batches are passed over
+    early_stop: EarlyStop = EarlyStop()
+    ended: Json | None = None  # how a hook ended the run: by, step and reason
+    window: Json | None = None  # metrics since the last record
+    batches_left_out: int = 0  # batches that are passed over, after those of `data`
 
 
 def find_start(context: RunContext) -> Start:
@@ -48,13 +52,12 @@ def find_start(context: RunContext) -> Start:
       NoUsableCheckpoint: if there are checkpoints and none can be loaded.
     """
     experiment, run_dir = context.experiment, context.run_dir
-    now = flatten(config_json(context.name, experiment))
     changed: dict[str, str] = {}
 
     def check(step: int, extra: Json) -> None:
         nonlocal changed
         before = flatten(extra["config"])
-        changed = differences(before, now)
+        changed = changed_since(before, context.name, experiment)
         refusals = refused(changed, before, context.asked_warmup)
         if refusals and not context.force:
             raise UsageError(
@@ -77,13 +80,18 @@ def find_start(context: RunContext) -> Start:
     versions = differences(extra["versions"], package_versions())
     if versions:
         print_line(context.console, f"saved by other versions: {', '.join(versions.values())}")
+    other_metric = {"early_stop.metric", "early_stop.best"} & changed.keys()
+    continues = context.force or any(k == "steps" or k.startswith("early_stop.") for k in changed)
     return Start(
         step,
         restored.state,
-        _data_position(context, step, extra["data"], reordering(changed)),
+        _data_position(context, step, extra, reordering(changed)),
         extra["wall_time_s"],
         extra["train_time_s"],
         extra["rollbacks"],
+        early_stop=EarlyStop() if other_metric else EarlyStop(**extra.get("early_stop", {})),
+        ended=None if continues else extra.get("ended"),
+        window=extra.get("window"),  # an earlier version had none
     )
 
 
@@ -93,18 +101,13 @@ def _restoring(context: RunContext) -> contextlib.AbstractContextManager[None]:
     return stage(context.console, "restoring a checkpoint")
 
 
-def _data_position(context: RunContext, step: int, saved: Json, changed: list[str]) -> Json:
+def _data_position(context: RunContext, step: int, extra: Json, changed: list[str]) -> Json:
     """Return the saved state of the data's iterator, or one for batches in another order."""
     if not changed:
-        return saved
-    calls, rest = divmod(step, context.experiment.steps_per_call)
-    if rest:
-        raise UsageError(
-            f"{context.run_dir} is at step {step}; expected --steps-per-call that divides it"
-        )
+        return saved_state(extra["data"], flatten(extra["config"]))
     names = ", ".join(changed)
     print_line(context.console, f"other batches from step {step} on, for {names} changed")
-    return state_at(calls)
+    return state_at(step)
 
 
 def _restore_with_other_skips(
@@ -121,13 +124,13 @@ def _restore_with_other_skips(
     return restored._replace(state=restored.state._replace(last_skip=state.last_skip))
 
 
-def finished_summary(run_dir: Path, step: int, steps: int) -> Json | None:
+def finished_summary(run_dir: Path, start: Start, steps: int) -> Json | None:
     """Return the summary of a run that has nothing left to do; None for any other."""
-    if step < steps:
+    if start.step < steps and start.ended is None:
         return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        return summary if summary["steps"] == steps and summary["eval"] else None
+        return summary if summary["steps"] == start.step and summary["eval"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

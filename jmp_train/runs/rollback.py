@@ -43,12 +43,11 @@ def with_rollbacks(attempt: Callable[[Start], T], context: RunContext, start: St
         # Here the error is gone, and with it the state that diverged.
         before, start = start, find_start(context)
         context.checkpoints.set_aside_after(start.step)
-        calls = -(-(bad - start.step) // context.experiment.steps_per_call)
+        batches = bad - start.step
         if start.step == before.step:  # its data has no record of what was left out since
-            calls += before.calls_left_out
-        batches = calls * context.experiment.steps_per_call
+            batches += before.batches_left_out
         print_line(
             context.console,
             f"{reason}: rolled back to step {start.step}; skipping the next {batches} batches",
         )
-        start = start._replace(rollbacks=before.rollbacks + 1, calls_left_out=calls)
+        start = start._replace(rollbacks=before.rollbacks + 1, batches_left_out=batches)

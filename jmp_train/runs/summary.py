@@ -11,6 +11,7 @@ from jmp_train.records.checkpoints import NotSaved
 from jmp_train.records.metrics import read_metrics, write_json
 from jmp_train.records.provenance import device_and_versions
 from jmp_train.reports.plots import plot_run
+from jmp_train.runs.calls import Calls
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.loop import LoopResult
 from jmp_train.types import Json
@@ -21,11 +22,11 @@ def summarize(
     result: LoopResult,
     evaluation: dict[str, float],
     *,
-    compile_time_s: float,
+    calls: Calls,
     train_time_s: float,
     wall_time_s: float,
     rollbacks: int,
-    memory: Any,
+    ended: Json | None,
 ) -> Json:
     """Return the content of summary.json.
 
@@ -33,11 +34,11 @@ def summarize(
       context: the run.
       result: how its loop ended.
       evaluation: the metrics of the last step; empty where that step was not evaluated.
-      compile_time_s: seconds to compile the step.
+      calls: its compiled calls of the step.
       train_time_s: seconds in training steps, those before a resume included.
       wall_time_s: seconds in all, those before a resume included.
       rollbacks: how often the run was rolled back.
-      memory: the compiled step's `memory_analysis()`.
+      ended: how a hook ended the run before its last step; None if none did.
     """
     experiment = context.experiment
     scale, skipped = jax.device_get((result.state.loss_scale, result.state.skipped))
@@ -47,15 +48,18 @@ def summarize(
         "seed": experiment.seed,
         "steps": result.step,
         "wall_time_s": wall_time_s,
-        "compile_time_s": compile_time_s,
+        "compile_time_s": calls.compile_time_s,
         "train_time_s": train_time_s,
         "steps_per_second": result.step / train_time_s if train_time_s else 0.0,
+        "steps_per_call": calls.steps,
+        "data_on_device": calls.data_on_device,
         "eval": evaluation,
         "loss_scale": float(scale.loss_scale),
         "skipped_steps": int(skipped),
         "rollbacks": rollbacks,
+        "stopped_early": ended,
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
-        "peak_memory_bytes": _peak_memory(memory),
+        "peak_memory_bytes": _peak_memory(calls.memory),
         "data": {"name": experiment.data.name, **context.parts.dataset.facts()},
         **device_and_versions(),
     }

@@ -6,26 +6,28 @@ import contextlib
 import time
 from pathlib import Path
 
-import jax
 from rich.console import Console
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
-from jmp_train.data.batches import iterate
 from jmp_train.errors import UsageError
-from jmp_train.records.metrics import MetricsWriter
-from jmp_train.records.provenance import package_versions, unused_devices_line
+from jmp_train.records.provenance import unused_devices_line
+from jmp_train.records.trackers import Trackers, make_trackers
 from jmp_train.reports.progress import RunProgress, print_line
 from jmp_train.reports.stages import stage
-from jmp_train.runs.build import build, check_batch_size, compile_step, matmul_precision
+from jmp_train.runs.build import build, check_batch_size, matmul_precision
+from jmp_train.runs.calls import Calls, compile_calls
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
     check_directory,
     config_json,
     not_writable,
     open_checkpoints,
+    run_id,
     write_config,
 )
+from jmp_train.runs.early_stop import check_metric
+from jmp_train.runs.events import Events
 from jmp_train.runs.header import show_header
 from jmp_train.runs.lock import lock_directory
 from jmp_train.runs.loop import Every, LoopResult, run_loop
@@ -33,7 +35,8 @@ from jmp_train.runs.resume import Start, find_start, finished_summary
 from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals
 from jmp_train.runs.summary import summarize, write_summary
-from jmp_train.step.state import TrainState
+from jmp_train.runs.user_code import one_line_errors
+from jmp_train.runs.window import Window
 from jmp_train.types import Json
 
 
@@ -74,8 +77,10 @@ def train(
     with collect_signals() as stopped, matmul_precision(experiment.matmul_precision):
         # Refuses before anything is written.
         check_directory(run_dir, name, experiment, asked_warmup, force)
+        trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
         with stage(console, "loading data"):
             parts = build(experiment)
+        check_metric(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
         with lock_directory(run_dir, console):
@@ -102,134 +107,126 @@ def train(
                         stopped=stopped,
                         began=began,
                         asked_warmup=asked_warmup,
-                    )
+                    ),
+                    trackers,
                 )
 
 
-def _resume(context: RunContext) -> Json:
+def _resume(context: RunContext, trackers: Trackers) -> Json:
     """Train from the newest checkpoint, or return the summary of a finished run."""
     experiment, run_dir = context.experiment, context.run_dir
-    start = find_start(context)
+    with one_line_errors():
+        start = find_start(context)
     if start.step > experiment.steps:
         raise UsageError(f"{run_dir} is at step {start.step}; expected --steps of at least that")
+    if start.step % (experiment.steps_per_call or 1):
+        raise UsageError(
+            f"{run_dir} is at step {start.step}; expected --steps-per-call that divides it"
+        )
     if start.step:
         print_line(context.console, f"{run_dir} is at step {start.step}")
-    finished = finished_summary(run_dir, start.step, experiment.steps)
+    finished = finished_summary(run_dir, start, experiment.steps)
     if finished is not None:
         return finished
     write_config(run_dir, context.name, experiment)
     context.checkpoints.set_aside_after(start.step)
     show_header(context, start.state.params)
-    with stage(context.console, "compiling"):
-        compiled, compile_time = compile_step(experiment, context.parts, start.state)
+    with stage(context.console, "compiling"), one_line_errors():
+        calls = compile_calls(experiment, context.parts, start.state, start=start.step)
 
     def attempt(start: Start) -> Json:
-        return _train_once(context, start, compiled, compile_time)
+        nonlocal calls
+        if start.step % calls.steps:  # rolled back to where an earlier process was stopped
+            calls = compile_calls(experiment, context.parts, start.state, start=start.step)
+        return _train_once(context, trackers, start, calls)
 
     return with_rollbacks(attempt, context, start)
 
 
-def _train_once(
-    context: RunContext, start: Start, compiled: jax.stages.Compiled, compile_time: float
-) -> Json:
-    """Train to the last step, and write the summary."""
-    experiment, checkpoints = context.experiment, context.checkpoints
-    result, evaluation = _run_steps(context, start, compiled)
-    checkpoints.wait()
-    if result.step == start.step:  # only the summary was missing
-        evaluation = context.parts.evaluate(result.state)
-    summary = summarize(
-        context,
-        result,
-        evaluation,
-        compile_time_s=compile_time,
-        train_time_s=start.train_time_s + result.seconds,
-        wall_time_s=start.wall_time_s + time.perf_counter() - context.began,
-        rollbacks=start.rollbacks,
-        memory=compiled.memory_analysis(),
-    )
-    unfinished = bool(context.stopped) and result.step < experiment.steps
-    write_summary(context, summary, finished=not unfinished)
-    if unfinished:
+def _train_once(context: RunContext, trackers: Trackers, start: Start, calls: Calls) -> Json:
+    """Train to the last step, or to where a hook ends the run, and write the summary."""
+    _start_trackers(context, trackers, start)
+    summary: Json = {}
+    try:
+        result, events = _run_steps(context, trackers, start, calls)
+        context.checkpoints.wait()
+        if events.error is not None:
+            raise events.error
+        evaluation = events.metrics_of_the_end(result.step, result.state)
+        if result.step == start.step:  # only the summary was missing
+            evaluation = context.parts.evaluate(result.state)
+        summary = summarize(
+            context,
+            result,
+            evaluation,
+            calls=calls,
+            train_time_s=start.train_time_s + result.seconds,
+            wall_time_s=start.wall_time_s + time.perf_counter() - context.began,
+            rollbacks=start.rollbacks,
+            ended=events.ended,
+        )
+        finished = result.step >= context.experiment.steps or events.ended is not None
+        write_summary(context, summary, finished=finished)
+    finally:
+        trackers.finish(summary)
+    if events.ended is not None:
+        line = f"stopped at step {result.step}: {events.ended['reason']}"
+        print_line(context.console, line)
+    if not finished:
         raise Stopped(context.stopped[0], result.step, context.run_dir)
     return summary
 
 
 def _run_steps(
-    context: RunContext, start: Start, compiled: jax.stages.Compiled
-) -> tuple[LoopResult, dict[str, float]]:
+    context: RunContext, trackers: Trackers, start: Start, calls: Calls
+) -> tuple[LoopResult, Events]:
     """Run the steps with their records, evaluations and checkpoints.
 
     Returns:
-      How the loop ended, and the metrics of the last step; {} where that step was not evaluated.
+      How the loop ended, and its events.
     """
-    name, experiment, run_dir = context.name, context.experiment, context.run_dir
-    batches = iterate(context.parts.batches)
+    experiment = context.experiment
+    batches = calls.iterate()
     if start.data is not None:
         batches.set_state(start.data)
-    for _ in range(start.calls_left_out):
-        next(batches)
-    writer = _open_metrics(run_dir, start.step)
-    progress = RunProgress(context.console, start=start.step, total=experiment.steps, name=name)
-    evaluated: tuple[int, dict[str, float]] = (-1, {})
-
-    def log(step: int, values: Json) -> None:
-        writer.write(step, "train", values)
-        progress.train(step, values)
-
-    def evaluate(step: int, state: TrainState) -> None:
-        nonlocal evaluated
-        evaluated = (step, context.parts.evaluate(state))
-        writer.write(step, "eval", evaluated[1])
-        progress.evaluation(step, evaluated[1])
-
-    def checkpoint(step: int, state: TrainState, seconds: float) -> None:
-        try:
-            writer.flush()  # no checkpoint before the records up to it: a resume leaves no gap
-        except OSError as error:
-            context.checkpoints.give_up(step, error)
-            return
-        extra = {
-            "config": config_json(name, experiment),
-            "versions": package_versions(),
-            "data": batches.get_state(),
-            "wall_time_s": start.wall_time_s + time.perf_counter() - context.began,
-            "train_time_s": start.train_time_s + seconds,
-            "rollbacks": start.rollbacks,
-        }
-        context.checkpoints.save(
-            step,
-            state,
-            extra=extra,
-            metrics=evaluated[1] if evaluated[0] == step else None,
-            wait=experiment.checkpoint_wait,
-        )
-
+    batches.skip(start.batches_left_out)
+    window = Window(start.window)
+    progress = RunProgress(
+        context.console, start=start.step, total=experiment.steps, name=context.name
+    )
+    events = Events(context, start, trackers, progress, batches, window)
     for file in ("diverged.json", "diverged.txt"):  # of an earlier attempt, which is resumed
-        (run_dir / file).unlink(missing_ok=True)
-    with contextlib.closing(writer), contextlib.closing(progress):
+        (context.run_dir / file).unlink(missing_ok=True)
+    with contextlib.closing(progress):
         result = run_loop(
-            compiled,
+            calls.call,
             start.state,
             batches,
             start=start.step,
-            stop=experiment.steps,
-            steps_per_call=experiment.steps_per_call,
+            stop=start.step if start.ended else experiment.steps,
+            steps_per_call=calls.steps,
             every=Every(experiment.log_every, experiment.eval_every, experiment.checkpoint_every),
-            log=log,
-            evaluate=evaluate,
-            checkpoint=checkpoint,
+            log=events.log,
+            evaluate=events.evaluate,
+            checkpoint=events.checkpoint,
             should_stop=lambda: bool(context.stopped),
             skips_nonfinite=start.state.last_skip is not None,
             max_skipped_in_row=experiment.max_skipped_in_row,
+            last_batch=calls.last_batch,
+            window=window,
         )
-    return result, evaluated[1] if evaluated[0] == result.step else {}
+    return result, events
 
 
-def _open_metrics(run_dir: Path, step: int) -> MetricsWriter:
+def _start_trackers(context: RunContext, trackers: Trackers, start: Start) -> None:
+    run = {
+        "id": run_id(context.run_dir),
+        "directory": str(context.run_dir.resolve()),
+        "step": start.step,
+    }
     try:
-        return MetricsWriter(run_dir, resume_step=step)
+        trackers.start({**config_json(context.name, context.experiment), "run": run})
     except ValueError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise not_writable(run_dir, error) from None
+        raise not_writable(context.run_dir, error) from None

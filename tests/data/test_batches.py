@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import Arrays, eval_batches, iterate, train_batches
-from jmp_train.data.batches import _ShuffledBatches, state_at
+from jmp_train.data.batches import Order, iterate_rows, saved_state, state_at
 
 
 def arrays(size):
@@ -51,7 +51,7 @@ def test_a_restored_iterator_continues_bitwise_noise_included(at, per_call):
         return {**batch, "y": batch["y"] + rng.normal(size=batch["y"].shape)}
 
     def make():
-        return iterate(train_batches(source(10, augment), 4, seed=5, steps_per_call=per_call))
+        return iterate(train_batches(source(10, augment), 4, seed=5), per_call)
 
     first = make()
     take(first, at)
@@ -65,7 +65,7 @@ def test_a_restored_iterator_continues_bitwise_noise_included(at, per_call):
 
 def test_several_steps_a_call_are_the_same_batches_stacked():
     one = take(train_batches(source(10), 4, seed=1), 6)
-    stacked = take(train_batches(source(10), 4, seed=1, steps_per_call=3), 2)
+    stacked = take(iterate(train_batches(source(10), 4, seed=1), 3), 2)
     got = list(itertools.chain(*(batch["x"] for batch in stacked)))
     np.testing.assert_array_equal(got, [batch["x"] for batch in one])
 
@@ -106,18 +106,62 @@ def test_the_noise_is_not_the_stream_that_the_order_was_drawn_from():
 
 
 def test_only_the_epochs_at_hand_are_kept_in_memory():
-    batches = _ShuffledBatches(source(10), 10, seed=0)
+    order = Order(10, 10, seed=0)
     for i in range(100):
-        batches[i]
-    assert len(batches._orders) <= 3
+        order.rows(i, batches=1)
+    assert len(order._epochs) <= 3
+
+
+@pytest.mark.parametrize("batch_size,per_call", [(3, 4), (10, 3), (25, 2), (4, 1)])
+def test_rows_are_those_of_the_batches_in_memory(batch_size, per_call):
+    batches = train_batches(source(10), batch_size, seed=7)
+    rows = iterate_rows(Order(10, batch_size, seed=7), per_call)
+    rows.skip(1)
+    found = np.concatenate([np.ravel(item) for item in take(rows, 3)])
+    expected = np.concatenate([batches[n]["x"] for n in range(1, 3 * per_call + 1)])
+    np.testing.assert_array_equal(found, expected)
+    assert rows.get_state() == state_at(1 + 3 * per_call)
 
 
 @pytest.mark.parametrize("steps_per_call", [1, 2])
 def test_an_iterator_is_where_state_at_puts_it(steps_per_call):
-    made = train_batches(source(10), 3, seed=0, steps_per_call=steps_per_call)
-    walked, put = iterate(made), iterate(made)
+    made = train_batches(source(10), 3, seed=0)
+    walked, put = iterate(made, steps_per_call), iterate(made, steps_per_call)
     take(walked, 4)
-    put.set_state(state_at(4))
+    put.set_state(state_at(4 * steps_per_call))
     assert put.get_state() == walked.get_state()
     for a, b in zip(take(put, 2), take(walked, 2), strict=True):
         np.testing.assert_array_equal(a["x"], b["x"])
+
+
+@pytest.mark.parametrize("before,after", [(1, 3), (3, 1), (2, 5)])
+def test_a_position_serves_any_number_of_steps_per_call(before, after):
+    made = train_batches(source(10), 3, seed=0)
+    first, second = iterate(made, before), iterate(made, after)
+    take(first, 2)
+    second.set_state(first.get_state())
+    rows = np.ravel(next(second)["x"])
+    expected = [made[2 * before + n]["x"] for n in range(after)]
+    np.testing.assert_array_equal(rows, np.ravel(expected))
+
+
+def test_an_earlier_versions_position_counted_calls():
+    assert saved_state({"next_index": 4}, {"steps_per_call": 5}) == state_at(20)
+    assert saved_state(state_at(4), {"steps_per_call": 5}) == state_at(4)
+
+
+def test_skipped_batches_are_never_made():
+    drawn = []
+
+    def augment(batch, rng):
+        drawn.append(tuple(batch["x"]))
+        return batch
+
+    made = train_batches(source(10, augment), 2, seed=0)
+    batches = iterate(made)
+    batches.skip(3)
+    expected = iterate(made)
+    expected.set_state(state_at(3))
+    np.testing.assert_array_equal(next(batches)["x"], next(expected)["x"])
+    first = train_batches(source(10), 2, seed=0)[0]["x"]
+    assert tuple(first) not in drawn

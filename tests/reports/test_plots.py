@@ -15,10 +15,12 @@ def records(scale):
     yield {"step": 3, "split": "eval", "loss": "nan", "accuracy": 0.4}
 
 
-def test_a_run_without_loss_scale_gets_no_plot_of_it(tmp_path):
-    files = plot_run(list(records(1.0)), tmp_path, title="t")
-    assert [file.name for file in files] == ["loss.png", "accuracy.png"]
+def test_a_constant_loss_scale_gets_no_plot(tmp_path):
     files = plot_run(list(records(1024.0)), tmp_path, title="t")
+    assert [file.name for file in files] == ["loss.png", "accuracy.png"]
+    *first, last = records(1024.0)
+    varying = [*first, last, {**next(r for r in first if r["split"] == "train"), "loss_scale": 2.0}]
+    files = plot_run(varying, tmp_path, title="t")
     assert [file.name for file in files] == ["loss.png", "accuracy.png", "loss_scale.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
 

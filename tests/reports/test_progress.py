@@ -27,7 +27,8 @@ VALUES = {
     "skipped_steps": 3, "skipped_in_row": 0, "steps_per_second": 1234.0, "nonfinite": ["a"],
     "nonfinite_tensors": 1, "last_skipped_step": 7, "learning_rate": 0.1,
 }  # fmt: skip
-SHOWN = ["loss 0.5000", "accuracy 0.9375", "recall at 5 0.2500", "loss scale 65536", "skipped 3",
+SHOWN = ["loss 0.5000", "accuracy 0.9375", "recall at 5 0.2500", "learning rate 1.00e-01",
+         "loss scale 65536", "skipped 3",
          "1234 steps/s"]  # fmt: skip
 
 

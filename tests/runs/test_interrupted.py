@@ -21,14 +21,14 @@ from rich.console import Console
 
 from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment
-from jmp_train.data.batches import train_batches
+from jmp_train.data.batches import iterate, train_batches
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
 from jmp_train.records.metrics import read_metrics
 from jmp_train.records.provenance import package_versions
 from jmp_train.reports.progress import RunProgress
 from jmp_train.runs.signals import collect_signals
-from jmp_train.runs.train import iterate, train
+from jmp_train.runs.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
@@ -120,7 +120,7 @@ def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_p
     def killed(*_, **__):
         raise SystemExit
 
-    for function in ("write_config", "open_checkpoints", "compile_step"):
+    for function in ("write_config", "open_checkpoints", "compile_calls"):
         with monkeypatch.context() as patch:
             patch.setattr(f"jmp_train.runs.train.{function}", killed)
             with pytest.raises(SystemExit):
@@ -138,7 +138,7 @@ def test_a_signal_ends_a_run_with_its_status_and_the_state_saved(
 ):
     at_step(monkeypatch, {6: lambda: os.kill(os.getpid(), getattr(signal, signum))})
     words = ["--steps", "12", "--log-every", "2", "--checkpoint-every", "4", "--eval-every", "6"]
-    more = ["--optimizer.warmup-steps", "2", "--run-dir", str(tmp_path)]
+    more = ["--optimizer.warmup-steps", "2", "--run-dir", str(tmp_path), "--steps-per-call", "1"]
     assert main(["train", NAME, *words, *more]) == status
     assert f"stopped by {signum} at step 7" in capsys.readouterr().err
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == 7
@@ -181,17 +181,17 @@ def test_a_checkpoint_of_another_experiment_is_refused_and_nothing_is_lost(run, 
 
 
 def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatch):
-    experiment = small(batch_size=64, steps=16)
+    experiment = small(batch_size=64, steps=16, steps_per_call=1)
     with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
         train(NAME, experiment, run, QUIET)
     seen = []
 
-    def spy(batches):
-        iterator = iterate(batches)
+    def spy(*arguments):
+        iterator = iterate(*arguments)
         take = type(iterator).__next__
 
         class Spied:
-            get_state, set_state = iterator.get_state, iterator.set_state
+            get_state, set_state, skip = iterator.get_state, iterator.set_state, iterator.skip
 
             def __next__(self):
                 seen.append(take(iterator))
@@ -199,11 +199,11 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
 
         return Spied()
 
-    monkeypatch.setattr("jmp_train.runs.train.iterate", spy)
+    monkeypatch.setattr("jmp_train.runs.calls.iterate", spy)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     train(NAME, experiment, run, console, force=True)
     said = console.export_text()
-    assert "changed: batch_size 128 -> 64, steps 12 -> 16\n" in said
+    assert "changed: batch_size 128 -> 64, steps 12 -> 16, steps_per_call None -> 1\n" in said
     assert "other batches from step 12 on, for batch_size changed\n" in said
     batches = train_batches(experiment.data.load().train, 64, seed=0)
     assert len(seen) == 4

@@ -40,7 +40,7 @@ def run(
         stop=stop,
         steps_per_call=per_call,
         every=Every(*every),
-        log=lambda step, values: events.append(("log", step, values)),
+        log=lambda step, values, state: events.append(("log", step, values)),
         evaluate=lambda step, state: events.append(("eval", step, state)),
         checkpoint=lambda step, state, _: events.append(("save", step, state)),
         **options,
@@ -60,6 +60,24 @@ def test_events_come_at_their_intervals_and_at_the_last_step():
     assert steps_of(events, "save") == [5, 10, 12]
 
 
+def test_an_event_that_asks_for_it_saves_or_ends():
+    stepper, saved = jt.make_step(loss_fn, optax.sgd(0.1)), []
+    result = run_loop(
+        stepper.step,
+        stepper.init(jnp.ones(2)),
+        itertools.repeat(jnp.ones(2)),
+        start=0,
+        stop=12,
+        steps_per_call=1,
+        every=Every(2, 3, 12),
+        log=lambda step, values, state: "stop" if step == 6 else None,
+        evaluate=lambda step, state: saved.append(f"eval {step}") or "save",
+        checkpoint=lambda step, state, seconds: saved.append(step),
+    )
+    # The event that ends the run does not keep the others of its step from happening.
+    assert saved == ["eval 3", 3, "eval 6", 6] and result.step == 6
+
+
 def test_a_resumed_loop_keeps_the_same_intervals():
     _, events = run(start=5)
     assert steps_of(events, "log") == [8, 12]
@@ -71,7 +89,7 @@ def test_several_steps_a_call_give_the_same_state_and_log_the_last_of_them():
     many, events_many = run(every=(4, 4, 4), per_call=4)
     assert (one.state.params == many.state.params).all()
     losses = [
-        [v["loss"] for kind, _, v in events if kind == "log"]
+        [v["last_loss"] for kind, _, v in events if kind == "log"]
         for events in (events_one, events_many)
     ]
     assert losses[0] == losses[1]
@@ -82,7 +100,8 @@ def test_the_records_values_are_plain_numbers():
     _, events = run()
     values = events[0][2]
     assert set(values) == {
-        "loss", "size", "loss_scale", "skipped_steps", "skipped_in_row", "steps_per_second",
+        "loss", "size", "last_loss", "last_size", "averaged_steps", "loss_scale", "skipped_steps",
+        "skipped_in_row", "steps_per_second",
     }  # fmt: skip
     assert all(type(v) in (int, float) for v in values.values())
     assert values["size"] == 2.0 and values["loss_scale"] == 1.0
@@ -124,7 +143,7 @@ def scaled_run(batches, scale, *, every=5, limit=100, start=0):
         stop=len(batches),
         steps_per_call=1,
         every=Every(every, 1000, 1000),
-        log=lambda step, values: logged.append(values),
+        log=lambda step, values, state: logged.append(values),
         evaluate=lambda step, state: None,
         checkpoint=lambda step, state, seconds: None,
         skips_nonfinite=True,
@@ -178,18 +197,19 @@ def test_a_record_names_the_gradients_of_a_skip_since_the_last_record(bad):
 
 
 def test_the_step_that_went_wrong_first_is_found():
-    losses = [(np.float32(1), None), (np.float32(2), None), (np.float32("nan"), None)]
+    losses = [{"loss": np.float32(x)} for x in (1, 2, "nan")]
     assert loop._first_bad(7, losses) == 7 and loop._first_bad(7, losses[:2]) == 7
-    norm = [(np.float32(1), np.float32("inf")), *losses]
+    norm = [{"loss": np.float32(1), "grad_norm": np.float32("inf")}, *losses]
     assert loop._first_bad(7, norm) == 4
-    calls = [(np.ones(4), np.ones(4)), (np.array([1, 1, np.nan, np.nan]), np.ones(4))]
+    calls = [{"loss": np.array(x), "grad_norm": np.ones(4)} for x in ([1] * 4, [1, 1, np.nan, 1])]
     assert loop._first_bad(8, calls) == 7 and loop._first_bad(8, []) == 8
 
 
 def test_the_host_does_not_look_at_the_device_between_events(monkeypatch):
     # The step hands back objects that cannot be read at all, so any look at them would raise.
     looks = []
-    values = {"loss": 1.0, "skipped_in_row": 0}
+    values = {"last_loss": 1.0, "skipped_in_row": 0}
+    monkeypatch.setattr(loop, "_add_calls", lambda *_: None)
     monkeypatch.setattr(loop, "_train_values", lambda *_: looks.append(1) or values)
     monkeypatch.setattr(loop, "_diverged", lambda *_: "")
     nothing = lambda *_: None
@@ -221,7 +241,7 @@ def test_a_diverged_state_is_neither_evaluated_nor_saved():
             stop=1,
             steps_per_call=1,
             every=Every(1, 1, 1),
-            log=lambda step, values: events.append("log"),
+            log=lambda step, values, state: events.append("log"),
             evaluate=lambda step, state: events.append("evaluate"),
             checkpoint=lambda step, state, seconds: events.append("checkpoint"),
         )
@@ -246,7 +266,7 @@ def test_one_skipped_step_at_a_log_point_does_not_end_the_run():
         stop=8,
         steps_per_call=1,
         every=Every(4, 8, 8),
-        log=lambda step, values: logged.append((step, values["skipped_steps"])),
+        log=lambda step, values, state: logged.append((step, values["skipped_steps"])),
         evaluate=lambda step, state: None,
         checkpoint=lambda step, state, seconds: None,
         skips_nonfinite=True,
@@ -259,6 +279,7 @@ def test_rates_and_times_leave_events_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(loop, "_diverged", lambda *_: "")
+    monkeypatch.setattr(loop, "_add_calls", lambda *_: None)
     monkeypatch.setattr(loop, "_train_values", lambda *_: {})
 
     def passes(seconds, result=None):
@@ -277,7 +298,7 @@ def test_rates_and_times_leave_events_out(monkeypatch):
         stop=12,
         steps_per_call=2,
         every=Every(4, 6, 6),
-        log=lambda step, values: rates.append(values["steps_per_second"]),
+        log=lambda step, values, state: rates.append(values["steps_per_second"]),
         evaluate=passes(100.0),
         checkpoint=lambda step, state, seconds: saved.append((passes(1000.0)(), seconds)),
     )

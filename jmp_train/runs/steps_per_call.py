@@ -1,0 +1,106 @@
+"""The number of steps in a call: as many as the events of a run, latency and memory allow.
+
+The choice depends on settings, shapes and the kind of device, never on a measured time, so the same
+command makes the same choice. Every choice gives the same run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jmp_train.config.experiment import AnyExperiment
+from jmp_train.types import PyTree
+
+#: Longest time of a call in seconds, because a signal waits for the end of the call.
+_LATENCY = 0.1
+
+#: A step that takes longer, in seconds, gains nothing from sharing a call.
+_LARGE_STEP = 0.01
+
+#: Largest size in bytes of what a call is sent and returns, as it grows with its steps.
+_CALL_BYTES = 32 * 2**20
+
+#: By platform: FLOP/s to expect of a small step, and its shortest time in seconds.
+_SPEEDS = {"cpu": (5e10, 1e-4)}
+_ACCELERATOR = (2e13, 2e-5)
+
+
+def choose_steps_per_call(
+    experiment: AnyExperiment, start: int, *, step_flops: float, step_bytes: int, platform: str
+) -> int:
+    """Return the number of steps in a call.
+
+    It divides the log, evaluation and checkpoint intervals, the number of steps and the step of the
+    start.
+
+    Args:
+      experiment: its `steps_per_call` is returned, unless it is None.
+      start: steps already taken.
+      step_flops: floating-point operations of a step.
+      step_bytes: bytes that a step adds to the arguments and results of its call.
+      platform: of the device, as in JAX: "cpu", "gpu", "tpu".
+    """
+    e = experiment
+    if e.steps_per_call is not None:
+        return e.steps_per_call
+    speed, shortest = _SPEEDS.get(platform, _ACCELERATOR)
+    seconds = max(step_flops / speed, shortest)
+    if seconds > _LARGE_STEP:
+        return 1
+    limit = min(_LATENCY / seconds, _CALL_BYTES / max(step_bytes, 1))
+    common = math.gcd(start, e.steps, e.log_every, e.eval_every, e.checkpoint_every)
+    return max(
+        (d for n in range(1, math.isqrt(common) + 1) if common % n == 0 for d in (n, common // n)
+         if d <= limit),
+        default=1,
+    )  # fmt: skip
+
+
+def count_flops(jaxpr: Any) -> float:
+    """Return the floating-point operations of a jaxpr: products, and one for each other element.
+
+    The body of a scan counts once for each iteration, unlike in XLA's cost analysis; the body of a
+    `while` loop counts once.
+
+    >>> import jax.numpy as jnp
+    >>> count_flops(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr)
+    60.0
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        size = float(sum(math.prod(getattr(v.aval, "shape", ())) for v in equation.outvars))
+        inner = [count_flops(body) for body in _bodies(params)]
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += 2 * size * math.prod(shape[d] for d in contracted)
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            features = kernel[params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * size * math.prod(kernel) / features
+        elif name == "cond":
+            total += max(inner)
+        elif inner:
+            total += sum(inner) * (params["length"] if name == "scan" else 1)
+        else:
+            total += size
+    return total
+
+
+def _bodies(params: dict[str, Any]) -> Iterator[Any]:
+    """Yield the jaxprs in the parameters of an equation."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            body = getattr(item, "jaxpr", item)  # of a closed jaxpr
+            if hasattr(body, "eqns"):
+                yield body
+
+
+def bytes_of(tree: PyTree) -> int:
+    """Return the size of the arrays of a tree, or of their specs."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

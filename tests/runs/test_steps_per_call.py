@@ -1,0 +1,50 @@
+"""The automatic number of steps in a call: what bounds it, and the operations that it counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmp_train.config.find import find_experiment
+from jmp_train.runs.steps_per_call import choose_steps_per_call, count_flops
+
+
+def choose(start=0, flops=6e7, step_bytes=1000, platform="cpu", **fields):
+    experiment = dataclasses.replace(find_experiment("mlp_fp32"), **fields)
+    return choose_steps_per_call(
+        experiment, start, step_flops=flops, step_bytes=step_bytes, platform=platform
+    )
+
+
+@pytest.mark.parametrize(
+    "case,expected",
+    [
+        ({}, 50),  # of 1.2 ms each, of at most 0.1 s: the largest divisor of 100 below 83
+        ({"log_every": 30}, 10),
+        ({"steps": 2002}, 2),
+        ({"start": 25}, 25),
+        ({"flops": 4e8}, 10),  # of 8 ms
+        ({"flops": 6e8}, 1),  # of 12 ms
+        ({"flops": 6e8, "platform": "gpu"}, 100),
+        ({"step_bytes": 2**23}, 4),
+        ({"steps_per_call": 5}, 5),
+    ],
+)
+def test_intervals_latency_and_memory_bound_the_choice(case, expected):
+    assert choose(**case) == expected
+
+
+def test_products_in_a_scan_count_once_per_iteration():
+    def loop(w, x):
+        return jax.lax.scan(lambda x, _: (x @ w, None), x, length=7)[0]
+
+    jaxpr = jax.make_jaxpr(loop)(jnp.ones((3, 3)), jnp.ones((2, 3)))
+    assert count_flops(jaxpr.jaxpr) == 7 * 2 * 2 * 3 * 3
+
+
+def test_a_convolutions_operations_are_counted():
+    x, kernel = jnp.ones((2, 4, 8, 8)), jnp.ones((6, 4, 3, 3))
+    conv = lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID")
+    jaxpr = jax.make_jaxpr(conv)(x, kernel)
+    assert count_flops(jaxpr.jaxpr) == 2 * (2 * 6 * 6 * 6) * (4 * 3 * 3)
