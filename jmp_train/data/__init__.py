@@ -2,16 +2,23 @@
 
 from jmp_train.data.arrays import NpzConfig
 from jmp_train.data.batches import eval_batches, iterate, train_batches
-from jmp_train.data.dataset import Arrays, Dataset, Source
+from jmp_train.data.data import Data
+from jmp_train.data.dataset import Arrays, DataError, Dataset, Source
 from jmp_train.data.digits import DigitsConfig
+from jmp_train.data.examples import Examples
+from jmp_train.data.streams import Stream
 from jmp_train.data.text import TextConfig, compression_baselines
 
 __all__ = [
     "Arrays",
+    "Data",
+    "DataError",
     "Dataset",
     "DigitsConfig",
+    "Examples",
     "NpzConfig",
     "Source",
+    "Stream",
     "TextConfig",
     "compression_baselines",
     "eval_batches",

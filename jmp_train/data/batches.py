@@ -7,6 +7,7 @@ that Grain handles one record per batch. With Grain's per-example shuffle and co
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ import grain
 import numpy as np
 
 from jmp_train.data.dataset import Source
+from jmp_train.data.examples import Examples, regroup
+from jmp_train.data.streams import Stream, StreamIterator, prepare_workers
 from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
@@ -64,9 +67,10 @@ class Order:
 class _ShuffledBatches:
     """Endless batches, reshuffled each epoch; batch i is a pure function of (seed, i)."""
 
-    def __init__(self, source: Source, batch_size: int, *, seed: int):
+    def __init__(self, source: Source, batch_size: int, *, seed: int, shard: slice = slice(None)):
         self._source = source
         self._order = Order(len(source), batch_size, seed=seed)
+        self._shard = shard
         self._seed = seed
 
     def __len__(self) -> int:
@@ -74,7 +78,7 @@ class _ShuffledBatches:
 
     def __getitem__(self, index: int) -> Batch:
         (rows,) = self._order.rows(int(index), batches=1)
-        return self._source.draw(rows, _generator(self._seed, index, _DRAW))
+        return self._source.draw(rows[self._shard], _generator(self._seed, index, _DRAW))
 
 
 def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
@@ -82,23 +86,29 @@ def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
 
 
 def train_batches(
-    source: Source,
+    source: Source | Stream,
     batch_size: int,
     *,
     seed: int,
+    workers: int = 0,
+    shard: grain.sharding.ShardOptions | None = None,
 ) -> Any:
     """Return endless batches: every example once per epoch, reshuffled each epoch.
 
     Args:
       source: the examples, such as `Arrays`. Its random numbers depend only on the seed and the
-        index of the batch.
+        index of the batch. A `Stream` keeps its own order.
       batch_size: number of examples in a batch; the last batch of an epoch is completed with
         examples of the next epoch.
       seed: seed of the order and of the random numbers for a batch.
+      workers: number of processes that make batches, in the same order; 0 makes them in a thread.
+      shard: the part of each batch that this process makes, by Grain's options; None makes all.
 
     Returns:
-      A Grain dataset of dicts of arrays, one batch for each step; batch i is a pure function of the
-      seed and i. See `iterate`.
+      A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
+
+    Raises:
+      ValueError: for a stream in several processes, or a batch that they do not divide.
 
     >>> from jmp_train.data import Arrays
     >>> source = Arrays({"x": np.arange(6)})
@@ -106,7 +116,29 @@ def train_batches(
     >>> sorted(np.concatenate([batches[0]["x"], batches[1]["x"]]).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    return grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed))
+    index, count = (0, 1) if shard is None else (shard.shard_index, shard.shard_count)
+    if isinstance(source, Stream):
+        if count > 1:
+            raise ValueError(
+                f"a stream cannot be divided among {count} processes; expected data with len and [i]"
+            )
+        return source.batches(batch_size, seed=seed)
+    if batch_size % count:
+        raise ValueError(f"batch_size is {batch_size}; expected a multiple of {count} processes")
+    part = slice(index, None, count)
+    dataset = grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed, shard=part))
+    return _InWorkers(dataset, workers) if workers else dataset
+
+
+class _InWorkers:
+    """A dataset of batches that worker processes make."""
+
+    def __init__(self, dataset: Any, workers: int):
+        self._dataset, self._workers = dataset, workers
+
+    def iterate(self, steps_per_call: int) -> BatchIterator:
+        items_from = _items_of(self._dataset, steps_per_call, self._workers)
+        return BatchIterator(items_from, steps_per_call, self._workers)
 
 
 class BatchIterator:
@@ -115,11 +147,18 @@ class BatchIterator:
     Args:
       items_from: returns an iterator over the items from the batch with an index on.
       steps_per_call: number of batches in an item.
+      workers: number of processes that make the items.
     """
 
-    def __init__(self, items_from: Callable[[int], Iterator[Any]], steps_per_call: int):
+    can_seek = True
+    replayed = 0
+
+    def __init__(
+        self, items_from: Callable[[int], Iterator[Any]], steps_per_call: int, workers: int = 0
+    ):
         self._items_from = items_from
         self._steps_per_call = steps_per_call
+        self._workers = workers
         self._next = 0  # index of the next batch
         self._items: Iterator[Any] | None = None
 
@@ -131,7 +170,8 @@ class BatchIterator:
             self._items = self._items_from(self._next)
         item = next(self._items)
         self._next += self._steps_per_call
-        return item
+        # Out of the memory that is shared with the worker, so that it is free when the worker ends.
+        return {name: np.array(x) for name, x in item.items()} if self._workers else item
 
     def get_state(self) -> Json:
         """Return the position, a small dict for a checkpoint."""
@@ -139,14 +179,25 @@ class BatchIterator:
 
     def set_state(self, state: Json) -> None:
         """Move to the position of a state from `get_state`."""
-        self._next, self._items = state["next_batch"], None
+        self.close()
+        self._next = state["next_batch"]
 
     def skip(self, batches: int) -> None:
         """Move forward by a number of batches, without making them."""
-        self._next, self._items = self._next + batches, None
+        if batches:
+            self.close()
+            self._next += batches
+
+    def close(self) -> None:
+        """End the threads and worker processes."""
+        getattr(self._items, "close", lambda: None)()
+        self._items = None
 
 
-def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
+Batches = BatchIterator | StreamIterator
+
+
+def iterate(dataset: Any, steps_per_call: int = 1) -> Batches:
     """Iterate over a dataset in order, with a thread that prepares items ahead.
 
     Args:
@@ -164,16 +215,36 @@ def iterate(dataset: Any, steps_per_call: int = 1) -> BatchIterator:
     >>> next(batches)["x"].shape, batches.get_state()
     ((2, 3), {'next_batch': 2})
     """
+    if hasattr(dataset, "iterate"):  # of a stream, or in workers
+        return dataset.iterate(steps_per_call)
+    return BatchIterator(_items_of(dataset, steps_per_call), steps_per_call)
+
+
+def first_batch(dataset: Any) -> Batch:
+    """Return the first batch of a dataset from `train_batches`."""
+    if hasattr(dataset, "__getitem__"):
+        return dataset[0]
+    with contextlib.closing(iterate(dataset)) as batches:
+        return next(batches)
+
+
+def _items_of(
+    dataset: Any, steps_per_call: int, workers: int = 0
+) -> Callable[[int], Iterator[Batch]]:
+    """Return a function that iterates over the items from the batch with an index on."""
 
     def items_from(start: int) -> Iterator[Batch]:
         items = dataset.slice(slice(start, None))
         if steps_per_call > 1:
             items = items.batch(steps_per_call)
         # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-        return iter(items.to_iter_dataset(options))
+        items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+        if workers:
+            prepare_workers()
+            items = items.mp_prefetch(grain.MultiprocessingOptions(workers))
+        return iter(items)
 
-    return BatchIterator(items_from, steps_per_call)
+    return items_from
 
 
 def iterate_rows(order: Order, steps_per_call: int = 1) -> BatchIterator:
@@ -222,11 +293,13 @@ def saved_state(data: Json, config: Json) -> Json:
     return data
 
 
-def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[dict[str, Any]]:
+def eval_batches(
+    held_out: Mapping[str, np.ndarray] | Examples | Stream, batch_size: int
+) -> Iterator[dict[str, Any]]:
     """Yield every example once, in order, in batches of one shape.
 
     The last batch is padded with copies of its first example. Each batch has a `"mask"`, bool
-    (batch,), which is False for padding. If the arrays include a `"mask"`, bool (examples, ...),
+    (batch,), which is False for padding. If the examples include a `"mask"`, bool (examples, ...),
     which says which parts of each example count, padding is False in that mask instead.
 
     >>> for batch in eval_batches({"x": np.arange(3)}, 2):
@@ -234,11 +307,30 @@ def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[
     [0 1] [ True  True]
     [2 2] [ True False]
     """
-    size = len(next(iter(arrays.values())))
-    for start in range(0, size, batch_size):
-        rows = np.arange(start, start + batch_size)
-        mask = rows < size
-        rows = np.where(mask, rows, start)
-        batch = {name: array[rows] for name, array in arrays.items()}
+    for batch in _in_order(held_out, batch_size):
+        rows = np.arange(batch_size)
+        mask = rows < len(next(iter(batch.values())))
+        rows = np.where(mask, rows, 0)
+        batch = {name: array[rows] for name, array in batch.items()}
         counted = batch.get("mask", mask)
         yield {**batch, "mask": counted & mask.reshape(-1, *[1] * (counted.ndim - 1))}
+
+
+def _in_order(held_out: Any, batch_size: int) -> Iterator[Batch]:
+    """Yield every example once, in order; the last batch may have fewer."""
+    if isinstance(held_out, Stream):
+        yield from held_out.held_out(batch_size)
+    elif isinstance(held_out, Mapping):
+        yield from regroup([held_out], batch_size)
+    else:
+        rng = _generator(0, 0, _DRAW)  # unused: held-out examples have no random transforms
+        for start in range(0, len(held_out), batch_size):
+            yield held_out.draw(np.arange(start, min(start + batch_size, len(held_out))), rng)
+
+
+def eval_batch_size(held_out: Mapping[str, np.ndarray] | Examples | Stream, largest: int) -> int:
+    """Return the size of evaluation batches: at most `largest`, and the number of examples."""
+    if isinstance(held_out, Stream):
+        return largest
+    size = len(next(iter(held_out.values()))) if isinstance(held_out, Mapping) else len(held_out)
+    return min(largest, size)

@@ -8,8 +8,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from jmp_train.errors import UsageError
 from jmp_train.spec import DataSpec
 from jmp_train.types import Batch
+
+
+class DataError(UsageError, ValueError):
+    """Data that cannot be trained on; the message names the example or the batch."""
 
 
 class Source(Protocol):
@@ -49,10 +54,13 @@ class Arrays:
 class Dataset(NamedTuple):
     """Training examples, held-out examples, and their spec."""
 
-    train: Source
-    eval: dict[str, np.ndarray]
+    train: Source | Any
+    """A source, or a `Stream`."""
+    eval: dict[str, np.ndarray] | Any
     """Held-out arrays by name, whose leading axis counts examples; a `"mask"`, bool, says which
-    values of the metrics count."""
+    values of the metrics count. Or a source or a `Stream`, of which every example is used once."""
     spec: DataSpec
     facts: Callable[[], dict[str, Any]] = dict
     """Returns facts about the data for summary.json."""
+    workers: int = 0
+    """Number of processes that read the training examples; 0 reads them in a thread."""

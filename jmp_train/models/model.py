@@ -41,7 +41,7 @@ def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:
     >>> model = Model(Net, inputs=64, classes=lambda spec: spec.classes)
     >>> model.settings
     {'inputs': 64, 'width': 32}
-    >>> construct(model, DataSpec({}, classes=10), rngs=nnx.Rngs(0)).out.out_features
+    >>> construct(model, DataSpec({}, 10), rngs=nnx.Rngs(0)).out.out_features
     10
     """
     if isinstance(network, linen.Module):

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.data.batches import eval_batches, train_batches
+from jmp_train.data.batches import eval_batch_size, eval_batches, train_batches
+from jmp_train.data.data import own_shard
 from jmp_train.data.dataset import Dataset
+from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.step.evaluation import make_evaluate
@@ -39,8 +41,14 @@ def build(experiment: AnyExperiment) -> Parts:
     dataset = _load_dataset(experiment)
     task = make_task_of(experiment, dataset)
     evaluate = make_evaluate(task.metrics_fn, task.precision, cast_batch=False)
-    size = min(experiment.batch_size, len(next(iter(dataset.eval.values()))))
-    batches = train_batches(dataset.train, experiment.batch_size, seed=experiment.seed)
+    size = eval_batch_size(dataset.eval, experiment.batch_size)
+    batches = train_batches(
+        dataset.train,
+        experiment.batch_size,
+        seed=experiment.seed,
+        workers=dataset.workers,
+        shard=own_shard(),
+    )
     return Parts(
         dataset,
         task,
@@ -57,7 +65,7 @@ def _load_dataset(experiment: AnyExperiment) -> Dataset:
         dataset = experiment.data.load()
     except (OSError, ValueError) as error:  # a missing or damaged file
         raise UsageError(str(error)) from None
-    if not hasattr(dataset.train, "draw"):
+    if not isinstance(dataset.train, Stream) and not hasattr(dataset.train, "draw"):
         raise UsageError(
             f"{type(experiment.data).__name__}.load() returned a {type(dataset.train).__name__} to train "
             "on; expected a Source, such as Arrays(train) for a dict of arrays"
@@ -98,6 +106,8 @@ def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
 
 def check_batch_size(experiment: AnyExperiment, dataset: Dataset) -> None:
     """Raise UsageError for a batch of more examples than the dataset has."""
+    if isinstance(dataset.train, Stream):  # finds out where it ends
+        return
     examples = len(dataset.train)
     if experiment.batch_size > examples:
         raise UsageError(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.data.batches import BatchIterator, Order, iterate, iterate_rows
+from jmp_train.data.batches import Batches, Order, first_batch, iterate, iterate_rows
 from jmp_train.data.dataset import Arrays, Source
 from jmp_train.runs.build import Parts
 from jmp_train.runs.loop import last_of_stack
@@ -27,7 +27,7 @@ class Calls(NamedTuple):
     """A compiled call of one or several steps, and what it is called with."""
 
     call: Callable[[TrainState, Any], tuple[TrainState, StepInfo]]
-    iterate: Callable[[], BatchIterator]  # from the first batch on: one item for each call
+    iterate: Callable[[], Batches]  # from the first batch on: one item for each call
     last_batch: Callable[[Any, int], Batch]  # of the last step of a call, from its item
     steps: int  # in a call
     data_on_device: bool
@@ -52,7 +52,7 @@ def compile_calls(
     began = time.perf_counter()
     (device,) = state.step.devices()
     arrays = _resident_arrays(experiment, parts.dataset.train, device)
-    batch = parts.batches[0]
+    batch = first_batch(parts.batches)
     rows = np.zeros(experiment.batch_size, np.int32)
     steps = experiment.steps_per_call
     if steps is None:

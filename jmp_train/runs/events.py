@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from jmp_train.data.batches import BatchIterator
+from jmp_train.data.batches import Batches
 from jmp_train.optim.schedules import make_schedule
 from jmp_train.records.provenance import package_versions
 from jmp_train.records.trackers import Trackers
@@ -39,7 +39,7 @@ class Events:
         start: Start,
         trackers: Trackers,
         progress: RunProgress,
-        batches: BatchIterator,
+        batches: Batches,
         window: Window,
     ):
         self._context, self._start = context, start

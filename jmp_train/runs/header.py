@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 
+from jmp_train.data.streams import Stream
 from jmp_train.reports.progress import print_header
 from jmp_train.runs.context import RunContext
 from jmp_train.types import PyTree
@@ -17,19 +21,26 @@ def show_header(context: RunContext, params: PyTree) -> None:
       params: the parameters of its state.
     """
     experiment, dataset = context.experiment, context.parts.dataset
-    held_out = len(next(iter(dataset.eval.values())))
     rows = {
         "experiment": context.name,
         "device": _device(),
         "precision": "\n".join([experiment.policy, *experiment.rules]),
         "parameters": _size(params),
-        "data": f"{experiment.data.name}: {len(dataset.train):,} training examples, "
-        f"{held_out:,} held out",
+        "data": f"{experiment.data.name}: {_count(dataset.train)} training examples, "
+        f"{_count(dataset.eval)} held out",
         "run": str(context.run_dir),
     }
     if experiment.rules:  # they replace the policy
         rows["precision"] = "\n".join(["by rules, the first match:", *experiment.rules])
     print_header(context.console, rows)
+
+
+def _count(examples: Any) -> str:
+    if isinstance(examples, Stream):
+        return "a stream of"
+    arrays = isinstance(examples, Mapping)
+    count = len(next(iter(examples.values()))) if arrays else len(examples)
+    return f"{count:,}"
 
 
 def _device() -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from jmp_train.errors import UsageError
 from jmp_train.loss_scales.states import DynamicLossScale
 from jmp_train.runs.window import Window
 from jmp_train.step.state import StepInfo, TrainState
@@ -114,6 +115,7 @@ def run_loop(
         has from its checkpoint. It is up to date when `checkpoint` is called.
 
     Raises:
+      UsageError: if a batch cannot be read; the state before it is saved.
       Diverged: at an event, before it saves: if the loss is not finite and such steps are not
         skipped, if too many in a row were skipped, if `SKIPS_AT_MINIMUM` were and the last of them
         at the dynamic loss scale's minimum, or if a parameter is not finite.
@@ -125,7 +127,12 @@ def run_loop(
     calls: list[tuple[Json, Any]] = []  # metrics since the last event, still on the device
     began = time.perf_counter()
     while at < stop and not stopped:
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except UsageError:  # data that cannot be read: keep the steps until here
+            if at > start and _all_finite(state.params):
+                checkpoint(at, state, seconds + time.perf_counter() - began)
+            raise
         state, info = step_fn(state, batch)
         at += steps_per_call
         calls.append((_metrics(info, steps_per_call), info.finite))

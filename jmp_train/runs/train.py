@@ -195,9 +195,14 @@ def _run_steps(
         context.console, start=start.step, total=experiment.steps, name=context.name
     )
     events = Events(context, start, trackers, progress, batches, window)
+    if not batches.can_seek:
+        line = "the data cannot be read from a position: a resumed run reads them again up to it"
+        print_line(context.console, line)
+        if batches.replayed:
+            print_line(context.console, f"read {batches.replayed} batches again")
     for file in ("diverged.json", "diverged.txt"):  # of an earlier attempt, which is resumed
         (context.run_dir / file).unlink(missing_ok=True)
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), contextlib.closing(batches):
         result = run_loop(
             calls.call,
             start.state,

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import optax
 
 from jmp_train.errors import UsageError
 
@@ -19,7 +18,6 @@ _LIBRARIES = tuple(
     for folder in (
         _PACKAGE,
         Path(jax.__file__).resolve().parent.parent,
-        Path(optax.__file__).resolve().parent.parent,
         Path(sysconfig.get_path("stdlib")).resolve(),
     )
 )

@@ -1,0 +1,287 @@
+"""Data of the user: what a function returns, as a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import grain
+import numpy as np
+
+from jmp_train.configurable import Configured, configured, described, parameters_of
+from jmp_train.data.dataset import Arrays, DataError, Dataset
+from jmp_train.data.examples import (
+    Examples,
+    Rows,
+    Subset,
+    check_example,
+    takes_generator,
+    with_generator,
+)
+from jmp_train.data.streams import Stream, check_leading_axes
+from jmp_train.fields import check_fields
+from jmp_train.spec import DataSpec
+from jmp_train.types import Function
+
+_SPLIT_SEED = 0  # constant, so that the held-out examples do not depend on the run's seed
+_FORMS = (
+    "a dict of arrays, something with len and [i] that returns a dict for each example, a Grain "
+    "dataset, a function that returns an iterator of batches, a pair (train, held_out) of these, or a "
+    "Dataset"
+)
+
+
+def Data(
+    load: Any,
+    *,
+    eval_share: float = 0.2,
+    transform: Function | None = None,
+    batch_transform: Function | None = None,
+    classes: int | None = None,
+    workers: int = 0,
+    name: str | None = None,
+    **fields: Any,
+) -> Any:
+    """Return the configuration of data that a function loads.
+
+    Args:
+      load: function that returns the data; its arguments become options of the command line
+        (`--data.path`). It is called when a run begins, never when an experiment is listed. Or the
+        data. The data are a dict of arrays whose leading axis counts examples; anything with `len`
+        and `[i]` that returns a dict of arrays for each example; a Grain `MapDataset` or
+        `IterDataset` of such dicts; a function that returns an iterator of batches; a pair
+        `(train, held_out)` of these; or a `Dataset`.
+      eval_share: fraction of the examples to hold out, the same examples in every run, if the data are
+        no pair.
+      transform: `transform(example)` or `transform(example, rng)` returns a changed example. `rng`, a
+        `numpy.random.Generator`, is a pure function of the seed and the position. A transform that
+        takes `rng` is left out of evaluation.
+      batch_transform: the same for a batch.
+      classes: number of classes; None: found from an integer array `label` in memory.
+      workers: number of processes that read training examples; 0 reads them in a thread.
+      name: name for summary.json; None: the name of the function.
+      **fields: values of the function's arguments.
+
+    Returns:
+      A frozen dataclass whose fields are settings of an experiment.
+
+    Raises:
+      ValueError: for a value of another type or out of range, or an unknown argument.
+
+    >>> def spirals(examples: int = 100):
+    ...     x = np.linspace(0, 1, examples, dtype=np.float32)
+    ...     return {"x": x, "label": np.arange(examples) % 2}
+    >>> data = Data(spirals, examples=50)
+    >>> dataset = data.load()
+    >>> len(dataset.train), len(dataset.eval["x"]), dataset.spec.classes
+    (40, 10, 2)
+    """
+    given = {"eval_share": eval_share, "classes": classes, "workers": workers}
+    function = load if _is_function(load) else (lambda: load)
+    called = name or (described(load) if _is_function(load) else "arrays")
+    own = {key: value for key, value in given.items() if key in parameters_of(function)}
+    config = configured(function, {**own, **fields}, base=_OwnData, what=f"Data({called})")
+    kind: Any = type(config)
+    kind.name, kind.__name__ = called, called
+    kind.transform = None if transform is None else staticmethod(transform)
+    kind.batch_transform = None if batch_transform is None else staticmethod(batch_transform)
+    return dataclasses.replace(config, **given)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OwnData(Configured):
+    """Configuration of data that a function loads."""
+
+    name: ClassVar[str]
+    transform: ClassVar[Function | None]
+    batch_transform: ClassVar[Function | None]
+
+    eval_share: float = 0.2
+    """Fraction of the examples to hold out, the same examples in every run."""
+    classes: int | None = None
+    """Number of classes; None: found from the integer array `label`, if it is in memory."""
+    workers: int = 0
+    """Number of processes that read training examples; 0 reads them in a thread."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
+        if self.classes is not None and not 2 <= self.classes < 2**31:
+            raise ValueError(f"classes is {self.classes}; expected at least 2, or None")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; expected 0 or more")
+
+    def load(self) -> Dataset:
+        """Load the data.
+
+        Raises:
+          ValueError: for a function that raises ValueError or OSError, which it names; for data of no
+            accepted form, and for examples that differ in shape.
+        """
+        takes = parameters_of(self.function)
+        common = {field.name for field in dataclasses.fields(_OwnData)}
+        settings = {k: v for k, v in self.settings.items() if k in takes or k not in common}
+        try:
+            made = self.function(**settings, **self.fixed)
+        except (ValueError, OSError) as error:  # wrong input; other errors keep their traceback
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"{self.name} failed: {what}") from error
+        if isinstance(made, Dataset):
+            if self.transform or self.batch_transform:
+                raise DataError(f"{self.name} returned a Dataset; expected no transform beside it")
+            return made._replace(workers=self.workers)
+        paired = isinstance(made, tuple) and len(made) == 2
+        forms = [_Form.of(part, self.name) for part in (made if paired else (made,))]
+        parts = forms if paired else forms[0].split(self.eval_share)
+        train, held_out = (part.source(self) for part in _with_purpose(parts))
+        first = _first(train)
+        return Dataset(
+            train=train,
+            eval=held_out,
+            spec=DataSpec.of(first, self._class_count(parts)),
+            workers=self.workers,
+        )
+
+    def _class_count(self, parts: list[_Form]) -> int | None:
+        labels = [
+            part.made["label"]
+            for part in parts
+            if isinstance(part.made, Mapping) and "label" in part.made
+        ]
+        if self.transform is not None or not labels:
+            return self.classes
+        label = np.concatenate([np.ravel(array) for array in labels])
+        if label.dtype.kind not in "iu":
+            return self.classes
+        if self.classes is not None:
+            bad = (label < 0) | (label >= self.classes)
+            if bad.any():
+                raise DataError(
+                    f"{int(bad.sum())} labels are out of range, the first {label[bad.argmax()]}; "
+                    f"expected 0 to {self.classes - 1}, for classes is {self.classes}"
+                )
+            return self.classes
+        found = np.unique(label)
+        return (
+            len(found) if len(found) > 1 and found[0] == 0 and found[-1] == len(found) - 1 else None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Data in one of the accepted forms."""
+
+    made: Any
+    held_out: bool = False
+
+    @classmethod
+    def of(cls, made: Any, name: str) -> _Form:
+        """Return data in their form.
+
+        Raises:
+          DataError: for something else, and for arrays that differ in their leading axes.
+        """
+        if isinstance(made, Mapping):
+            arrays = check_example(made, name, "a dict of arrays")
+            check_leading_axes(arrays, name)
+            made = arrays
+        readable = hasattr(made, "__len__") and hasattr(made, "__getitem__")
+        streams = isinstance(made, grain.IterDataset) or (callable(made) and not readable)
+        if not (streams or readable) or isinstance(made, (str, bytes, tuple, np.ndarray)):
+            hint = ""
+            if isinstance(made, Iterator):
+                hint = "; an iterator cannot start again: return the function that makes it"
+            raise DataError(
+                f"{name} returned {_article(type(made).__name__)}; expected {_FORMS}{hint}"
+            )
+        form = cls(made)
+        if not streams:
+            if form.count == 0:
+                raise DataError(f"{name} returned no examples; expected at least one")
+            if form.count >= sys.maxsize:
+                raise DataError(f"{name} returned an endless dataset; expected it without repeat()")
+        return form
+
+    @property
+    def count(self) -> int:
+        """The number of examples."""
+        made = self.made
+        return len(next(iter(made.values()))) if isinstance(made, Mapping) else len(made)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the examples can be read in one order alone."""
+        return isinstance(self.made, grain.IterDataset) or not (
+            isinstance(self.made, Mapping) or hasattr(self.made, "__getitem__")
+        )
+
+    def split(self, eval_share: float) -> list[_Form]:
+        """Return the part to train on and the part that is held out.
+
+        Raises:
+          DataError: for a stream, and where a part would be empty.
+        """
+        if self.is_stream:
+            raise DataError(
+                "a stream cannot be split; expected a pair (train, held_out), with held-out data of "
+                "any form"
+            )
+        held_out = round(eval_share * self.count)
+        if not 0 < held_out < self.count:
+            raise DataError(
+                f"eval_share {eval_share:g} of {self.count} examples is {held_out}; expected at least "
+                "one held out and one left to train on"
+            )
+        order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(self.count)
+        parts = order[held_out:], order[:held_out]
+        if isinstance(self.made, Mapping):
+            return [_Form({k: v[rows] for k, v in self.made.items()}) for rows in parts]
+        return [_Form(Subset(self.made, rows)) for rows in parts]
+
+    def source(self, config: _OwnData) -> Any:
+        """Return a source, a stream, or the arrays to evaluate on."""
+        kept = [config.transform, config.batch_transform]
+        if self.held_out:
+            kept = [None if f is None or takes_generator(f) else f for f in kept]
+        transform, batch_transform = kept
+        if self.is_stream:
+            if transform is not None and not isinstance(self.made, grain.IterDataset):
+                raise DataError(
+                    "transform is for examples, and the data are batches; expected batch_transform"
+                )
+            return Stream(self.made, transform, batch_transform, config.workers)
+        if not isinstance(self.made, Mapping):
+            return Examples(self.made, transform, batch_transform)
+        if transform is not None:
+            return Examples(Rows(self.made), transform, batch_transform)
+        if self.held_out and batch_transform is None:
+            return self.made
+        return Arrays(self.made, batch_transform and with_generator(batch_transform))
+
+
+def _with_purpose(parts: list[_Form]) -> list[_Form]:
+    """Return the part to train on, and the part that is held out, marked as such."""
+    return [parts[0], dataclasses.replace(parts[1], held_out=True)]
+
+
+def own_shard() -> grain.sharding.ShardOptions:
+    """Return the part of the data that this process reads, of all the processes of JAX."""
+    return grain.sharding.ShardByJaxProcess()
+
+
+def _first(train: Any) -> Any:
+    """Return the first example as a batch, transformed."""
+    if isinstance(train, Stream):
+        return train.first()
+    return train.draw(np.array([0]), np.random.Generator(np.random.Philox(0)))
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"

@@ -1,0 +1,293 @@
+"""Streams: data that are read in order, from a Grain IterDataset or a function that returns batches."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import cloudpickle  # with which Grain sends a dataset to its workers
+import grain
+import numpy as np
+from absl import flags
+
+from jmp_train.data.dataset import DataError
+from jmp_train.data.examples import check_example, regroup, stack, takes_generator, with_generator
+from jmp_train.types import Batch, Function, Json
+
+_EXAMPLE, _BATCH = 2, 3  # purposes of streams of random numbers, beside those of data.batches
+
+
+class Stream:
+    """Batches in the order of a Grain `IterDataset`, or of the iterators of a function.
+
+    The stream starts again at its end, so it is endless. Examples at its end that do not fill a batch
+    are left out of that pass.
+
+    Args:
+      source: an `IterDataset` of examples, dicts of arrays; or a function that returns an iterator of
+        batches, dicts of arrays of equal leading axes. A function may take `batch_size`, `seed` and
+        `epoch`, and gets those that it has arguments for.
+      transform: as for `Examples`; for an `IterDataset` alone.
+      batch_transform: as for `Examples`.
+      workers: number of processes that read an `IterDataset`; 0 reads in a thread.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        transform: Function | None = None,
+        batch_transform: Function | None = None,
+        workers: int = 0,
+    ):
+        self._source = source
+        self._transform = transform
+        self._augment = batch_transform
+        self.workers = workers
+
+    def open(self, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
+        """Return an iterator over one pass."""
+        if not isinstance(self._source, grain.IterDataset):
+            return self._call(batch_size=batch_size, seed=seed, epoch=epoch)
+        source = self._source
+        if self._transform is not None:
+            seed_of_pass = _seed(seed, epoch, _EXAMPLE)
+            source = source.random_map(with_generator(self._transform), seed=seed_of_pass)
+        source = source.batch(batch_size, drop_remainder=True, batch_fn=_stack)
+        if self.workers:
+            prepare_workers()
+            return iter(source.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
+        return iter(source)
+
+    def batches(self, batch_size: int, *, seed: int) -> StreamBatches:
+        """Return the endless batches of a run."""
+        return StreamBatches(self, batch_size, seed)
+
+    def augment(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        """Return a batch with the changes of the batch's transform."""
+        return batch if self._augment is None else with_generator(self._augment)(batch, rng)
+
+    def held_out(self, batch_size: int) -> Iterator[Batch]:
+        """Yield every example of one pass once, without random transforms; the last batch may have
+        fewer."""
+        if isinstance(self._source, grain.IterDataset):
+            source = self._source
+            if self._transform is not None and not takes_generator(self._transform):
+                source = source.map(self._transform)
+            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=_stack)
+        else:
+            passed = self._call(batch_size=batch_size, seed=0, epoch=0)
+            batches = (check_batch(batch, f"batch {i}") for i, batch in enumerate(passed))
+        for batch in regroup(batches, batch_size):
+            if self._augment is not None and not takes_generator(self._augment):
+                batch = self._augment(batch)
+            yield batch
+
+    def first(self, batch_size: int = 1) -> Batch:
+        """Return the first batch, for its spec.
+
+        Raises:
+          DataError: if there is none.
+        """
+        passed = self.open(batch_size, seed=0, epoch=0)
+        batch = next(passed, None)
+        getattr(passed, "close", lambda: None)()
+        if batch is None:
+            raise DataError("the data are empty; expected at least one example")
+        batch = check_batch(batch, "batch 0")
+        return self.augment(batch, np.random.default_rng(0))
+
+    def _call(self, **values: int) -> Iterator[Batch]:
+        taken = _arguments(self._source)
+        made = self._source(**{name: v for name, v in values.items() if name in taken})
+        if not hasattr(made, "__iter__"):
+            raise DataError(
+                f"{_name(self._source)} returned a {type(made).__name__}; expected an iterator of "
+                "batches, dicts of arrays"
+            )
+        return iter(made)
+
+
+class StreamBatches:
+    """The endless batches of a stream for a run."""
+
+    def __init__(self, stream: Stream, batch_size: int, seed: int):
+        self._stream, self._batch_size, self._seed = stream, batch_size, seed
+        self.workers = stream.workers
+
+    def iterate(self, steps_per_call: int = 1) -> StreamIterator:
+        """Return an iterator over items of so many batches."""
+        return StreamIterator(self, steps_per_call)
+
+    def open(self, epoch: int) -> Iterator[Batch]:
+        """Return an iterator over one pass."""
+        return self._stream.open(self._batch_size, seed=self._seed, epoch=epoch)
+
+    def finish(self, batch: Batch, index: int) -> Batch:
+        """Return a batch checked and transformed."""
+        batch = check_batch(batch, f"batch {index}")
+        size = len(next(iter(batch.values())))
+        if size != self._batch_size:
+            raise DataError(
+                f"batch {index} has {size} examples; expected {self._batch_size}, the batch_size"
+            )
+        seeds = np.random.SeedSequence([self._seed, index, _BATCH])
+        return self._stream.augment(batch, np.random.Generator(np.random.Philox(seeds)))
+
+
+class StreamIterator:
+    """Iterator over the batches of a stream, whose position counts batches.
+
+    `get_state()` returns a small JSON object: the position, the pass and the state of the stream's own
+    iterator if it has `get_state` and `set_state`. Without them, the batches before the position are
+    read again when it resumes.
+    """
+
+    def __init__(self, batches: StreamBatches, steps_per_call: int):
+        self._batches = batches
+        self._steps_per_call = steps_per_call
+        self._next, self._epoch = 0, 0
+        self._pass: Iterator[Batch] | None = None
+        self._read = 0  # batches of this pass
+        self.replayed = 0  # batches that were read again to resume
+
+    def __iter__(self) -> StreamIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        items = [self._one() for _ in range(self._steps_per_call)]
+        if self._steps_per_call == 1:
+            return items[0]
+        return {key: np.stack([item[key] for item in items]) for key in items[0]}
+
+    @property
+    def can_seek(self) -> bool:
+        """Whether the stream's iterator resumes at a position without reading what is before."""
+        passed = self._opened()
+        return hasattr(passed, "get_state") and hasattr(passed, "set_state")
+
+    def get_state(self) -> Json:
+        """Return the position."""
+        state: Json = {"next_batch": self._next, "epoch": self._epoch, "read": self._read}
+        if self.can_seek:
+            inner: Any = self._opened().get_state()  # pyright: ignore
+            state["stream"] = json.loads(inner) if isinstance(inner, bytes) else inner
+            try:
+                json.dumps(state)
+            except TypeError as error:
+                raise DataError(f"the state of the data is not JSON: {error}") from error
+        return state
+
+    def set_state(self, state: Json) -> None:
+        """Resume from a position that `get_state` or `state_at` returned."""
+        self.close()
+        self._next, self._epoch, self._read = 0, 0, 0
+        if self.can_seek and "stream" in state:
+            self._next, self._epoch = state["next_batch"], state["epoch"]
+            self._read = state["read"]
+            self.close()
+            self._opened().set_state(state["stream"])  # pyright: ignore
+            return
+        self.replayed = state["next_batch"]
+        self.skip(state["next_batch"])
+
+    def skip(self, batches: int) -> None:
+        """Move forward by a number of batches; they are read."""
+        for _ in range(batches):
+            self._raw()
+
+    def _one(self) -> Batch:
+        index = self._next
+        return self._batches.finish(self._raw(), index)
+
+    def _raw(self) -> Batch:
+        while True:
+            try:
+                batch = next(self._opened())
+            except StopIteration:
+                if not self._read:
+                    raise DataError(
+                        f"pass {self._epoch} over the data has no whole batch; expected a smaller "
+                        "--batch-size, or more examples"
+                    ) from None
+                self.close()
+                self._epoch, self._read = self._epoch + 1, 0
+                continue
+            except (DataError, KeyboardInterrupt):
+                raise
+            except Exception as error:  # of the user's code
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise DataError(f"batch {self._next} cannot be read: {what}") from error
+            self._next, self._read = self._next + 1, self._read + 1
+            # Out of the memory that worker processes share, as in `BatchIterator`.
+            own = isinstance(batch, dict) and self._batches.workers
+            return {name: np.array(x) for name, x in batch.items()} if own else batch
+
+    def _opened(self) -> Iterator[Batch]:
+        if self._pass is None:
+            self._pass = self._batches.open(self._epoch)
+        return self._pass
+
+    def close(self) -> None:
+        """End the threads and worker processes."""
+        close: Callable[[], None] = getattr(self._pass, "close", lambda: None)
+        close()
+        self._pass = None
+
+
+def prepare_workers() -> None:
+    """Prepare what Grain's worker processes need.
+
+    They cannot import experiment files, so their functions are sent. Grain reads flags of absl, which
+    are parsed only in a program of absl.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    if "experiments" in sys.modules:
+        cloudpickle.register_pickle_by_value(sys.modules["experiments"])
+
+
+def check_batch(batch: Any, name: str) -> Batch:
+    """Return a batch with its values as arrays.
+
+    Raises:
+      DataError: if it is not a dict of arrays whose leading axes are equal.
+    """
+    batch = check_example(
+        batch, name, what="a dict of arrays by name, whose leading axis counts examples"
+    )
+    check_leading_axes(batch, name)
+    return batch
+
+
+def check_leading_axes(arrays: Batch, name: str) -> None:
+    """Raise DataError for arrays whose leading axes differ."""
+    for key, array in arrays.items():
+        if array.ndim == 0:
+            raise DataError(f"{name}: {key!r} has no axes; expected a leading axis of examples")
+    sizes = {key: len(array) for key, array in arrays.items()}
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{key!r} has {size}" for key, size in sizes.items())
+        raise DataError(f"{name}: {shown} examples; expected the same number in every array")
+
+
+def _stack(examples: Sequence[Any]) -> Batch:
+    names = [f"example {i} of a batch" for i in range(len(examples))]
+    return stack([check_example(e, n) for e, n in zip(examples, names, strict=True)], names)
+
+
+def _seed(*values: int) -> int:
+    return int(np.random.SeedSequence(values).generate_state(1)[0])
+
+
+def _arguments(function: Function) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return set()
+
+
+def _name(function: Function) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,223 @@
+"""Data of a user in each accepted form: the same examples, the right spec, errors in one line."""
+
+import functools
+import re
+
+import grain
+import numpy as np
+import pytest
+
+import jmp_train as jt
+from jmp_train.data import DataError, Dataset, eval_batches, iterate, train_batches
+
+COUNT, BATCH = 30, 4
+
+
+def arrays():
+    return {"id": np.arange(COUNT), "x": np.arange(COUNT * 3.0).reshape(COUNT, 3)}
+
+
+def items():
+    return [{"id": i, "x": np.arange(3.0) + 3 * i} for i in range(COUNT)]
+
+
+def batches_of(rows, batch_size):
+    for start in range(0, len(rows), batch_size):
+        part = np.asarray(rows[start : start + batch_size])
+        yield {"id": part, "x": np.arange(3.0) + 3 * part[:, None]}
+
+
+def functions():
+    train, held_out = np.arange(24), np.arange(24, 30)
+    return functools.partial(batches_of, train, BATCH), functools.partial(batches_of, held_out, 5)
+
+
+FORMS = {
+    "arrays": arrays,
+    "list": items,
+    "map dataset": lambda: grain.MapDataset.source(items()),
+    "iter dataset": lambda: (
+        grain.MapDataset.source(items()[:24]).shuffle(3).to_iter_dataset(),
+        items()[24:],
+    ),
+    "two iter datasets": lambda: (
+        grain.MapDataset.source(items()[:24]).to_iter_dataset(),
+        grain.MapDataset.source(items()[24:]).to_iter_dataset(),
+    ),
+    "functions": functions,
+}
+
+
+def loaded(form, **options):
+    return jt.Data(FORMS[form], **options).load()
+
+
+def take(dataset, count, *, seed=0, workers=0):
+    iterator = iterate(train_batches(dataset.train, BATCH, seed=seed, workers=workers))
+    return [next(iterator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_train_and_held_out_examples_are_each_read_once(form):
+    dataset = loaded(form)
+    trained = np.concatenate([batch["id"] for batch in take(dataset, 24 // BATCH)])
+    held_out = [batch["id"][batch["mask"]] for batch in eval_batches(dataset.eval, BATCH)]
+    np.testing.assert_array_equal(np.sort(np.concatenate([trained, *held_out])), np.arange(COUNT))
+    assert len(set(trained.tolist())) == 24
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_of_an_example_stay_together_in_32_bits(form):
+    for batch in take(loaded(form), 3):
+        expected = np.arange(3, dtype=np.float32) + 3 * np.asarray(batch["id"])[:, None]
+        np.testing.assert_array_equal(batch["x"], expected)
+    spec = loaded(form).spec
+    assert spec.example["x"].shape == (3,) and spec.example["x"].dtype == np.float32
+    assert spec.example["id"].dtype == np.int32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_batches_of_every_form_have_one_shape(form):
+    batches = list(eval_batches(loaded(form).eval, 4))
+    assert {batch["x"].shape for batch in batches} == {(4, 3)}
+    assert [int(batch["mask"].sum()) for batch in batches] == [4, 2]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("at", [1, 5, 8])
+def test_a_restored_position_continues_bitwise_in_every_form(form, at):
+    options = {"batch_transform": lambda batch, rng: {**batch, "noise": rng.normal(size=BATCH)}}
+    if form != "functions":
+        options["transform"] = lambda example, rng: {**example, "own": rng.normal()}
+    dataset = loaded(form, **options)
+    made = train_batches(dataset.train, BATCH, seed=1)
+    first, second = iterate(made), iterate(made)
+    for _ in range(at):
+        next(first)
+    second.set_state(first.get_state())
+    assert second.replayed == (at if form == "functions" else 0)
+    for _ in range(8):
+        a, b = next(first), next(second)
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("form", ["list", "map dataset"])
+def test_batches_do_not_depend_on_the_number_of_workers(form):
+    options = {"transform": lambda example, rng: {**example, "own": rng.normal()}}
+    alone = take(loaded(form, **options), 5)
+    for a, b in zip(alone, take(loaded(form, **options), 5, workers=2), strict=True):
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_random_numbers_differ_between_examples_and_epochs():
+    options = {"transform": lambda example, rng: {**example, "own": rng.normal()}}
+    drawn = np.concatenate([batch["own"] for batch in take(loaded("list", **options), 18)])
+    assert len(set(drawn.tolist())) == 72  # three epochs
+
+
+def test_a_deterministic_transform_is_evaluated_and_a_random_one_not():
+    fixed = loaded("list", transform=lambda example: {**example, "x": -example["x"]})
+    seeded = loaded("list", transform=lambda example, rng: {**example, "x": -example["x"]})
+    assert next(eval_batches(fixed.eval, 6))["x"].max() <= 0
+    assert next(eval_batches(seeded.eval, 6))["x"].min() >= 0
+
+
+def test_processes_divide_each_batch_without_overlap():
+    dataset = loaded("list")
+    whole = take(dataset, 1)[0]["id"]
+    parts = []
+    for index in range(2):
+        shard = grain.sharding.ShardOptions(shard_index=index, shard_count=2)
+        parts.append(next(iterate(train_batches(dataset.train, BATCH, seed=0, shard=shard)))["id"])
+    np.testing.assert_array_equal(np.stack(parts, axis=1).ravel(), whole)
+
+
+def test_classes_are_found_from_labels_in_memory_alone():
+    labelled = {"x": np.ones((12, 2)), "label": np.arange(12) % 3}
+    assert jt.Data(labelled).load().spec.classes == 3
+    assert jt.Data(labelled, classes=5).load().spec.classes == 5
+    assert jt.Data({**labelled, "label": np.arange(12) % 3 + 1}).load().spec.class_count is None
+    with pytest.raises(ValueError, match="number of classes is unknown; expected Data"):
+        loaded("list").spec.classes  # noqa: B018
+
+
+def test_the_function_is_not_called_before_load():
+    called = []
+
+    def load(path: str = "a"):
+        called.append(path)
+        return arrays()
+
+    data = jt.Data(load, path="b")
+    assert data.path == "b" and not called
+    data.load()
+    assert called == ["b"]
+    with pytest.raises(ValueError, match="no argument 'pth'; did you mean 'path'"):
+        jt.Data(load, pth="c")
+
+
+def raising():
+    raise OSError("the disk is gone")
+
+
+def broken():
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    "made,line",
+    [
+        ([], "returned no examples"),
+        ({"x": np.ones((0, 2))}, "returned no examples"),
+        (
+            [(1, 2)] * 9,
+            r"example \d is a tuple of 2; expected a dict of arrays by name, such as trans",
+        ),
+        ([3] * 9, r"example \d is 3; expected a dict"),
+        ({"x": np.ones(9), "y": np.ones(8)}, "'x' has 9, 'y' has 8 examples; expected the same"),
+        ({"x": np.array([None] * 9)}, "'x' has Python objects; expected numbers"),
+        ({"x": np.array(["a"] * 9)}, "'x' has dtype <U1; expected numbers"),
+        ({"x": np.arange(9) + 2**40}, "'x' has integers beyond 32 bits"),
+        (3.5, "returned a float; expected a dict of arrays"),
+        (iter([]), "an iterator cannot start again"),
+        ([{"x": 1}], "eval_share 0.2 of 1 examples is 0"),
+        (grain.MapDataset.source(items()).repeat(), "expected it without repeat"),
+        (grain.MapDataset.source(items()).to_iter_dataset(), "a stream cannot be split"),
+        ((grain.MapDataset.source(items()).filter(lambda e: False), items()), "was filtered out"),
+    ],
+)
+def test_bad_data_are_one_line(made, line):
+    with pytest.raises(DataError, match=line) as error:
+        jt.Data(lambda: made).load()
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_that_raises_is_named_and_a_bug_keeps_its_traceback():
+    with pytest.raises(DataError, match="raising failed: OSError: the disk is gone"):
+        jt.Data(raising).load()
+    with pytest.raises(KeyError):
+        jt.Data(broken).load()
+
+
+def test_examples_of_other_shapes_are_named():
+    ragged = [{"x": np.ones(2 + (i == 7))} for i in range(9)]
+    dataset = jt.Data(lambda: (ragged, ragged[:3])).load()
+    with pytest.raises(DataError, match=re.escape("'x' has the shape (")) as error:
+        next(iterate(train_batches(dataset.train, 9, seed=0)))
+    assert "example 7" in str(error.value)
+
+
+def test_a_stream_below_the_batch_size_is_refused():
+    short = grain.MapDataset.source(items()[:3]).to_iter_dataset()
+    dataset = jt.Data(lambda: (short, items())).load()
+    with pytest.raises(DataError, match="no whole batch; expected a smaller --batch-size"):
+        next(iterate(train_batches(dataset.train, BATCH, seed=0)))
+
+
+def test_a_dataset_is_taken_as_it_is():
+    dataset = jt.Data(arrays).load()
+    assert isinstance(dataset, Dataset)
+    assert jt.Data(lambda: dataset).load().spec is dataset.spec
