@@ -8,7 +8,7 @@ import unicodedata
 
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
-from jmp_train.cli.positional import choose_run, stored_experiment, take_run
+from jmp_train.cli.positional import choose_run, take_run
 from jmp_train.reports.stages import terminal_alone
 from jmp_train.runs.predict import predict_run
 
