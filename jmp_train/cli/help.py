@@ -21,7 +21,7 @@ from tyro.constructors import (
 
 from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.config.settings import setting_fields
-from jmp_train.configurable import Configured
+from jmp_train.configurable import Configured, described
 
 #: The options that the help of an experiment shows first.
 COMMON = (
@@ -88,7 +88,21 @@ def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
         kind: Any = type(value) if dataclasses.is_dataclass(value) else kinds[field.name]
         if isinstance(default, Experiment):
             kind = Annotated[kind, tyro.conf.FlagConversionOff]
-        yield StructFieldSpec(field.name, kind, value, helptext=texts.get(field.name))
+        text = texts.get(field.name)
+        if isinstance(value, Configured):
+            text = _summary(value.function)
+        yield StructFieldSpec(field.name, kind, value, helptext=text)
+
+
+def _summary(function: Any) -> str:
+    """Return the first line of a docstring, or the name."""
+    line = (inspect.getdoc(function) or "").partition("\n")[0]
+    # A module of Linen without a docstring has that of its base class or of its fields.
+    return (
+        line
+        if line and not line.startswith(("Base class", f"{described(function)}("))
+        else (f"Arguments of {described(function)}.")
+    )
 
 
 def _short_learning_rate(experiment: AnyExperiment) -> StructFieldSpec:
@@ -103,8 +117,6 @@ def help_texts(kind: type) -> dict[str, str]:
 
     tyro reads them too, but breaks a text at the line breaks of its source.
     """
-    if issubclass(kind, Configured):
-        return _argument_texts(kind.function)
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         try:
@@ -119,6 +131,8 @@ def help_texts(kind: type) -> dict[str, str]:
                     ast.Expr(value=ast.Constant(value=str(text))),
                 ):
                     texts[name] = " ".join(text.split())
+    if issubclass(kind, Configured):
+        texts |= _argument_texts(kind.function)
     return texts
 
 

@@ -76,6 +76,8 @@ def _refuse_group(arguments: list[str], experiment: AnyExperiment) -> None:
         group = getattr(experiment, option.removeprefix("--").replace("-", "_"), None)
         if not option.startswith("--") or not dataclasses.is_dataclass(group):
             continue
+        if option == "--task":
+            raise UsageError("--task is not an option; expected the task in the experiment's file")
         if not equals:
             value = "" if following.startswith("--") else following
         hint = f"{option}.{_suggest(group, value)}"
