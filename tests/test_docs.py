@@ -16,11 +16,9 @@ PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
 # What must hold after a page's last line.
 CHECKS = {
     "docs/trackers.md": """
-from pathlib import Path
-from rich.console import Console
-from jmp_train.runs.train import train
-train("page", EXPERIMENT, Path("run"), Console(quiet=True))
-stopped = train("page", stopping, Path("stopped"), Console(quiet=True))["stopped_early"]
+import jmp_train as jt
+jt.train(EXPERIMENT, "run", name="page")
+stopped = jt.train(stopping, "stopped", name="page")["stopped_early"]
 print("stopped", stopped["by"] == "on_record" and stopped["step"] < 2000)
 assert with_restarts.schedule(50) == 2e-3
 """,

@@ -26,7 +26,8 @@ class Reads(dict[str, Any]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        self.names[name] = None
+        return super().get(name, default)
 
 
 def arrays_read(function: Function, spec: DataSpec) -> tuple[str, ...]:
@@ -44,7 +45,7 @@ def arrays_read(function: Function, spec: DataSpec) -> tuple[str, ...]:
         return function(reads[-1])
 
     jax.eval_shape(call, abstract_batch(spec, 1))
-    return tuple(reads[0].names)
+    return tuple(name for name in reads[0].names if name in spec.example)
 
 
 def abstract_batch(

@@ -45,6 +45,14 @@ def plain():
     )
 
 
+def tiny_mlp():
+    """Return the model of a small network for images."""
+    from jmp_train.models import Mlp
+
+    sizes = {"inputs": lambda spec: spec.size("image"), "outputs": lambda spec: spec.classes}
+    return jt.Model(Mlp, **sizes, hidden=(8,))
+
+
 def points():
     """Return two classes of points."""
     return {"x": POINTS, "label": LABELS}
