@@ -56,8 +56,6 @@ def command(arguments: list[str]) -> None:
     with stage(console, "restoring a checkpoint"):
         run = load_run(run_dir, options.checkpoint, policy=options.policy)
     with stage(console, "exporting"):
-        files = export_run(
-            run, options.format, output, dtype=options.dtype, force=options.force
-        )
+        files = export_run(run, options.format, output, dtype=options.dtype, force=options.force)
     for file in files:
         print(file)

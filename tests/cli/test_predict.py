@@ -9,7 +9,14 @@ import sys
 import numpy as np
 import pytest
 from helpers.command_line import call
-from helpers.trained_runs import LABELS, POINTS, LinenNet, experiment, tiny_mlp, write_experiment_file
+from helpers.trained_runs import (
+    LABELS,
+    POINTS,
+    LinenNet,
+    experiment,
+    tiny_mlp,
+    write_experiment_file,
+)
 
 import jmp_train as jt
 from jmp_train.data import DigitsConfig
