@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from jmp_train.config.settings import settings_in
 from jmp_train.errors import UsageError, nearest
-from jmp_train.records.metrics import write_json
+from jmp_train.records.metrics import strict_json
 from jmp_train.records.provenance import package_version, package_versions
 from jmp_train.runs.build import matmul_precision
 from jmp_train.runs.load import Run
@@ -70,7 +71,8 @@ def export_run(
     }
     with whole_files(files, force=force) as (partial, manifest):
         contents = write[format](partial)
-        write_json(manifest, _manifest(run, format, files[0].name, contents))
+        values = strict_json(_manifest(run, format, files[0].name, contents))
+        manifest.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return files
 
 
