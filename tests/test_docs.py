@@ -43,6 +43,7 @@ PRINTS = {
     ],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/trackers.md": ["start page 0", "train 20 ['accuracy']", "finish 20", "stopped True"],
+    "docs/results.md": ["[0 1] (2, 2)", "(1, 2) (2, 32)", "[0 1 1] rings/model.stablehlo"],
     "docs/flax.md": ["head                      Linear", "the nearest are 'head'"],
 }
 
