@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from jmp_train.config.experiment import Experiment
     from jmp_train.data.data import Data
     from jmp_train.models.model import Model
+    from jmp_train.runs.load import Run, load_run
+    from jmp_train.runs.train import train
     from jmp_train.tasks.task import Task
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "Policy",
     "Precision",
     "Rules",
+    "Run",
     "StaticLossScale",
     "StepInfo",
     "Task",
@@ -59,6 +62,7 @@ __all__ = [
     "get_policy",
     "get_precision",
     "half_dtype",
+    "load_run",
     "loss_scales",
     "make_evaluate",
     "make_step",
@@ -66,6 +70,7 @@ __all__ = [
     "optim",
     "select_tree",
     "tasks",
+    "train",
     "value_and_grad",
     "with_precision",
 ]
@@ -76,7 +81,10 @@ _LATER = {
     "Data": "data.data",
     "Experiment": "config.experiment",
     "Model": "models.model",
+    "Run": "runs.load",
     "Task": "tasks.task",
+    "load_run": "runs.load",
+    "train": "runs.train",
 }
 
 

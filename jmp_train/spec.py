@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from jmp_train.types import Batch
+from jmp_train.types import Batch, Json
 
 
 class DataSpec(NamedTuple):
@@ -49,3 +50,30 @@ class DataSpec(NamedTuple):
     def size(self, name: str) -> int:
         """Return the number of elements in an array of one example."""
         return math.prod(self.example[name].shape)
+
+    def to_json(self) -> Json:
+        """Return the spec as JSON values, for spec.json in the directory of a run.
+
+        >>> import numpy as np
+        >>> spec = DataSpec.of({"image": np.zeros((5, 8, 8), np.float32)}, classes=10)
+        >>> spec.to_json()
+        {'example': {'image': {'shape': [8, 8], 'dtype': 'float32'}}, 'classes': 10}
+        """
+        example = {
+            name: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name}
+            for name, x in self.example.items()
+        }
+        return {"example": example, "classes": self.class_count}
+
+    @classmethod
+    def from_json(cls, values: Json) -> DataSpec:
+        """Return the spec that `to_json` returned as JSON values.
+
+        Raises:
+          KeyError, TypeError or ValueError: for other values.
+        """
+        example = {
+            name: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"]))
+            for name, x in values["example"].items()
+        }
+        return cls(example, values["classes"])

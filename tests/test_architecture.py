@@ -42,6 +42,8 @@ LIBRARIES = {
     "flax": {"flax", "models", "tasks"},
     "grain": {"data"},
     "matplotlib": {"reports"},
+    "PIL": {"data"},
+    "safetensors": {"runs"},
     "optax": {"optim", "step", "tasks"},
     "orbax": {"records"},
     "rich": {"cli", "reports", "runs"},

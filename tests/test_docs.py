@@ -16,11 +16,9 @@ PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
 # What must hold after a page's last line.
 CHECKS = {
     "docs/trackers.md": """
-from pathlib import Path
-from rich.console import Console
-from jmp_train.runs.train import train
-train("page", EXPERIMENT, Path("run"), Console(quiet=True))
-stopped = train("page", stopping, Path("stopped"), Console(quiet=True))["stopped_early"]
+import jmp_train as jt
+jt.train(EXPERIMENT, "run", name="page")
+stopped = jt.train(stopping, "stopped", name="page")["stopped_early"]
 print("stopped", stopped["by"] == "on_record" and stopped["step"] < 2000)
 assert with_restarts.schedule(50) == 2e-3
 """,
@@ -45,6 +43,7 @@ PRINTS = {
     ],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/trackers.md": ["start page 0", "train 20 ['accuracy']", "finish 20", "stopped True"],
+    "docs/results.md": ["[0 1] (2, 2)", "(1, 2) (2, 32)", "[0 1 1] rings/model.stablehlo"],
     "docs/flax.md": ["head                      Linear", "the nearest are 'head'"],
 }
 

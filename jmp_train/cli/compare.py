@@ -10,13 +10,13 @@ import tyro
 from rich.console import Console
 
 from jmp_train.cli.compilation_cache import keep_compiled
-from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_positional
 from jmp_train.cli.resume_command import tell_how_to_resume
 from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.errors import UsageError
 from jmp_train.runs.compare import compare, families, variants_of
+from jmp_train.runs.folders import results_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
-_COMMANDS = ("compare", "eval", "list", "new", "predict", "profile", "train")
+_COMMANDS = ("compare", "eval", "export", "list", "new", "predict", "profile", "train")
 
 _USAGE = """\
 usage: jmp-train COMMAND ...
@@ -20,8 +20,13 @@ usage: jmp-train COMMAND ...
       newest in runs/NAME with the same options
   eval RUN_DIR
       evaluate the newest checkpoint of a run
-  predict RUN_DIR --prompt TEXT [--length N] [--temperature T] [--seed N]
+  predict RUN_DIR INPUT [--output FILE] [--checkpoint best|latest|STEP]
+          [--policy POLICY] [--batch-size N]
+      predict on the examples of a .npz or .npy file, or of a folder
+  predict RUN_DIR [FILE | - | --prompt TEXT] [--length N] [--temperature T]
       continue a text with a run of a language model
+  export RUN_DIR --format safetensors|stablehlo [--output PATH] [--dtype DTYPE]
+      write the parameters, or the network as a program, for other software
   list
       list the experiments
   new NAME [--linen]

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from jmp_train.config.experiment import AnyExperiment
-from jmp_train.config.find import experiment_files, find_experiment
-from jmp_train.config.settings import with_settings
+from jmp_train.config.find import experiment_files
 from jmp_train.errors import UsageError
 from jmp_train.runs.directory import read_config
 from jmp_train.runs.find import COMPARED, LATEST, NO_RUNS, RUNS, TRAINED, find_run, newest_first
@@ -59,20 +57,6 @@ def choose_run(given: str) -> Path:
     if run_dir != Path(given):
         print(f"run {run_dir}, the newest of {RUNS if given == LATEST else given}", file=sys.stderr)
     return run_dir
-
-
-def stored_experiment(run_dir: Path) -> AnyExperiment:
-    """Return the experiment that a run was trained as.
-
-    Raises:
-      UsageError: if the directory is not a run directory, or has settings that its experiment does not take.
-    """
-    name, values = read_config(run_dir)
-    default = find_experiment(name)
-    try:
-        return with_settings(default, values)
-    except ValueError as error:
-        raise UsageError(f"{run_dir / 'config.json'}: {error}") from None
 
 
 def _newest_runs() -> str:

@@ -1,34 +1,64 @@
-"""`jmp-train predict RUN_DIR`: continue a text with a run of a language model."""
+"""`jmp-train predict RUN_DIR [INPUT]`: predictions of a run, or a text that it continues."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 import unicodedata
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
 
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
-from jmp_train.cli.positional import choose_run, stored_experiment, take_run
-from jmp_train.reports.stages import terminal_alone
-from jmp_train.runs.predict import predict_run
+from jmp_train.cli.positional import choose_run, take_run
+from jmp_train.data.files import check_file
+from jmp_train.data.inputs import read_inputs
+from jmp_train.errors import UsageError
+from jmp_train.reports.predictions import predictions_table
+from jmp_train.reports.stages import stage, terminal_alone
+from jmp_train.runs.load import Run, load_run
+from jmp_train.runs.outputs import check_ending, check_free, whole_files, write_predictions
+
+_LARGEST_PROMPT = 2**20  # bytes
+_ARRAYS = (".npz", ".npy")
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions:
-    """Continue a text with the newest checkpoint of a run."""
+    """Predict on examples with a run, or continue a text."""
 
-    prompt: str = "The "
-    """Text to continue."""
+    input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="INPUT")] = None
+    """A .npz or .npy file, or a folder of .npy files or images; for a language model a text file, or -
+    for standard input."""
+    output: Path | None = None
+    """File to write all predictions to: .npz, .csv, .json or .jsonl; .txt for a text."""
+    checkpoint: str = "best"
+    """Checkpoint to use: best, by the metric of the experiment; latest; or its step."""
+    policy: str | None = None
+    """Precision policy to compute in; None: that of the run."""
+    batch_size: int | None = None
+    """Number of examples in a batch; None: that of the run."""
+    prompt: str | None = None
+    """Text to continue with a language model; None: INPUT, or else "The "."""
     length: int = 200
-    """Number of bytes to add."""
+    """Number of bytes to add to a text."""
     temperature: float = 0.8
     """Divisor of the logits: 0 takes the likeliest byte, 1 draws bytes by their probability."""
     seed: int = 0
     """Random seed of the draws."""
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write over an existing output file."""
 
     def __post_init__(self) -> None:
-        if not self.prompt:
+        if self.prompt == "":
             raise ValueError("prompt is empty; expected at least one byte")
+        if self.prompt is not None and self.input is not None:
+            raise ValueError("--prompt and an input file were given; expected one of the two")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected at least 1")
         if self.length < 1:
             raise ValueError(f"length is {self.length}; expected at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -38,23 +68,96 @@ class PredictOptions:
 
 
 def command(arguments: list[str]) -> None:
-    """Continue a text, and print it with its continuation."""
+    """Predict on examples and print the first, or continue a text and print it."""
     given, rest = take_run(arguments, "predict")
     options = parse(PredictOptions, PredictOptions(), rest, f"jmp-train predict {given}")
-    prompt = options.prompt.encode("utf-8", "surrogateescape")  # the bytes that the shell gave
     run_dir = choose_run(given)
-    experiment = stored_experiment(run_dir)
     keep_compiled()
-    continuation = predict_run(
-        run_dir,
-        experiment,
-        prompt,
-        length=options.length,
-        temperature=options.temperature,
-        seed=options.seed,
-        console=terminal_alone(),
-    )
-    print(printable(prompt + continuation, sys.stdout.encoding))
+    console = terminal_alone()
+    with stage(console, "restoring a checkpoint"):
+        run = load_run(run_dir, options.checkpoint, policy=options.policy)
+    arrays = options.input is not None and options.input != "-" and not _is_text(options.input)
+    if arrays:
+        _predict(run, options, console)
+    else:
+        _generate(run, options, console)
+
+
+def _is_text(given: str) -> bool:
+    path = Path(given)
+    return path.suffix not in _ARRAYS and not path.is_dir()
+
+
+def _predict(run: Run, options: PredictOptions, console: Console) -> None:
+    """Print the first predictions, and write all of them."""
+    assert options.input is not None
+    if options.output is not None:  # before the work
+        check_ending(options.output)
+        check_free([options.output], force=options.force)
+    try:
+        inputs = read_inputs(Path(options.input), run.inputs, run.spec)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if inputs.scaled:
+        line = f"{options.input}: uint8 was divided by 255, for the run was trained on floating numbers"
+        print(line, file=sys.stderr)
+    with stage(console, "predicting"):
+        predictions = run.predict(inputs.arrays, batch_size=options.batch_size)
+    count = len(next(iter(predictions.values())))
+    Console().print(predictions_table(predictions, inputs.files))
+    print(f"{count} example{'' if count == 1 else 's'}, step {run.step}  {run.directory}")
+    if options.output is not None:
+        write_predictions(options.output, predictions, inputs.files, force=options.force)
+        print(options.output)
+
+
+def _generate(run: Run, options: PredictOptions, console: Console) -> None:
+    """Print a text with its continuation, and write it."""
+    if run.functions.generate is None:
+        data = getattr(run.experiment.data, "name", "its data")
+        raise UsageError(
+            f"{run.directory} holds a run on {data}, whose model does not continue texts; expected "
+            f"INPUT: a .npz or .npy file, or a folder, with {' and '.join(run.inputs)}"
+        )
+    output = options.output
+    if output is not None:
+        if output.suffix != ".txt":
+            raise UsageError(
+                f"the output is {str(output)!r}; expected '.txt' as the ending of a text"
+            )
+        check_free([output], force=options.force)
+    prompt = _prompt(options)
+    with stage(console, "generating"):
+        added = run.generate(
+            prompt, options.length, temperature=options.temperature, seed=options.seed
+        )
+    print(printable(prompt + added, sys.stdout.encoding))
+    if output is not None:
+        with whole_files([output], force=options.force) as (partial,):
+            partial.write_bytes(prompt + added)
+
+
+def _prompt(options: PredictOptions) -> bytes:
+    """Return the bytes to continue: of the option, as the shell gave them, of a file or the input."""
+    if options.input is None:
+        text = "The " if options.prompt is None else options.prompt
+        return text.encode("utf-8", "surrogateescape")
+    try:
+        if options.input == "-":
+            prompt = sys.stdin.buffer.read(_LARGEST_PROMPT + 1)
+        else:
+            check_file(Path(options.input), "text")
+            with Path(options.input).open("rb") as file:
+                prompt = file.read(_LARGEST_PROMPT + 1)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"{options.input} cannot be read: {error.strerror}") from None
+    if not prompt:
+        raise UsageError(f"{options.input} is empty; expected at least one byte")
+    if len(prompt) > _LARGEST_PROMPT:
+        raise UsageError(f"{options.input} is a text of over 1 MiB; expected a shorter one")
+    return prompt
 
 
 def printable(text: bytes, encoding: str) -> str:

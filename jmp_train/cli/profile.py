@@ -9,11 +9,11 @@ from typing import Annotated
 import tyro
 
 from jmp_train.cli.compilation_cache import keep_compiled
-from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import find_experiment
+from jmp_train.runs.folders import results_folder
 from jmp_train.runs.profile import profile_experiment
 
 

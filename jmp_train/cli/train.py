@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 
 from jmp_train.cli.compilation_cache import keep_compiled
-from jmp_train.cli.folders import results_folder
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
 from jmp_train.cli.resume_command import tell_how_to_resume
@@ -19,6 +18,7 @@ from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.reports.progress import display_name
 from jmp_train.runs.find import RUNS, find_resumable
+from jmp_train.runs.folders import results_folder
 from jmp_train.runs.train import train
 from jmp_train.types import Json
 
@@ -81,7 +81,9 @@ def command(arguments: list[str]) -> None:
     with results_folder(given, RUNS / name) as run_dir:
         directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
         with tell_how_to_resume(["train", *arguments], directory):
-            summary = train(name, parsed.experiment, run_dir, Console(), force=parsed.force)
+            summary = train(
+                parsed.experiment, run_dir, name=name, console=Console(), force=parsed.force
+            )
     print(_results(name, summary))
     print(run_dir)
 

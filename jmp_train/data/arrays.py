@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-import warnings
-import zipfile
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 
 from jmp_train.data.dataset import Arrays, Dataset
-from jmp_train.data.files import check_file
-from jmp_train.errors import nearest
+from jmp_train.data.npz import (
+    Header,
+    available_memory,
+    open_npz,
+    read_entry,
+    read_headers,
+    refuse_objects,
+)
 from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
 
@@ -97,15 +100,10 @@ class NpzConfig:
 
     def _read(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
         """Read examples and labels from one file; check all but the range of the labels."""
-        check_file(path, ".npz")
-        try:
-            file = zipfile.ZipFile(path)
-        except Exception as error:
-            raise ValueError(f"{path} {_why_not_an_archive(path)}") from error
-        with file:
-            headers = _headers(path, file, (self.x, self.y))
+        with open_npz(path) as file:
+            headers = read_headers(path, file, (self.x, self.y))
             _check_headers(path, headers, self.x, self.y)
-            examples, labels = (_array(path, file, name, h) for name, h in headers.items())
+            examples, labels = (read_entry(path, file, name, h) for name, h in headers.items())
         if examples.dtype == np.uint8:
             examples = examples.astype(np.float32) / np.float32(255)
         else:
@@ -115,83 +113,9 @@ class NpzConfig:
         return examples, labels
 
 
-class _Header(NamedTuple):
-    """Shape and dtype in the header of an array, and the archive entry of the array."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    entry: zipfile.ZipInfo
-
-
-def _why_not_an_archive(path: Path) -> str:
-    """Say why a file is not a zip archive, for the end of an error message."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(6)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if not start:
-        return "is empty; expected a .npz file, as written by numpy.savez"
-    if start == b"\x93NUMPY":
-        return "is a .npy file of one array; expected a .npz file, as written by numpy.savez"
-    if start.startswith(b"PK"):
-        return "is truncated or damaged; expected a complete .npz file, as written by numpy.savez"
-    return "is not a .npz file; expected a .npz file, as written by numpy.savez"
-
-
-def _damaged(path: Path, name: str, error: object) -> ValueError:
-    text = str(error).strip() or type(error).__name__
-    return ValueError(
-        f"{path}: {name!r} is damaged: {text.splitlines()[0]}; expected a complete file"
-    )
-
-
-def _headers(path: Path, file: zipfile.ZipFile, names: tuple[str, ...]) -> dict[str, _Header]:
-    entries = {
-        entry.filename.removesuffix(".npy"): entry
-        for entry in file.infolist()
-        if entry.filename.endswith(".npy")
-    }
-    found = {}
-    for name in names:
-        if name not in entries:
-            hint = nearest(name, entries) if entries else "it contains no arrays"
-            raise ValueError(f"{path} has no array {name!r}; {hint}")
-        try:
-            found[name] = _header(file, entries[name])
-        # zipfile, its decompressors and NumPy's parser raise many types for damaged files.
-        except Exception as error:
-            raise _damaged(path, name, error) from error
-    return found
-
-
-def _header(file: zipfile.ZipFile, entry: zipfile.ZipInfo) -> _Header:
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    with file.open(entry) as stream, warnings.catch_warnings(action="ignore"):
-        version = np.lib.format.read_magic(stream)
-        if version not in readers:
-            raise ValueError(f"its .npy version is {version}, expected 1.0 or 2.0")
-        shape, _, dtype = readers[version](stream)
-        if min(shape, default=0) < 0:
-            raise ValueError(f"its shape is {shape}")
-        claimed = math.prod(shape) * dtype.itemsize
-        stored = entry.file_size - stream.tell()
-    if not dtype.hasobject and claimed != stored:
-        raise ValueError(f"its shape {shape} of {dtype} needs {claimed} bytes, and it has {stored}")
-    return _Header(shape, dtype, entry)
-
-
-def _check_headers(path: Path, headers: dict[str, _Header], x: str, y: str) -> None:
+def _check_headers(path: Path, headers: dict[str, Header], x: str, y: str) -> None:
     """Check shapes, dtypes and memory before any array is read."""
-    for name, header in headers.items():
-        if header.dtype.hasobject:
-            raise ValueError(
-                f"{path}: {name!r} contains Python objects, which are not read because unpickling "
-                "can run code; expected numbers"
-            )
+    refuse_objects(path, {name: header.dtype for name, header in headers.items()})
     examples, labels = headers[x], headers[y]
     if not (np.issubdtype(examples.dtype, np.floating) or examples.dtype == np.uint8):
         raise ValueError(
@@ -217,22 +141,12 @@ def _check_headers(path: Path, headers: dict[str, _Header], x: str, y: str) -> N
         raise ValueError(f"{path} has no examples; expected at least two")
     # As stored, in float32, and a second float32 copy while the examples are shuffled.
     need = sum(math.prod(h.shape) * (h.dtype.itemsize + 8) for h in (examples, labels))
-    available = _available_memory()
+    available = available_memory()
     if available is not None and need > available:
         raise ValueError(
             f"{path}: {x!r} has the shape {examples.shape} and needs {need / 2**30:.3g} GiB of memory; "
             f"expected at most the {available / 2**30:.3g} GiB that are free"
         )
-
-
-def _array(path: Path, file: zipfile.ZipFile, name: str, header: _Header) -> np.ndarray:
-    try:
-        with file.open(header.entry) as stream, warnings.catch_warnings(action="ignore"):
-            # `read_array` reads to the end of the entry, where zipfile compares the checksum.
-            array = np.lib.format.read_array(stream, allow_pickle=False)
-    except Exception as error:
-        raise _damaged(path, name, error) from error
-    return array
 
 
 def _check_finite(examples: np.ndarray, path: Path, name: str) -> None:
@@ -276,16 +190,3 @@ def _check_labels(labels: np.ndarray, classes: int | None, path: str, name: str)
             f"{path}: {int(bad.sum())} of the {len(labels)} labels {name!r} are out of range, "
             f"the first {labels[first]} at [{first}]; expected integers from 0{upper}"
         )
-
-
-def _available_memory() -> int | None:
-    """Return the bytes available without swapping; None if the system does not report them."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None

@@ -40,6 +40,9 @@ class Functional(NamedTuple):
     """`has(method)` says whether the network has a method."""
     precision: Precision
     """The casts that remain to be done around the network, for `make_step`."""
+    network: Function
+    """`network(params, state)` returns the network with its arrays: an NNX module in evaluation; else
+    a pair of a Linen module and its variables, or of the function `apply` and the parameters."""
 
 
 Make = Callable[..., Any]
@@ -151,8 +154,11 @@ def _of_nnx(make: Make, precision: Precision) -> Functional:
         changed = nnx.to_pure_dict(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState))))
         return out, _with_structure_of(state, changed)
 
+    def network(params: PyTree, state: PyTree) -> Any:
+        return nnx.merge(graphs[False], params, _seed(streams, jax.random.key(0)), state or {})
+
     # Of an instance: every class has `__call__`, that of its metaclass.
-    return Functional(init, apply, lambda method: hasattr(module, method), precision)
+    return Functional(init, apply, lambda method: hasattr(module, method), precision, network)
 
 
 def _seed(streams: Any, key: jax.Array) -> Any:
@@ -204,7 +210,10 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
             return module.apply(variables, *args, **options), state
         return module.apply(variables, *args, mutable=list(state), **options)
 
-    return Functional(init, apply, lambda method: hasattr(module, method), precision)
+    def network(params: PyTree, state: PyTree) -> Any:
+        return module, {"params": params, **(state or {})}
+
+    return Functional(init, apply, lambda method: hasattr(module, method), precision, network)
 
 
 class _FirstCall:
@@ -245,7 +254,11 @@ def _of_functions(first: Function, call: Function, precision: Precision) -> Func
             run = autocast(run, policy.compute_dtype)
         return run(params, *args), state
 
-    return Functional(init, apply, lambda method: method == "__call__", precision)
+    def network(params: PyTree, state: PyTree) -> Any:
+        del state
+        return call, params
+
+    return Functional(init, apply, lambda method: method == "__call__", precision, network)
 
 
 def _flags(

@@ -7,7 +7,8 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -76,7 +77,7 @@ class Checkpoints:
                 )
             )
         directory.mkdir(parents=True, exist_ok=True)
-        self._best = best
+        self._best, self._highest = best, highest
         self._directory = directory
         self._open: Function = functools.partial(
             ocp.training.Checkpointer,
@@ -173,6 +174,14 @@ class Checkpoints:
         """Return the steps of the checkpoints, ascending."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
+    def best_first(self) -> list[int]:
+        """Return the steps of the checkpoints with the metric, the best first; of equal ones, the
+        newest."""
+        values = {c.step: (c.metrics or {}).get(self._best) for c in self._checkpointer.checkpoints}
+        known = {step: v for step, v in values.items() if v is not None and math.isfinite(v)}
+        sign = -1 if self._highest else 1
+        return sorted(known, key=lambda step: (sign * known[step], -step))
+
     def restore_latest(
         self, like: Any, *, check: Callable[[int, Json], None] | None = None
     ) -> Restored | None:
@@ -187,8 +196,30 @@ class Checkpoints:
           NoUsableCheckpoint: if there are some but none can be loaded.
           DoesNotFit: if the newest complete checkpoint does not match `like`.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        return self.restore_first(self.steps()[::-1], like, check=check)
+
+    def restore_first(
+        self,
+        steps: Sequence[int],
+        like: Any,
+        *,
+        parts: Collection[str] | None = None,
+        check: Callable[[int, Json], None] | None = None,
+    ) -> Restored | None:
+        """Return the first of some checkpoints that can be loaded; None for no steps.
+
+        Args:
+          steps: steps of checkpoints, in the order in which they are tried.
+          like: as for `restore_latest`; with `parts`, a dict of these fields alone.
+          parts: the fields of the state to load, such as "params"; the others are not read from the
+            disk. None loads all.
+          check: as for `restore_latest`.
+
+        Raises:
+          NoUsableCheckpoint: if there are steps but none can be loaded.
+          DoesNotFit: if the first complete checkpoint does not match `like`.
+        """
+        for step in steps:
             # Orbax raises what the damage happens to cause: KeyError, ValueError, OSError and more.
             try:
                 metadata = self._metadata(step)
@@ -197,14 +228,18 @@ class Checkpoints:
                 continue
             if check is not None:
                 check(step, metadata["extra"])
-            _check_same(step, metadata["arrays"], like)
+            arrays = metadata["arrays"]
+            if parts is not None:
+                arrays = {k: v for k, v in arrays.items() if k.partition("/")[0] in parts}
+            _check_same(step, arrays, like)
             try:
-                return Restored(step, self._load(step, metadata["arrays"], like), metadata["extra"])
+                state = self._load(step, arrays, like, partial=parts is not None)
+                return Restored(step, state, metadata["extra"])
             except Exception as error:  # noqa: BLE001
                 log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
         if steps:
             raise NoUsableCheckpoint(
-                f"none of the checkpoints at steps {', '.join(map(str, steps))} in "
+                f"none of the checkpoints at steps {', '.join(map(str, sorted(steps)))} in "
                 f"{self._directory} can be loaded; they were not changed"
             )
         return None
@@ -230,9 +265,14 @@ class Checkpoints:
             raise ValueError("what was saved beside the state is damaged: its digest differs")
         return metadata
 
-    def _load(self, step: int, arrays: dict[str, list[str]], like: Any) -> Any:
+    def _load(self, step: int, arrays: dict[str, list[str]], like: Any, *, partial: bool) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
         abstract = jax.tree.map(_abstract, like)
-        state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        with context:
+            state = self._checkpointer.load_checkpointables(step, {"state": abstract})["state"]
         for name, digest, _ in _named(state):
             if arrays[name][0] != digest:
                 raise ValueError(f"{name!r} is damaged: its digest is not that of what was saved")

@@ -15,7 +15,9 @@ from jmp_train.data.dataset import Dataset
 from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
+from jmp_train.policy.precision import Precision
 from jmp_train.runs.user_code import one_line_errors
+from jmp_train.spec import DataSpec
 from jmp_train.step.evaluation import make_evaluate
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import Stepper, make_step
@@ -39,8 +41,8 @@ def build(experiment: AnyExperiment) -> Parts:
     Raises:
       UsageError: if the data cannot be read, or a rule matches no module.
     """
-    dataset = _load_dataset(experiment)
-    task = make_task_of(experiment, dataset)
+    dataset = load_dataset(experiment)
+    task = make_task_of(experiment, dataset.spec)
     evaluate = make_evaluate(task.metrics_fn, task.precision, cast_batch=False)
     size = eval_batch_size(dataset.eval, experiment.batch_size)
     batches = train_batches(
@@ -61,7 +63,12 @@ def build(experiment: AnyExperiment) -> Parts:
     )
 
 
-def _load_dataset(experiment: AnyExperiment) -> Dataset:
+def load_dataset(experiment: AnyExperiment) -> Dataset:
+    """Load the data of an experiment.
+
+    Raises:
+      UsageError: if they cannot be read, or are no dataset.
+    """
     try:
         dataset = experiment.data.load()
     except (OSError, ValueError) as error:  # a missing or damaged file
@@ -74,8 +81,10 @@ def _load_dataset(experiment: AnyExperiment) -> Dataset:
     return dataset
 
 
-def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> TaskFunctions:
-    """Return the task of an experiment on its dataset.
+def make_task_of(
+    experiment: AnyExperiment, spec: DataSpec, precision: Precision | None = None
+) -> TaskFunctions:
+    """Return the task of an experiment on data of a spec, under the experiment's precision by default.
 
     Raises:
       UsageError: for a rule that matches no module, for data without what the task reads, and for a
@@ -83,7 +92,7 @@ def make_task_of(experiment: AnyExperiment, dataset: Dataset) -> TaskFunctions:
     """
     with one_line_errors():
         try:
-            return experiment.functions(dataset.spec)
+            return experiment.functions(spec, precision)
         except ValueError as error:
             raise UsageError(str(error)) from None
 

@@ -93,7 +93,6 @@ def compare(
     """
     summaries: dict[str, list[Json]] = {label: [] for label in variants}
     diverged: dict[str, list[int]] = {label: [] for label in variants}  # their seeds
-    quiet = Console(quiet=True)
     fitted = {label: fit_warmup(experiment) for label, experiment in variants.items()}
     variants = {label: experiment for label, (experiment, _) in fitted.items()}
     for line in dict.fromkeys([unused_devices_line(), *(line for _, line in fitted.values())]):
@@ -104,7 +103,8 @@ def compare(
             run_dir = out / "runs" / f"{label}-seed{seed}"
             seeded = dataclasses.replace(experiment, seed=seed)
             try:
-                summary = train(f"{family}_{label.partition('@')[0]}", seeded, run_dir, quiet)
+                member = f"{family}_{label.partition('@')[0]}"
+                summary = train(seeded, run_dir, name=member)
             except Diverged as error:
                 diverged[label].append(seed)
                 message = f"{label} seed {seed} diverged: {str(error).splitlines()[0]}"

@@ -13,6 +13,7 @@ from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.records.metrics import replace_text, strict_json, write_json
 from jmp_train.runs.changes import differences, refused
+from jmp_train.spec import DataSpec
 from jmp_train.types import Json
 
 # Left by a process that was killed before its run began, or written by `profile`.
@@ -61,6 +62,37 @@ def write_config(run_dir: Path, name: str, experiment: AnyExperiment) -> None:
         write_json(run_dir / "config.json", config_json(name, experiment))
     except OSError as error:
         raise not_writable(run_dir, error) from None
+
+
+def write_spec(run_dir: Path, spec: DataSpec) -> None:
+    """Write spec.json, from which the model can be built without the data.
+
+    Raises:
+      UsageError: if the directory cannot be written.
+    """
+    try:
+        write_json(run_dir / "spec.json", spec.to_json())
+    except OSError as error:
+        raise not_writable(run_dir, error) from None
+
+
+def read_spec(run_dir: Path) -> DataSpec | None:
+    """Return the spec of a run's data; None for a run of a version that did not store it.
+
+    Raises:
+      UsageError: if spec.json cannot be read.
+    """
+    path = run_dir / "spec.json"
+    try:
+        return DataSpec.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UsageError(
+            f"{path} is damaged; remove it to have the spec read from the data again"
+        ) from None
 
 
 def changed_since(saved: Json, name: str, experiment: AnyExperiment) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -23,11 +24,15 @@ from jmp_train.runs.directory import (
     config_json,
     not_writable,
     open_checkpoints,
+    read_config,
     run_id,
     write_config,
+    write_spec,
 )
 from jmp_train.runs.early_stop import check_metric
 from jmp_train.runs.events import Events
+from jmp_train.runs.find import RUNS
+from jmp_train.runs.folders import results_folder
 from jmp_train.runs.header import show_header
 from jmp_train.runs.lock import lock_directory
 from jmp_train.runs.loop import Every, LoopResult, run_loop
@@ -41,21 +46,25 @@ from jmp_train.types import Json
 
 
 def train(
-    name: str,
     experiment: AnyExperiment,
-    run_dir: Path,
-    console: Console | None = None,
+    run_dir: str | Path | None = None,
     *,
+    name: str | None = None,
+    console: Console | None = None,
     force: bool = False,
 ) -> Json:
     """Train an experiment in a run directory, resuming from its newest checkpoint.
 
+    Ctrl-C ends the current step, saves the state and raises `Stopped`, in a notebook too; the same call
+    resumes the run. It has its usual effect if this is called in a thread other than the main one.
+
     Args:
-      name: the name of the experiment.
       experiment: what to train.
       run_dir: a directory with a run of the same experiment, which is resumed; or an empty or a new
-        directory.
-      console: where to show progress; None shows nothing.
+        directory. None makes runs/NAME/TIME.
+      name: the name of the experiment; None: that of the run in the directory, or the name of a new
+        directory. `load_run` and the command line find the experiment by it.
+      console: where to show progress, such as `rich.console.Console()`; None shows nothing.
       force: resume a run or a checkpoint of other settings, as far as its state fits.
 
     Returns:
@@ -72,6 +81,29 @@ def train(
     """
     began = time.perf_counter()
     console = Console(quiet=True) if console is None else console
+    given = None if run_dir is None else Path(run_dir)
+    name = name or _name_of(given)
+    with results_folder(given, RUNS / name) as folder:
+        return _train_in(folder, name, experiment, console, force, began)
+
+
+def _name_of(run_dir: Path | None) -> str:
+    """Return the name of the experiment of a run, or a name for that of a new one."""
+    if run_dir is None:
+        return "experiment"
+    if os.path.exists(run_dir / "config.json"):  # false for a path that no file can have
+        return read_config(run_dir)[0]
+    return run_dir.resolve().name
+
+
+def _train_in(
+    run_dir: Path,
+    name: str,
+    experiment: AnyExperiment,
+    console: Console,
+    force: bool,
+    began: float,
+) -> Json:
     asked_warmup = experiment.optimizer.warmup_steps
     experiment, scaled = fit_warmup(experiment)
     with collect_signals() as stopped, matmul_precision(experiment.matmul_precision):
@@ -92,6 +124,7 @@ def train(
                 print_line(console, f"changed: {', '.join(changed)}")
             if not (run_dir / "config.json").exists():  # a kill leaves a directory that is a run's
                 write_config(run_dir, name, experiment)
+                write_spec(run_dir, parts.dataset.spec)
             with contextlib.closing(
                 open_checkpoints(run_dir, experiment, clean=True)
             ) as checkpoints:
@@ -129,6 +162,7 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
     if finished is not None:
         return finished
     write_config(run_dir, context.name, experiment)
+    write_spec(run_dir, context.parts.dataset.spec)
     context.checkpoints.set_aside_after(start.step)
     show_header(context, start.state.params)
     with stage(context.console, "compiling"), one_line_errors():

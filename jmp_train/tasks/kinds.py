@@ -102,6 +102,7 @@ def make_task(
         _predict_fn(net, task, functools.partial(call, own=task.predict_call or task.call)),
         None if task.generate is None else _generate(net, task.generate, spec),
         net.precision,
+        net.network,
     )
 
 

@@ -94,3 +94,6 @@ class TaskFunctions(NamedTuple):
     negative or not finite."""
     precision: Precision
     """The precision for `make_step` and `make_evaluate`: what they have to cast."""
+    network: Callable[[PyTree, PyTree], Any]
+    """`network(params, model_state)` returns the network with its arrays, as a user of Flax expects it
+    (`jmp_train.flax.functional.Functional`)."""

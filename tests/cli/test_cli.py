@@ -95,7 +95,10 @@ def test_train_then_eval_and_the_default_run_folder(capsys, tmp_path, monkeypatc
     assert out.startswith("step 20  ") and f"accuracy {summary['eval']['accuracy']:.4f}" in out
     status, _, err = run(capsys, "predict", str(run_dir))
     assert status == 2 and err.count("\n") == 1
-    assert "does not continue texts; expected a run of a language model, such as gpt_bf16" in err
+    assert (
+        "does not continue texts; expected INPUT: a .npz or .npy file, or a folder, with image"
+        in err
+    )
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-from rich.console import Console
 
 from jmp_train.config.experiment import Experiment
 from jmp_train.config.find import experiment_files, find_experiment
@@ -153,7 +152,7 @@ def test_an_experiment_brings_its_own_task_without_flax(tmp_path, monkeypatch):
     folder_of(tmp_path, monkeypatch, own=OF_OWN)
     experiment = find_experiment("own")
     assert (experiment.metric, experiment.highest) == ("mse", False)
-    summary = train("own", experiment, tmp_path / "run", Console(quiet=True))
+    summary = train(experiment, tmp_path / "run", name="own")
     assert summary["eval"]["mse"] < 28  # the mean of the squared labels is 28.5
 
 
@@ -217,7 +216,7 @@ def test_a_new_family_takes_a_network_and_few_lines(tmp_path, monkeypatch, preci
     assert len(beyond_the_network) + 5 <= 15  # and the imports
     folder_of(tmp_path, monkeypatch, net=FAMILY_FILE)
     experiment = find_experiment(f"net_{precision}")
-    summary = train("net", experiment, tmp_path / "run", Console(quiet=True))
+    summary = train(experiment, tmp_path / "run", name="net")
     assert summary["eval"]["accuracy"] > 0.3  # by chance 0.1
 
 

@@ -111,8 +111,8 @@ def test_a_class_may_be_held_out_whole(saved):
 
 def test_an_array_that_the_memory_does_not_hold_is_refused_unread(saved, monkeypatch):
     path = saved(x=np.zeros((1000, 1000), np.float32), y=np.arange(1000) % 2)  # 4 kB as stored
-    monkeypatch.setattr(arrays, "_available_memory", lambda: 10 << 20)
-    monkeypatch.setattr(arrays, "_array", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(arrays, "available_memory", lambda: 10 << 20)
+    monkeypatch.setattr(arrays, "read_entry", lambda *_: pytest.fail("it was read"))
     with pytest.raises(ValueError, match=r"\(1000, 1000\) and needs 0.0112 GiB .* 0.00977 GiB"):
         NpzConfig(path).load()
 
@@ -120,7 +120,7 @@ def test_an_array_that_the_memory_does_not_hold_is_refused_unread(saved, monkeyp
 def test_the_memory_that_is_free_is_less_than_there_is():
     import os
 
-    free = arrays._available_memory()
+    free = arrays.available_memory()
     assert free is not None and 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf(
         "SC_PAGE_SIZE"
     )

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from helpers.saved_arrays import assert_same_arrays, final_arrays
-from helpers.small_runs import QUIET, poisoned, signal_at, small
+from helpers.small_runs import poisoned, signal_at, small
 
 from jmp_train.data import DigitsConfig
 from jmp_train.optim import OptimizerConfig
@@ -23,16 +23,16 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 def test_steps_per_call_may_change_on_resume(tmp_path, monkeypatch, noise):
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
     experiment = small("mlp_fp16", steps_per_call=1, **fields)
-    train("mlp_fp16", experiment, tmp_path / "whole", QUIET)
+    train(experiment, tmp_path / "whole", name="mlp_fp16")
     for stop, per_call in ((10, 10), (30, 5), (None, 1)):
         other = dataclasses.replace(experiment, steps_per_call=per_call)
         with monkeypatch.context() as patch:
             if stop is None:
-                train("mlp_fp16", other, tmp_path / "cut", QUIET)
+                train(other, tmp_path / "cut", name="mlp_fp16")
                 continue
             signal_at(patch, stop)
             with pytest.raises(Stopped):
-                train("mlp_fp16", other, tmp_path / "cut", QUIET)
+                train(other, tmp_path / "cut", name="mlp_fp16")
     assert_same_arrays(*(final_arrays(tmp_path / d) for d in ("whole", "cut")))
 
 
@@ -50,12 +50,12 @@ def test_automatic_steps_per_call_gives_the_same_run_as_one(tmp_path, monkeypatc
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
     experiment = small("mlp_fp16", **fields)
     one = dataclasses.replace(experiment, steps_per_call=1, data_on_device=False)
-    train("mlp_fp16", one, tmp_path / "one", QUIET)
+    train(one, tmp_path / "one", name="mlp_fp16")
     auto = dataclasses.replace(experiment, data_on_device=resident)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         signal_at(patch, 10)
-        train("mlp_fp16", auto, tmp_path / "auto", QUIET)
-    summary = train("mlp_fp16", auto, tmp_path / "auto", QUIET)
+        train(auto, tmp_path / "auto", name="mlp_fp16")
+    summary = train(auto, tmp_path / "auto", name="mlp_fp16")
     assert summary["steps_per_call"] == 10
     assert summary["data_on_device"] == (resident and not noise)
     assert_same_arrays(*(final_arrays(tmp_path / d) for d in ("one", "auto")))
@@ -63,7 +63,7 @@ def test_automatic_steps_per_call_gives_the_same_run_as_one(tmp_path, monkeypatc
 
 
 def test_arrays_on_the_device_are_not_in_checkpoints(tmp_path):
-    train("mlp_fp16", small(data=DigitsConfig(noise=0.0)), tmp_path, QUIET)
+    train(small(data=DigitsConfig(noise=0.0)), tmp_path, name="mlp_fp16")
     kept = final_arrays(tmp_path)
     assert not [path for path, x in kept.items() if x.shape[:1] == (1438,)]
     assert sum(x.nbytes for x in kept.values()) < 1438 * 64 * 4
@@ -94,7 +94,7 @@ def test_automatic_steps_per_call_traces_the_step_twice():
 def test_the_record_has_the_learning_rate_of_the_last_step(tmp_path):
     optimizer = OptimizerConfig(learning_rate=0.1, warmup_steps=20)
     experiment = dataclasses.replace(small("mlp_fp32"), optimizer=optimizer)
-    train("mlp_fp32", experiment, tmp_path, QUIET)
+    train(experiment, tmp_path, name="mlp_fp32")
     rates = [
         r["learning_rate"]
         for r in read_metrics(tmp_path / "metrics.jsonl")
@@ -113,7 +113,7 @@ def test_skipped_steps_do_not_advance_the_recorded_learning_rate(tmp_path):
     optimizer = OptimizerConfig(learning_rate=0.1, schedule="linear")
     experiment = poisoned(2, 9, nonfinite="skip")
     experiment = dataclasses.replace(experiment, optimizer=optimizer)
-    train("mlp_fp32", experiment, tmp_path, QUIET)
+    train(experiment, tmp_path, name="mlp_fp32")
     first, *_, last = [r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert first["averaged_steps"] == 8 and np.isfinite(float(first["loss"]))
     assert first["last_loss"] == "nan"  # step 10 was skipped
@@ -125,7 +125,7 @@ def test_skipped_steps_do_not_advance_the_recorded_learning_rate(tmp_path):
 @pytest.mark.parametrize("per_call", [1, 5])
 def test_recorded_metrics_are_means_over_the_window(tmp_path, per_call):
     experiment = small("mlp_fp32", steps_per_call=per_call, steps=20)
-    train("mlp_fp32", experiment, tmp_path, QUIET)
+    train(experiment, tmp_path, name="mlp_fp32")
     parts = build(experiment)
     state, losses, correct = first_state(experiment, parts), [], []
     for n in range(20):  # the step by itself, and means in float64

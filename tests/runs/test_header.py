@@ -22,7 +22,7 @@ def small(name, **fields):
 
 def printed(tmp_path, name, **fields):
     out = io.StringIO()
-    train(name, small(name, **fields), tmp_path / "run", Console(file=out, width=40))
+    train(small(name, **fields), tmp_path / "run", name=name, console=Console(file=out, width=40))
     return out.getvalue()
 
 
@@ -54,5 +54,5 @@ def test_a_resumed_run_says_that_it_restores(tmp_path):
 
 
 def test_without_a_console_training_prints_nothing(tmp_path, capfd):
-    assert train("linear_bf16", small("linear_bf16"), tmp_path / "run")["steps"] == 4
+    assert train(small("linear_bf16"), tmp_path / "run", name="linear_bf16")["steps"] == 4
     assert capfd.readouterr() == ("", "")

@@ -42,7 +42,7 @@ def small(**fields):
 
 
 def run(run_dir, experiment, **options):
-    return train("mlp_fp16", experiment, run_dir, QUIET, **options)
+    return train(experiment, run_dir, name="mlp_fp16", **options)
 
 
 def falling(monkeypatch, *values):

@@ -51,7 +51,7 @@ def finished(compiled_once, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
-        train(NAME, small(), folder, QUIET)
+        train(small(), folder, name=NAME)
     return folder
 
 
@@ -88,9 +88,9 @@ def test_a_directory_in_use_is_refused_with_its_holder_and_left_alone(run):
     with (run / "lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="run is in use by process 123 on node4; wait"):
-            train(NAME, small(steps=16), run, QUIET)
+            train(small(steps=16), run, name=NAME)
     assert files_of(run) == before
-    assert train(NAME, small(steps=16), run, QUIET)["steps"] == 16
+    assert train(small(steps=16), run, name=NAME)["steps"] == 16
 
 
 def test_where_locks_do_not_work_a_line_says_so(run, monkeypatch):
@@ -99,7 +99,7 @@ def test_where_locks_do_not_work_a_line_says_so(run, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    assert train(NAME, small(), run, console)["steps"] == 12
+    assert train(small(), run, name=NAME, console=console)["steps"] == 12
     assert "cannot be locked ([Errno 37] No locks available); make sure" in console.export_text()
 
 
@@ -109,10 +109,10 @@ def test_a_run_holds_its_lock_until_its_end(tmp_path, monkeypatch):
     def look():
         seen.append((tmp_path / "lock").read_text())
         with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "):
-            train(NAME, small(), tmp_path, QUIET)
+            train(small(), tmp_path, name=NAME)
 
     at_step(monkeypatch, {4: look})
-    train(NAME, small(), tmp_path, QUIET)
+    train(small(), tmp_path, name=NAME)
     assert seen and (tmp_path / "lock").read_text() == ""
 
 
@@ -124,9 +124,9 @@ def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(f"jmp_train.runs.train.{function}", killed)
             with pytest.raises(SystemExit):
-                train(NAME, small(), tmp_path, QUIET)
+                train(small(), tmp_path, name=NAME)
         (tmp_path / "config.json.partial").write_text('{"exp')
-    assert train(NAME, small(), tmp_path, QUIET)["steps"] == 12
+    assert train(small(), tmp_path, name=NAME)["steps"] == 12
 
 
 # Signals
@@ -167,23 +167,23 @@ def test_other_versions_are_told(run, monkeypatch):
     now = {**package_versions(), "jax": "99.0"}
     monkeypatch.setattr("jmp_train.runs.resume.package_versions", lambda: now)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    train(NAME, small(), run, console)
+    train(small(), run, name=NAME, console=console)
     assert f"saved by other versions: jax {there} -> 99.0\n" in console.export_text()
 
 
 def test_a_checkpoint_of_another_experiment_is_refused_and_nothing_is_lost(run, tmp_path):
-    train(NAME, small(seed=1), tmp_path / "other", QUIET)
+    train(small(seed=1), tmp_path / "other", name=NAME)
     shutil.copytree(tmp_path / "other" / "checkpoints" / "12", run / "checkpoints" / "16")
     before = files_of(run)
     with pytest.raises(UsageError, match=r"checkpoints/16 was saved .*: seed 1 -> 0; move it away"):
-        train(NAME, small(steps=20), run, QUIET)
+        train(small(steps=20), run, name=NAME)
     assert files_of(run) == before
 
 
 def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatch):
     experiment = small(batch_size=64, steps=16, steps_per_call=1)
     with pytest.raises(UsageError, match="batch_size 128 -> 64; .* or --force"):
-        train(NAME, experiment, run, QUIET)
+        train(experiment, run, name=NAME)
     seen = []
 
     def spy(*arguments):
@@ -202,7 +202,7 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
 
     monkeypatch.setattr("jmp_train.runs.calls.iterate", spy)
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    train(NAME, experiment, run, console, force=True)
+    train(experiment, run, name=NAME, console=console, force=True)
     said = console.export_text()
     assert "changed: batch_size 128 -> 64, steps 12 -> 16, steps_per_call None -> 1\n" in said
     assert "other batches from step 12 on, for batch_size changed\n" in said
@@ -211,17 +211,17 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
     for n, batch in enumerate(seen):
         for name, array in batches[12 + n].items():
             np.testing.assert_array_equal(batch[name], array)
-    assert train(NAME, dataclasses.replace(experiment, steps=20), run, QUIET)["steps"] == 20
+    assert train(dataclasses.replace(experiment, steps=20), run, name=NAME)["steps"] == 20
 
 
 def test_forced_policy_resumes_only_with_the_same_state(run):
-    assert train(NAME, small(policy="float32", steps=14), run, QUIET, force=True)["steps"] == 14
+    assert train(small(policy="float32", steps=14), run, name=NAME, force=True)["steps"] == 14
     before = files_of(run)
     with pytest.raises(
         UsageError, match="does not match the state: 'params/.* is float32 .*; expected bfl"
     ):
         optimizer = dataclasses.replace(small().optimizer, parameters="kahan")
-        train(NAME, small(policy="bf16", steps=16, optimizer=optimizer), run, QUIET, force=True)
+        train(small(policy="bf16", steps=16, optimizer=optimizer), run, name=NAME, force=True)
     assert files_of(run) == before
 
 
@@ -253,7 +253,7 @@ def replace_by_a_folder(file):
 def test_run_resumes_from_the_newest_complete_checkpoint(run, finished, caplog, damage):
     newest = run / "checkpoints" / "12"
     damage(max((newest / "state" / "d").iterdir(), key=lambda file: file.stat().st_size))
-    assert train(NAME, small(), run, QUIET)["steps"] == 12
+    assert train(small(), run, name=NAME)["steps"] == 12
     assert "checkpoint 12 cannot be loaded: " in caplog.text
     assert_same_arrays(final_arrays(run), final_arrays(finished))
     assert losses(run) == losses(finished)
@@ -263,7 +263,7 @@ def test_run_resumes_from_the_newest_complete_checkpoint(run, finished, caplog, 
 def test_damaged_metrics_of_a_checkpoint_cost_no_state(run, caplog):
     (run / "checkpoints" / "12" / "metrics" / "metrics").write_text("")
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    assert train(NAME, small(steps=16), run, console)["steps"] == 16
+    assert train(small(steps=16), run, name=NAME, console=console)["steps"] == 16
     assert "the metrics of checkpoint 12 are damaged" in caplog.text
     assert "run is at step 12\n" in console.export_text()
     assert (run / "checkpoints" / "damaged-12-metrics").is_dir()
@@ -277,7 +277,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_changed(run):
     with pytest.raises(
         NoUsableCheckpoint, match="steps 8, 12 in .* can be loaded; they were not changed"
     ):
-        train(NAME, small(), run, QUIET)
+        train(small(), run, name=NAME)
     assert files_of(run) == before
 
 
@@ -302,7 +302,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_no_record(
 ):
     with contextlib.ExitStack() as full:
         at_step(monkeypatch, {6: lambda: full.enter_context(full_disk(tmp_path)), 10: full.close})
-        assert train(NAME, small(), tmp_path, QUIET)["steps"] == 12
+        assert train(small(), tmp_path, name=NAME)["steps"] == 12
     assert "checkpoint 8 could not be saved: " in caplog.text
     assert "metrics.jsonl cannot be written, and waits: File too large" in caplog.text
     assert Checkpoints(tmp_path / "checkpoints").steps() == [4, 12]
@@ -315,10 +315,10 @@ def test_full_disk_error_names_the_checkpoint_to_resume_from(tmp_path, finished,
     with contextlib.ExitStack() as full, monkeypatch.context() as patch:
         at_step(patch, {6: lambda: full.enter_context(full_disk(tmp_path))})
         with pytest.raises(NotSaved, match="^checkpoint 12 could .* checkpoint is that of step 4$"):
-            train(NAME, small(), tmp_path, QUIET)
+            train(small(), tmp_path, name=NAME)
         with pytest.raises(UsageError, match="cannot be written: File too large"):
-            train(NAME, small(), tmp_path, QUIET)
-    assert train(NAME, small(), tmp_path, QUIET)["steps"] == 12
+            train(small(), tmp_path, name=NAME)
+    assert train(small(), tmp_path, name=NAME)["steps"] == 12
     assert losses(tmp_path) == losses(finished)
     assert_same_arrays(final_arrays(tmp_path), final_arrays(finished))
 
@@ -337,9 +337,9 @@ def test_a_summary_that_cannot_be_written_is_written_by_the_next_call(run, monke
             pytest.raises(NotSaved, match="summary.json .* step 16"),
         ):
             patch.setattr(Checkpoints, "wait", then_full)
-            train(NAME, small(steps=16), run, QUIET)
+            train(small(steps=16), run, name=NAME)
     assert not (run / "summary.json").exists()
-    assert train(NAME, small(steps=16), run, QUIET)["steps"] == 16
+    assert train(small(steps=16), run, name=NAME)["steps"] == 16
     assert json.loads((run / "summary.json").read_text())["steps"] == 16
 
 

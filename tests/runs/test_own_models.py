@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from rich.console import Console
 
 import jmp_train as jt
 from jmp_train.config.settings import with_settings
@@ -108,7 +107,7 @@ def experiment(model, **settings):
 
 
 def run(tmp_path, model, name="run", **settings):
-    summary = train("own", experiment(model, **settings), tmp_path / name, Console(quiet=True))
+    summary = train(experiment(model, **settings), tmp_path / name, name="own")
     lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
     return summary, [record for record in map(json.loads, lines) if record["split"] == "train"]
 

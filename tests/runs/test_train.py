@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 def test_a_finished_run_directory_is_complete(tmp_path, plots):
-    summary = train("mlp_fp16", small(), tmp_path / "run", QUIET)
+    summary = train(small(), tmp_path / "run", name="mlp_fp16")
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "plots", "lock",
@@ -90,19 +90,19 @@ def test_a_stopped_and_resumed_run_ends_bitwise_as_the_undisturbed_one(
     tmp_path, monkeypatch, name, fields
 ):
     experiment = small(name, log_every=5, **fields)
-    train(name, experiment, tmp_path / "whole", QUIET)
+    train(experiment, tmp_path / "whole", name=name)
 
     # A signal at a log point, where the step is not a multiple of checkpoint_every.
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         signal_at(patch, 10)
-        train(name, experiment, tmp_path / "cut", QUIET)
+        train(experiment, tmp_path / "cut", name=name)
     assert stopped.value.signum == signal.SIGTERM
     at = Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1]
     stopped_summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
     assert stopped_summary["steps"] == at and stopped_summary["eval"] == {}
     assert 10 < at < 20 and at % 10 != 0
 
-    summary = train(name, experiment, tmp_path / "cut", QUIET)
+    summary = train(experiment, tmp_path / "cut", name=name)
     whole, cut = (final_arrays(tmp_path / d) for d in ("whole", "cut"))
     assert_same_arrays(whole, cut)
     assert len(whole) > 10
@@ -124,7 +124,7 @@ def test_the_number_of_micro_batches_reaches_the_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr("jmp_train.runs.build.make_step", spy)
     with pytest.raises(Seen, match="^4$"):
-        train("mlp_fp16", small(micro_batches=4), tmp_path, QUIET)
+        train(small(micro_batches=4), tmp_path, name="mlp_fp16")
 
 
 def test_run_killed_by_sigterm_exits_143_and_resumes(tmp_path):
@@ -150,18 +150,18 @@ def files_of(folder):
 
 
 def test_finished_run_is_not_changed(tmp_path):
-    first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    first = train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     before = files_of(tmp_path)
-    assert train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET) == first
+    assert train(small("mlp_bf16"), tmp_path, name="mlp_bf16") == first
     assert files_of(tmp_path) == before
 
 
 def test_a_finished_run_without_its_summary_gets_it_and_no_record_twice(tmp_path):
-    first = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    first = train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     metrics = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "summary.json").unlink()
     (tmp_path / "diverged.json").write_text("{}")  # of an attempt that this one takes up again
-    again = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    again = train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     assert again["eval"] == first["eval"] and again["steps"] == 40
     assert again["train_time_s"] == pytest.approx(first["train_time_s"])
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
@@ -177,20 +177,20 @@ def test_the_best_checkpoint_is_kept_to_the_end(tmp_path, monkeypatch):
             lambda params, batches, state: {"accuracy": next(values), "loss": 1.0}
         ),
     )
-    train("mlp_bf16", small("mlp_bf16", eval_every=10), tmp_path, QUIET)
+    train(small("mlp_bf16", eval_every=10), tmp_path, name="mlp_bf16")
     assert Checkpoints(tmp_path / "checkpoints").steps() == [10, 30, 40]
 
 
 def test_folder_with_other_files_is_refused_and_not_changed(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("mine")
     with pytest.raises(UsageError, match="is not empty and is not a run directory"):
-        train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+        train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_folder_that_the_checkpoint_library_cannot_take_is_refused(tmp_path):
     with pytest.raises(UsageError, match="contains one of the characters"):
-        train("mlp_bf16", small("mlp_bf16"), tmp_path / "a[red]b", QUIET)
+        train(small("mlp_bf16"), tmp_path / "a[red]b", name="mlp_bf16")
     assert not list(tmp_path.iterdir())
 
 
@@ -198,15 +198,15 @@ def test_an_infinite_setting_resumes(tmp_path):
     experiment = small("mlp_bf16")
     scale = dataclasses.replace(experiment.loss_scale, maximum=float("inf"))
     experiment = dataclasses.replace(experiment, loss_scale=scale)
-    first = train("mlp_bf16", experiment, tmp_path, QUIET)
-    assert train("mlp_bf16", experiment, tmp_path, QUIET) == first
+    first = train(experiment, tmp_path, name="mlp_bf16")
+    assert train(experiment, tmp_path, name="mlp_bf16") == first
 
 
 def test_a_damaged_record_is_named_on_resume(tmp_path):
-    train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
     with pytest.raises(UsageError, match="line 1: expected a record, got 'nonsense'"):
-        train("mlp_bf16", small("mlp_bf16", steps=60), tmp_path, QUIET)
+        train(small("mlp_bf16", steps=60), tmp_path, name="mlp_bf16")
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(tmp_path, monkeypatch):
@@ -217,27 +217,27 @@ def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(tmp_path, m
         waited(self)
 
     monkeypatch.setattr(Checkpoints, "wait", with_signal)
-    summary = train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    summary = train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     assert summary["steps"] == 40
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 40
 
 
 def test_more_steps_may_be_asked_of_a_run(tmp_path):
-    train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
-    assert train("mlp_bf16", small("mlp_bf16", steps=60), tmp_path, QUIET)["steps"] == 60
+    train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
+    assert train(small("mlp_bf16", steps=60), tmp_path, name="mlp_bf16")["steps"] == 60
     with pytest.raises(UsageError, match="is at step 60; expected --steps of at least that"):
-        train("mlp_bf16", small("mlp_bf16", steps=20), tmp_path, QUIET)
+        train(small("mlp_bf16", steps=20), tmp_path, name="mlp_bf16")
     assert read_config(tmp_path)[1]["steps"] == 60
 
 
 def test_another_experiment_or_other_settings_are_refused_and_nothing_is_lost(tmp_path):
-    train("mlp_bf16", small("mlp_bf16"), tmp_path, QUIET)
+    train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     config = (tmp_path / "config.json").read_text()
     with pytest.raises(UsageError, match="holds a run of 'mlp_bf16'"):
-        train("mlp_fp16", small(), tmp_path, QUIET)
+        train(small(), tmp_path, name="mlp_fp16")
     with pytest.raises(UsageError, match="other settings: batch_size 128 -> 64"):
-        train("mlp_bf16", small("mlp_bf16", batch_size=64), tmp_path, QUIET)
+        train(small("mlp_bf16", batch_size=64), tmp_path, name="mlp_bf16")
     assert (tmp_path / "config.json").read_text() == config
 
 
@@ -247,13 +247,13 @@ def test_a_diverging_run_says_so(tmp_path):
         experiment.optimizer, name="sgd", learning_rate=1e30, max_grad_norm=None, warmup_steps=0
     )
     with pytest.raises(Diverged, match="at step 10"):
-        train("mlp_fp32", dataclasses.replace(experiment, optimizer=optimizer), tmp_path, QUIET)
+        train(dataclasses.replace(experiment, optimizer=optimizer), tmp_path, name="mlp_fp32")
 
 
 def test_an_fp16_run_survives_a_scale_that_is_too_large(tmp_path):
     experiment = small()
     scale = dataclasses.replace(experiment.loss_scale, initial=2.0**40)
-    summary = train("mlp_fp16", dataclasses.replace(experiment, loss_scale=scale), tmp_path, QUIET)
+    summary = train(dataclasses.replace(experiment, loss_scale=scale), tmp_path, name="mlp_fp16")
     assert summary["skipped_steps"] >= 10
     assert np.log2(summary["loss_scale"]) == int(np.log2(summary["loss_scale"]))
 
@@ -277,24 +277,24 @@ def test_a_folder_that_holds_no_readable_run_is_refused(tmp_path, content, words
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
-        train("mlp_bf16", small("mlp_bf16"), tmp_path / "file" / "run", QUIET)
+        train(small("mlp_bf16"), tmp_path / "file" / "run", name="mlp_bf16")
 
 
 def test_a_nan_stops_a_run_that_names_the_step_and_the_newest_checkpoint(tmp_path):
     with pytest.raises(Diverged) as stop:
-        train("mlp_fp32", poisoned(22), tmp_path, QUIET)
+        train(poisoned(22), tmp_path, name="mlp_fp32")
     assert "the loss is nan at step 30; it began with step 23" in str(stop.value)
     assert "newest checkpoint: step 20" in str(stop.value)
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 20
     # The same command would meet the same batch; one that skips goes on from step 20.
-    summary = train("mlp_fp32", poisoned(22, nonfinite="skip"), tmp_path, QUIET)
+    summary = train(poisoned(22, nonfinite="skip"), tmp_path, name="mlp_fp32")
     assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 1, 0)
 
 
 @pytest.mark.parametrize("per_call", [1, 5])
 def test_rollback_resumes_from_the_checkpoint_after_the_bad_batch(tmp_path, per_call):
     experiment = poisoned(22, nonfinite="rollback", steps_per_call=per_call)
-    summary = train("mlp_fp32", experiment, tmp_path, QUIET)
+    summary = train(experiment, tmp_path, name="mlp_fp32")
     assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 0, 1)
     steps = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train"]
     assert steps == [10, 20, 30, 40]
@@ -317,7 +317,7 @@ def test_rollback_resumes_from_the_checkpoint_after_the_bad_batch(tmp_path, per_
 def test_two_bad_batches_after_one_checkpoint_are_both_passed(tmp_path):
     out = io.StringIO()
     experiment = poisoned(22, 24, nonfinite="rollback")
-    summary = train("mlp_fp32", experiment, tmp_path, Console(file=out, width=200))
+    summary = train(experiment, tmp_path, name="mlp_fp32", console=Console(file=out, width=200))
     assert (summary["steps"], summary["rollbacks"]) == (40, 2)
     # Step 22 of the second try has batch 24: the batches 20 to 24 are left out in the third.
     assert [
@@ -337,7 +337,7 @@ def test_a_rollback_passes_over_a_checkpoint_that_was_damaged_meanwhile(tmp_path
         return restore(self, *args, **options)
 
     monkeypatch.setattr(Checkpoints, "restore_latest", damaging)
-    summary = train("mlp_fp32", poisoned(33, nonfinite="rollback"), tmp_path, QUIET)
+    summary = train(poisoned(33, nonfinite="rollback"), tmp_path, name="mlp_fp32")
     assert (summary["steps"], summary["rollbacks"]) == (40, 1)
     folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert {"30", "40", "damaged-30"} <= folders
@@ -348,7 +348,7 @@ def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):
     experiment = poisoned(*range(3, 200), nonfinite="rollback")
     out = io.StringIO()
     with pytest.raises(Diverged, match="the loss is nan"):
-        train("mlp_fp32", experiment, tmp_path, Console(file=out, width=200))
+        train(experiment, tmp_path, name="mlp_fp32", console=Console(file=out, width=200))
     assert re.findall(r"rolled back to step (\d+); skipping the next (\d+) b", out.getvalue()) == [
         ("0", "4"), ("0", "5"),
     ]  # fmt: skip
@@ -364,15 +364,13 @@ def test_the_matmul_precision_reaches_the_compiled_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", spy)
     for precision in ("default", "highest"):
-        train(
-            "mlp_fp32", small("mlp_fp32", matmul_precision=precision), tmp_path / precision, QUIET
-        )
+        train(small("mlp_fp32", matmul_precision=precision), tmp_path / precision, name="mlp_fp32")
     assert "HIGHEST" not in texts[0] and "HIGHEST" in texts[1]
 
 
 def test_rules_give_modules_their_policies_and_the_run_its_loss_scale(tmp_path):
     rules = ("layers/0=bf16", "layers/1=float32", "**=mixed_float16")
-    summary = train("mlp_fp32", small("mlp_fp32", rules=rules), tmp_path, QUIET)
+    summary = train(small("mlp_fp32", rules=rules), tmp_path, name="mlp_fp32")
     assert summary["loss_scale"] > 1  # one rule computes in float16
     arrays = final_arrays(tmp_path)
     dtypes = {n: str(x.dtype) for n, x in arrays.items() if "params" in n and "kernel" in n}
@@ -386,7 +384,7 @@ def test_a_rule_that_matches_nothing_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(
         UsageError, match=r"'layer/0' .* matches no module; the nearest are 'layers/"
     ):
-        train("mlp_fp32", small("mlp_fp32", rules=("layer/0=bf16",)), tmp_path / "run", QUIET)
+        train(small("mlp_fp32", rules=("layer/0=bf16",)), tmp_path / "run", name="mlp_fp32")
     assert not list(tmp_path.iterdir())
 
 

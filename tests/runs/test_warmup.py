@@ -90,7 +90,7 @@ def test_a_comparison_scales_and_says_so_once(capsys, tmp_path):
 
 
 def test_a_stopped_short_run_resumes_bitwise(tmp_path, monkeypatch):
-    train("mlp_fp32", small(40), tmp_path / "whole", Console(quiet=True))
+    train(small(40), tmp_path / "whole", name="mlp_fp32")
 
     def stop(self, step, values):
         if step == 20:
@@ -99,9 +99,9 @@ def test_a_stopped_short_run_resumes_bitwise(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunProgress, "train", stop)
         with pytest.raises(Stopped):
-            train("mlp_fp32", small(40), tmp_path / "cut", Console(quiet=True))
+            train(small(40), tmp_path / "cut", name="mlp_fp32")
     assert Checkpoints(tmp_path / "cut" / "checkpoints").steps()[-1] < 40
-    train("mlp_fp32", small(40), tmp_path / "cut", Console(quiet=True))
+    train(small(40), tmp_path / "cut", name="mlp_fp32")
     assert_same_arrays(final_arrays(tmp_path / "whole"), final_arrays(tmp_path / "cut"))
     assert config_of(tmp_path / "cut")["optimizer"]["warmup_steps"] == 4
 
@@ -109,8 +109,8 @@ def test_a_stopped_short_run_resumes_bitwise(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_more_steps_take_up_the_longer_runs_schedule(tmp_path):
     run_dir, out = tmp_path / "run", io.StringIO()
-    train("mlp_fp32", small(40), run_dir, Console(quiet=True))
-    train("mlp_fp32", small(400), run_dir, Console(file=out, width=200))
+    train(small(40), run_dir, name="mlp_fp32")
+    train(small(400), run_dir, name="mlp_fp32", console=Console(file=out, width=200))
     assert "optimizer.warmup_steps 4 -> 100" in out.getvalue()
     assert "steps 40 -> 400" in out.getvalue()
     assert config_of(run_dir)["optimizer"]["warmup_steps"] == 100
@@ -122,13 +122,12 @@ def test_another_warmup_of_a_run_is_refused(tmp_path, first, then):
         optimizer = dataclasses.replace(small(200).optimizer, warmup_steps=steps)
         return small(200, optimizer=optimizer)
 
-    train("mlp_fp32", warming(first), tmp_path / "run", Console(quiet=True))
+    train(warming(first), tmp_path / "run", name="mlp_fp32")
     with pytest.raises(UsageError, match=f"optimizer.warmup_steps {first} -> {then}; expected"):
-        train("mlp_fp32", warming(then), tmp_path / "run", Console(quiet=True))
+        train(warming(then), tmp_path / "run", name="mlp_fp32")
 
 
 def test_fewer_steps_after_a_stop_scale_the_warmup(tmp_path, monkeypatch):
-    quiet = Console(quiet=True)
     with monkeypatch.context() as patch:
         patch.setattr(
             RunProgress,
@@ -136,14 +135,14 @@ def test_fewer_steps_after_a_stop_scale_the_warmup(tmp_path, monkeypatch):
             lambda self, step, values: step == 20 and os.kill(os.getpid(), signal.SIGTERM),
         )
         with pytest.raises(Stopped):
-            train("mlp_fp32", small(400), tmp_path / "run", quiet)
-    assert train("mlp_fp32", small(60), tmp_path / "run", quiet)["steps"] == 60
+            train(small(400), tmp_path / "run", name="mlp_fp32")
+    assert train(small(60), tmp_path / "run", name="mlp_fp32")["steps"] == 60
     assert config_of(tmp_path / "run")["optimizer"]["warmup_steps"] == 6
 
 
 def test_a_scaled_run_evaluates_as_it_was_trained(capsys, tmp_path):
     run_dir = tmp_path / "run"
-    summary = train("mlp_fp32", small(20), run_dir, Console(quiet=True))
+    summary = train(small(20), run_dir, name="mlp_fp32")
     assert evaluate_run(run_dir, small(20)) == {"step": 20, **summary["eval"]}
     status, out, err = run(capsys, "eval", str(run_dir))
     assert status == 0 and out.startswith("step 20  "), err
