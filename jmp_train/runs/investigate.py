@@ -169,7 +169,7 @@ def float32_gradients(
         optimizer=dataclasses.replace(experiment.optimizer, parameters="direct"),
         loss_scale=dataclasses.replace(experiment.loss_scale, kind="none"),
     )
-    gradients = _gradients(full, make_task_of(full, dataset))
+    gradients = _gradients(full, make_task_of(full, dataset.spec))
     state = state._replace(params=widen_to_full(state.params), loss_scale=NoOpLossScale())
     dtype = _narrowest(experiment)
 

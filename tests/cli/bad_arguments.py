@@ -256,7 +256,10 @@ PREDICTS = [
     (["done", "--promt", "x"], r"did you mean --prompt\?"),
 ]
 OTHERS = [
-    ([""], r"unknown command ''; expected one of compare, eval, list, predict, profile, train"),
+    (
+        [""],
+        r"unknown command ''; expected one of compare, eval, export, list, new, predict, profile, train",
+    ),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
 ]

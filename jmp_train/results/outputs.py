@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,10 @@ def write_predictions(
 
 
 def _write_npz(arrays: dict[str, np.ndarray], path: Path) -> None:
-    with path.open("wb") as file:  # a path of another ending would get .npz added
-        np.savez(file, **{name: _standard(array) for name, array in arrays.items()})
+    with zipfile.ZipFile(path, "w") as archive:  # numpy.savez has names of arguments of its own
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, _standard(array), allow_pickle=False)
 
 
 def _write_csv(arrays: dict[str, np.ndarray], path: Path) -> None:
