@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jmp_train.config.experiment import Experiment
     from jmp_train.data.data import Data
     from jmp_train.models.model import Model
-    from jmp_train.runs.load import Run, load_run
+    from jmp_train.results.load import Run, load_run
     from jmp_train.runs.train import train
     from jmp_train.tasks.task import Task
 
@@ -81,9 +81,9 @@ _LATER = {
     "Data": "data.data",
     "Experiment": "config.experiment",
     "Model": "models.model",
-    "Run": "runs.load",
+    "Run": "results.load",
     "Task": "tasks.task",
-    "load_run": "runs.load",
+    "load_run": "results.load",
     "train": "runs.train",
 }
 

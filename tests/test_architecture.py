@@ -34,8 +34,9 @@ FLOORS = {
     "records": 8,
     "reports": 10,
     "runs": 11,
-    "cli": 12,
-    "__main__": 13,
+    "results": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 # Libraries that not every room may know; those that a user may lack are imported where used.
 LIBRARIES = {
@@ -43,7 +44,7 @@ LIBRARIES = {
     "grain": {"data"},
     "matplotlib": {"reports"},
     "PIL": {"data"},
-    "safetensors": {"runs"},
+    "safetensors": {"results"},
     "optax": {"optim", "step", "tasks"},
     "orbax": {"records"},
     "rich": {"cli", "reports", "runs"},

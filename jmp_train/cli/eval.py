@@ -8,8 +8,8 @@ from jmp_train.cli.positional import choose_run, take_run
 from jmp_train.config.experiment import Experiment
 from jmp_train.reports.progress import display_name
 from jmp_train.reports.stages import terminal_alone
+from jmp_train.results.load import stored_experiment
 from jmp_train.runs.evaluate import evaluate_run
-from jmp_train.runs.load import stored_experiment
 
 
 def command(arguments: list[str]) -> None:

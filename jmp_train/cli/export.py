@@ -12,8 +12,8 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import choose_run, take_run
 from jmp_train.reports.stages import stage, terminal_alone
-from jmp_train.runs.export import check_export, export_run
-from jmp_train.runs.load import load_run
+from jmp_train.results.export import check_export, export_run
+from jmp_train.results.load import load_run
 
 
 @dataclasses.dataclass(frozen=True)

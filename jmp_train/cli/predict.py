@@ -19,8 +19,8 @@ from jmp_train.data.inputs import read_inputs
 from jmp_train.errors import UsageError
 from jmp_train.reports.predictions import predictions_table
 from jmp_train.reports.stages import stage, terminal_alone
-from jmp_train.runs.load import Run, load_run
-from jmp_train.runs.outputs import check_ending, check_free, whole_files, write_predictions
+from jmp_train.results.load import Run, load_run
+from jmp_train.results.outputs import check_ending, check_free, whole_files, write_predictions
 
 _LARGEST_PROMPT = 2**20  # bytes
 _ARRAYS = (".npz", ".npy")

@@ -270,7 +270,7 @@ PREDICTS = [
 OTHERS = [
     (
         [""],
-        r"unknown command ''; expected one of compare, eval, list, new, predict, profile, train",
+        r"unknown command ''; expected one of compare, eval, export, list, new, predict, profile, train",
     ),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),

@@ -175,7 +175,7 @@ def test_images_are_read_as_numbers_from_zero_to_one(capsys, here):
         (["runs/points", "points.npz", "--checkpoint", "9"], "no checkpoint '9'; expected best"),
         (["runs/points", "points.npz", "--batch-size", "0"], "batch_size is 0"),
         (["runs/points", "points.npz", "--prompt", "x"], "expected one of the two"),
-        (["runs/gone", "points.npz"], "holds a run of 'gone', which is no file in experiments/"),
+        (["runs/gone", "points.npz"], "holds a run of the unknown experiment 'gone'"),
         (["runs/nowhere", "points.npz"], "is not a run directory"),
         (["runs/text", "missing.md"], "missing.md does not exist"),
         (["runs/text", "--output", "out.csv"], "expected '.txt'"),
@@ -201,7 +201,7 @@ def test_a_full_disk_leaves_no_half_file(capsys, here, monkeypatch, full):
     def fsync(file):
         raise OSError(full, "No space left on device")
 
-    monkeypatch.setattr("jmp_train.runs.outputs.os.fsync", fsync)
+    monkeypatch.setattr("jmp_train.results.outputs.os.fsync", fsync)
     status, _, err = call(capsys, "predict", "runs/points", "points.npz", "--output", "out.csv")
     assert status == 2 and "out.csv cannot be written: No space" in err.splitlines()[-1]
     assert not list(here.glob("out*"))

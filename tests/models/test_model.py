@@ -140,7 +140,7 @@ def test_an_impossible_size_is_named_as_its_option(model, message):
         data = data._replace(spec=DataSpec.of({"tokens": jnp.zeros((1, 9), jnp.int32)}, 5))
     own = jt.Experiment(model, DigitsConfig(), task=task or "language_modelling")
     with pytest.raises(UsageError, match=f"^{message}"):
-        make_task_of(own, data)
+        make_task_of(own, data.spec)
 
 
 def test_other_errors_of_a_constructor_are_not_renamed():

@@ -50,6 +50,7 @@ def test_a_finished_run_directory_is_complete(tmp_path, plots):
     assert {p.name for p in run.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.json", "checkpoints", "tensorboard", "plots", "lock",
         "run_id",
+        "spec.json",
     }  # fmt: skip
     assert json.loads((run / "summary.json").read_text()) == summary
     assert set(summary) >= {

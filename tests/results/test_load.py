@@ -275,7 +275,7 @@ def test_a_directory_without_its_spec_loads_the_data(trained, tmp_path):
 
 def test_a_deleted_experiment_file_is_one_line(trained):
     folder, _ = trained("linen")
-    with pytest.raises(UsageError, match="holds a run of 'run', which is no file in") as error:
+    with pytest.raises(UsageError, match="holds a run of the unknown experiment 'run'") as error:
         jt.load_run(folder)
     assert len(str(error.value).splitlines()) == 1
 

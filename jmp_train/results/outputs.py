@@ -86,8 +86,7 @@ def write_predictions(
 
 
 def _write_npz(arrays: dict[str, np.ndarray], path: Path) -> None:
-    # As np.savez, whose own argument `file` an array of that name would clash with.
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w") as archive:  # numpy.savez has names of arguments of its own
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, _standard(array), allow_pickle=False)

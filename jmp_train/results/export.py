@@ -16,9 +16,9 @@ from jmp_train.config.settings import settings_in
 from jmp_train.errors import UsageError, nearest
 from jmp_train.records.metrics import strict_json
 from jmp_train.records.provenance import package_version, package_versions
+from jmp_train.results.load import Run
+from jmp_train.results.outputs import check_free, whole_files
 from jmp_train.runs.build import matmul_precision
-from jmp_train.runs.load import Run
-from jmp_train.runs.outputs import check_free, whole_files
 from jmp_train.types import Function, Json
 
 FORMATS = ("safetensors", "stablehlo")

@@ -29,7 +29,7 @@ import jmp_train as jt
 from jmp_train.config import find_experiment
 from jmp_train.data import DigitsConfig
 from jmp_train.errors import UsageError
-from jmp_train.runs.export import export_run
+from jmp_train.results.export import export_run
 
 pytest.importorskip("safetensors")
 pytest.importorskip("flatbuffers")
@@ -232,7 +232,7 @@ def test_a_full_disk_leaves_no_half_file(loaded, tmp_path, monkeypatch, format):
     def fsync(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("jmp_train.runs.outputs.os.fsync", fsync)
+    monkeypatch.setattr("jmp_train.results.outputs.os.fsync", fsync)
     with pytest.raises(UsageError, match="cannot be written: No space left on device") as error:
         export_run(loaded("plain"), format, tmp_path / "out")
     assert len(str(error.value).splitlines()) == 1
@@ -291,6 +291,6 @@ def test_a_wrong_call_is_one_line(capsys, here, words, message):
 
 
 def test_a_missing_package_is_named(capsys, here, monkeypatch):
-    monkeypatch.setattr("jmp_train.runs.export.package_version", lambda name: "not installed")
+    monkeypatch.setattr("jmp_train.results.export.package_version", lambda name: "not installed")
     status, _, err = call(capsys, "export", "runs/points")
     assert status == 2 and "pip install safetensors" in err.splitlines()[-1]

@@ -22,9 +22,9 @@ from jmp_train.errors import UsageError, nearest
 from jmp_train.policy.precision import get_precision
 from jmp_train.records.checkpoints import Checkpoints, DoesNotFit, Restored
 from jmp_train.records.metrics import read_metrics
+from jmp_train.results.inputs import abstract_batch, arrays_read, check_inputs, padded_batches
 from jmp_train.runs.build import load_dataset, make_task_of, matmul_precision
 from jmp_train.runs.directory import check_path, open_checkpoints, read_config, read_spec
-from jmp_train.runs.inputs import abstract_batch, arrays_read, check_inputs, padded_batches
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import TaskFunctions
 from jmp_train.tree import widen_to_full
@@ -288,8 +288,8 @@ def stored_experiment(run_dir: Path, default: AnyExperiment | None = None) -> An
         if name not in files:
             hint = nearest(name, files) if files else "there is no experiments/ folder"
             raise UsageError(
-                f"{run_dir} holds a run of {name!r}, which is no file in experiments/ any more; {hint} "
-                "In Python: load_run(..., experiment=...)"
+                f"{run_dir} holds a run of the unknown experiment {name!r}; {hint} "
+                "(its file may have been moved; in Python, load_run takes experiment=...)"
             )
         default = find_experiment(name)
     try:
