@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,16 @@ def installed(tmp_path_factory):
     return folder / "env"
 
 
+def first_experiment(jmp_train, folder):
+    """What the page on own models does: write, train, evaluate, predict, export."""
+    jmp_train("new", "flowers")
+    jmp_train("train", "flowers")
+    assert "accuracy" in jmp_train("eval", "runs/flowers")
+    np.savez(folder / "measurements.npz", x=np.zeros((3, 4), np.float32))
+    assert "3 examples" in jmp_train("predict", "runs/flowers", "measurements.npz")
+    jmp_train("export", "runs/flowers", "--format", "stablehlo")
+
+
 @pytest.mark.slow
 def test_commands_work_from_any_folder_after_an_install(installed, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
@@ -74,4 +85,5 @@ def test_commands_work_from_any_folder_after_an_install(installed, tmp_path):
     (own / "linear.py").write_text("from experiments.mlp import FAMILY as F\nFAMILY = F\n")
     (own / "mine.py").write_text("from experiments.mlp import FAMILY as F\nEXPERIMENT = F\n")
     assert "mine" in jmp_train("list")
+    first_experiment(jmp_train, tmp_path)
     assert "on held-out data after 20 steps" in jmp_train("train", "mine", *short)
