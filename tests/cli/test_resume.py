@@ -58,7 +58,14 @@ def resumed(command, folder, env):
     return done.stdout
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_the_printed_command_resumes_the_run_when_pasted(tmp_path, signum):
     words = [*LONG, "--rules", "**=bf16", "--data.noise", "0.25"]
     words += ["--run-dir", "my runs/it's $HOME"] if signum == signal.SIGTERM else []
@@ -74,6 +81,7 @@ def test_the_printed_command_resumes_the_run_when_pasted(tmp_path, signum):
     assert json.loads((config.parent / "summary.json").read_text())["steps"] == 3000
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not here")
 def test_the_command_that_make_train_prints_resumes_the_run(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)

@@ -99,7 +99,9 @@ def call(folder, run, *options):
     "options",
     [
         ("--data.form", "list", "--data.workers", "2"),
-        ("--data.form", "stream", "--data.workers", "1"),
+        pytest.param(
+            ("--data.form", "stream", "--data.workers", "1"), marks=pytest.mark.slow, id="stream"
+        ),
         ("--data.form", "function"),
     ],
     ids=lambda options: options[1],

@@ -103,12 +103,14 @@ def call_elsewhere(tmp_path, program, batches):
     "network,settings",
     [
         ("linen", {}),
-        ("nnx", {}),
-        ("plain", {}),
+        pytest.param("nnx", {}, marks=pytest.mark.slow),
+        pytest.param("plain", {}, marks=pytest.mark.slow),
         ("linen", {"policy": "mixed_bfloat16"}),
-        ("nnx", {"policy": "mixed_float16", "ema_decay": 0.5}),
-        ("nnx", {"rules": ("last=float32", "**=mixed_bfloat16")}),
-        ("counting", {}),
+        pytest.param("nnx", {"policy": "mixed_float16", "ema_decay": 0.5}, marks=pytest.mark.slow),
+        pytest.param(
+            "nnx", {"rules": ("last=float32", "**=mixed_bfloat16")}, marks=pytest.mark.slow
+        ),
+        pytest.param("counting", {}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -151,6 +153,7 @@ def test_a_program_uses_the_stored_statistics(loaded, tmp_path):
     np.testing.assert_allclose(alone["probability"], expected[:1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_images_and_texts_are_exported_too(tmp_path):
     digits = jt.Experiment(tiny_mlp(), DigitsConfig(), steps=2, policy="mixed_bfloat16")
     base = find_experiment("gpt_fp32")
