@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from models import mlp
 from record import interleaved, keep
 
 import jmp_train as jt
-from benchmarks.models import mlp
 from jmp_train.data import Arrays, DigitsConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.tasks import make_task

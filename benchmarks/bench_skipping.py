@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
+from models import mlp
 from record import device_for, keep
 
 import jmp_train as jt
-from benchmarks.models import mlp
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
 

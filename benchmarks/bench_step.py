@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import jmp
 import optax
+from models import mlp
 from record import interleaved, keep
 
 import jmp_train as jt
-from benchmarks.models import mlp
 from jmp_train.data import Arrays, DigitsConfig
 from jmp_train.tasks import make_task
 

@@ -50,7 +50,7 @@ class Run:
     params: PyTree = dataclasses.field(repr=False)
     """The parameters for evaluation: their moving average in a run with `ema_decay`."""
     model_state: PyTree = dataclasses.field(repr=False)
-    """State of the network that is no parameter, such as batch statistics; None without any."""
+    """State of the network besides parameters, such as batch statistics; None if it has none."""
     functions: TaskFunctions = dataclasses.field(repr=False)
     """The network and its task as pure functions of parameters and a batch."""
 

@@ -25,7 +25,7 @@ class EarlyStop(NamedTuple):
     def after(
         self, config: EarlyStopConfig, step: int, value: float, *, highest: bool
     ) -> EarlyStop:
-        """Return the state after an evaluation; a value that is not finite is no improvement.
+        """Return the state after an evaluation; a non-finite value does not count as an improvement.
 
         >>> config = EarlyStopConfig("loss", patience=2)
         >>> state = EarlyStop()

@@ -291,9 +291,3 @@ def test_export_writes_beside_the_run_and_not_over_a_file(capsys, here, format):
 def test_a_wrong_call_is_one_line(capsys, here, words, message):
     status, _, err = call(capsys, "export", *words)
     assert status == 2 and message in err.splitlines()[-1]
-
-
-def test_a_missing_package_is_named(capsys, here, monkeypatch):
-    monkeypatch.setattr("jmp_train.results.export.package_version", lambda name: "not installed")
-    status, _, err = call(capsys, "export", "runs/points")
-    assert status == 2 and "pip install safetensors" in err.splitlines()[-1]
