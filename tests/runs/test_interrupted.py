@@ -23,7 +23,7 @@ from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment
 from jmp_train.data.batches import iterate, train_batches
 from jmp_train.errors import UsageError
-from jmp_train.records.checkpoints import Checkpoints, NotSaved, NoUsableCheckpoint
+from jmp_train.records.checkpoints import Checkpoints, NotSaved
 from jmp_train.records.metrics import read_metrics
 from jmp_train.records.provenance import package_versions
 from jmp_train.reports.progress import RunProgress
@@ -222,62 +222,6 @@ def test_forced_policy_resumes_only_with_the_same_state(run):
     ):
         optimizer = dataclasses.replace(small().optimizer, parameters="kahan")
         train(small(policy="bf16", steps=16, optimizer=optimizer), run, name=NAME, force=True)
-    assert files_of(run) == before
-
-
-# Damage
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-def replace_by_a_folder(file):
-    file.unlink()
-    file.mkdir()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        flip,
-        lambda file: os.truncate(file, file.stat().st_size // 2),
-        lambda file: os.truncate(file, 0),
-        Path.unlink,
-        replace_by_a_folder,
-    ],
-    ids=["flipped", "truncated", "emptied", "missing", "a folder"],
-)
-def test_run_resumes_from_the_newest_complete_checkpoint(run, finished, caplog, damage):
-    newest = run / "checkpoints" / "12"
-    damage(max((newest / "state" / "d").iterdir(), key=lambda file: file.stat().st_size))
-    assert train(small(), run, name=NAME)["steps"] == 12
-    assert "checkpoint 12 cannot be loaded: " in caplog.text
-    assert_same_arrays(final_arrays(run), final_arrays(finished))
-    assert losses(run) == losses(finished)
-    assert (run / "checkpoints" / "damaged-12").is_dir()
-
-
-def test_damaged_metrics_of_a_checkpoint_cost_no_state(run, caplog):
-    (run / "checkpoints" / "12" / "metrics" / "metrics").write_text("")
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    assert train(small(steps=16), run, name=NAME, console=console)["steps"] == 16
-    assert "the metrics of checkpoint 12 are damaged" in caplog.text
-    assert "run is at step 12\n" in console.export_text()
-    assert (run / "checkpoints" / "damaged-12-metrics").is_dir()
-
-
-def test_where_all_checkpoints_are_damaged_nothing_is_changed(run):
-    for file in (run / "checkpoints").rglob("*"):
-        if file.is_file() and file.name != "metrics":
-            file.write_bytes(b"")
-    before = files_of(run)
-    with pytest.raises(
-        NoUsableCheckpoint, match="steps 8, 12 in .* can be loaded; they were not changed"
-    ):
-        train(small(), run, name=NAME)
     assert files_of(run) == before
 
 
