@@ -7,6 +7,8 @@ import pytest
 from helpers.simulated_devices import NEED_DEVICES
 from jax.experimental.compilation_cache import compilation_cache
 
+from jmp_train.reports.plots import plot_run
+
 # Run by test_several_devices.py, each in a process that has so many devices.
 collect_ignore = [
     file
@@ -29,8 +31,8 @@ def cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compiled_once(cache_folder):
-    """Keeps what XLA compiles, so that a resumed run does not compile its step again."""
+def quick_runs(cache_folder):
+    """Runs that share what is compiled and draw no plots, but where a test asks for `plots`."""
     settings = {
         "jax_compilation_cache_dir": str(cache_folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -42,16 +44,12 @@ def compiled_once(cache_folder):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         if values is settings:
-            yield
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
+                yield
 
 
 @pytest.fixture
-def quick_runs(request, compiled_once, monkeypatch):
-    """Runs that share what is compiled and draw no plots, but where a test asks for `plots`."""
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
-
-
-@pytest.fixture
-def plots():
-    """Asks `quick_runs` for plots."""
+def plots(monkeypatch):
+    """Runs draw their plots."""
+    monkeypatch.setattr("jmp_train.runs.summary.plot_run", plot_run)

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -12,6 +13,11 @@ README = (ROOT / "README.md").read_text()
 PROSE = {"architecture.md", "benchmarks.md", "profiling.md", "published-models.md", "runs.md"}
 NAMES = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - PROSE)
 PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
+
+SLOW = {
+    f"docs/{name}.md"
+    for name in ("accumulation", "gpt", "loss-scaling", "parameters", "skipped-steps")
+}
 
 # What must hold after a page's last line.
 CHECKS = {
@@ -48,8 +54,8 @@ PRINTS = {
 }
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_examples_of_a_page_run(tmp_path, capsys, monkeypatch, page):
+@pytest.mark.parametrize("page", [slow(page) if page in SLOW else page for page in PAGES])
+def test_examples_of_a_page_run(tmp_path, capsys, monkeypatch, quick_runs, page):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks
     script = tmp_path / "page.py"

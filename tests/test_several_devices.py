@@ -9,9 +9,16 @@ import pytest
 from helpers.simulated_devices import NEED_DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = ["optim/sharded_state.py"]
 
 
-@pytest.mark.parametrize("file,devices", NEED_DEVICES.items())
+@pytest.mark.parametrize(
+    "file,devices",
+    [
+        pytest.param(*each, marks=[pytest.mark.slow] if each[0] in SLOW else [])
+        for each in NEED_DEVICES.items()
+    ],
+)
 def test_what_needs_several_devices(file, devices):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     done = subprocess.run(

@@ -10,6 +10,7 @@ import textwrap
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.arrays import rounded
 from helpers.constructs import CONSTRUCTS, scan_loop
 from helpers.programs import casts
@@ -140,6 +141,7 @@ def test_mutable_references_inside_keep_their_dtype():
     np.testing.assert_array_equal(jt.autocast(f)(jnp.ones((2, 2))), 4.0)
 
 
+@pytest.mark.slow
 def test_shard_map_on_four_devices():
     program = """
         import jax, jax.numpy as jnp, numpy as np

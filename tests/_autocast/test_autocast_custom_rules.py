@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marks import first_quick
 from jax import lax
 
 import jmp_train as jt
@@ -81,7 +82,7 @@ def close(got, expected, dtype="bfloat16"):
     np.testing.assert_allclose(got, expected, rtol=0, atol=3 * EPSILON[dtype] * 2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", first_quick(["bfloat16", "float16"]))
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("body", BODIES)
 def test_backward_rule_reads_a_constant_residual(body, order, dtype):
@@ -228,7 +229,7 @@ def ode_gradient(w):
     return -2 * each.sum() * each
 
 
-@pytest.mark.parametrize("policy", [None, "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", first_quick(["mixed_float16", "mixed_bfloat16", None]))
 @pytest.mark.parametrize(
     ("loss", "gradient"), [(loop_loss, loop_gradient), (ode_loss, ode_gradient)]
 )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax.losses
 import pytest
+from helpers.marks import slow
 
 import jmp_train as jt
 
@@ -166,7 +167,14 @@ def assert_precise(name, loss, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ELEMENTWISE])
+@pytest.mark.parametrize(
+    "name",
+    [
+        slow(name) if name in ("ntxent", "ctc", "sigmoid_focal") else name
+        for name in LOSSES
+        if name not in ELEMENTWISE
+    ],
+)
 def test_loss_is_as_precise_as_float32_on_half_logits(name, dtype):
     assert_precise(name, LOSSES[name][0], dtype)
 
@@ -187,6 +195,7 @@ def test_ctc_loss_is_precise_inside_transformations(wrap, dtype):
     assert_precise("ctc", wrapped or (lambda x: jax.vmap(loss)(x[None])[0]), dtype)
 
 
+@pytest.mark.slow
 def test_ctc_gradient_is_that_of_half_logits():
     """Against float64, within bfloat16's rounding of the logits' cotangent."""
     loss, x = LOSSES["ctc"]

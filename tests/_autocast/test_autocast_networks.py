@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marks import slow
 from jax import lax
 
 import jmp_train as jt
@@ -130,7 +131,7 @@ def products(lowered):
     return collections.Counter(re.findall(op, text))
 
 
-@pytest.mark.parametrize("dtype,short", [("bfloat16", "bf16"), ("float16", "f16")])
+@pytest.mark.parametrize("dtype,short", [("bfloat16", "bf16"), slow("float16", "f16")])
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_product_of_a_training_step_is_in_half(name, dtype, short):
     loss, params, x, labels = loss_and_data(name)

@@ -124,6 +124,7 @@ def gone(pid):
         return True
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_with_the_missing_rows(tmp_path):
     out = tmp_path / "gpu.json"
     run = start(out, *CEILINGS)

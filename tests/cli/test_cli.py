@@ -10,6 +10,8 @@ import pytest
 from jmp_train.cli.main import main
 from jmp_train.cli.predict import printable
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def run(capsys, *words):
     try:

@@ -1,9 +1,12 @@
 """`jmp-train new`: a first experiment that trains at once."""
 
 import pytest
+from helpers.marks import slow
 
 from jmp_train.config.find import find_experiment
 from tests.helpers.command_line import call
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture
@@ -12,8 +15,17 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("options,library", [([], "nnx"), (["--linen"], "linen")])
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "options,library,policy",
+    [
+        ([], "nnx", "mixed_bfloat16"),
+        (["--linen"], "linen", "mixed_float16"),
+        slow([], "nnx", "float32"),
+        slow([], "nnx", "mixed_float16"),
+        slow(["--linen"], "linen", "float32"),
+        slow(["--linen"], "linen", "mixed_bfloat16"),
+    ],
+)
 def test_a_new_experiment_trains_and_evaluates(here, capsys, options, library, policy):
     status, out, err = call(capsys, "new", "flowers", *options)
     assert (status, err) == (0, "")

@@ -23,7 +23,7 @@ from jmp_train.data import DigitsConfig
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, compiled_once):
+def trained(tmp_path_factory, quick_runs):
     """A folder with an experiment and a run of it, and runs of digits and of texts."""
     folder = tmp_path_factory.mktemp("trained")
     write_experiment_file(folder, "points")
@@ -34,7 +34,6 @@ def trained(tmp_path_factory, compiled_once):
     (folder / "experiments" / "tiny_digits.py").write_text(digits)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
         jt.train(experiment(LinenNet), "runs/points/1", name="points")
         jt.train(experiment(LinenNet), "runs/gone", name="gone")
         (folder / "experiments" / "gone.py").unlink()

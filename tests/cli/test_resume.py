@@ -61,7 +61,7 @@ def resumed(command, folder, env):
 @pytest.mark.parametrize(
     "signum",
     [
-        signal.SIGINT,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
     ],

@@ -15,6 +15,8 @@ from jmp_train.policy.precision import default_loss_scale
 from jmp_train.runs.train import train
 from tests.helpers.models import mlp
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def make(**fields):
     return Experiment(model=mlp(), data=DigitsConfig(), **fields)

@@ -304,6 +304,7 @@ def test_it_trains_with_make_step_and_with_nnx_optimizer():
     assert values[-1] < values[0] - 0.3
 
 
+@pytest.mark.slow
 def test_a_published_model_runs_unedited():
     # Mamba 2 as its authors published it on PyPI: scans, cumulative sums, raw parameters, no dtypes.
     mamba2 = pytest.importorskip("mamba2_jax")

@@ -100,6 +100,7 @@ def test_a_later_byte_leaves_earlier_logits_bitwise_the_same(logits):
     assert (before[:, 6] != after[:, 6]).any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_what_the_backward_pass_computes_again_changes_no_gradient(params):
     grads, products = {}, {}
     for remat in ("none", "dots", "full"):

@@ -8,6 +8,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers.marks import first_quick
 
 import jmp_train as jt
 from jmp_train.data import DigitsConfig
@@ -64,7 +65,9 @@ class LinenMlp(nn.Module):
         return nn.Dense(10, **dtypes)(x)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", first_quick(["mixed_float16", "float32", "mixed_bfloat16", "bf16"])
+)
 def test_the_same_mlp_in_linen_trains_to_the_same_parameters(name):
     # One policy, imported into both libraries; both compile to the same arithmetic.
     policy = jt.get_policy(name)

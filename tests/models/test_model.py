@@ -19,6 +19,8 @@ from jmp_train.spec import DataSpec
 from tests.helpers.command_line import call
 from tests.helpers.models import gpt, mlp
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 SPEC = DataSpec({}, 7)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.bits import assert_same_bits
+from helpers.marks import slow
 
 import jmp_train as jt
 
@@ -63,7 +64,7 @@ def data(steps):
     return jnp.asarray(np.random.default_rng(1).normal(size=(steps, 8, 16)), jnp.float32)
 
 
-@pytest.mark.parametrize("way", [jt.optim.bf16_remainder, jt.optim.master_weights])
+@pytest.mark.parametrize("way", [jt.optim.bf16_remainder, slow(jt.optim.master_weights)])
 @pytest.mark.parametrize(
     "name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in list(OPTIMIZERS)[1:])]
 )

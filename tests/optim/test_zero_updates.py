@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.bits import bits, every_pattern
+from helpers.marks import slow
 
 import jmp_train as jt
 
@@ -19,7 +20,7 @@ WAYS = (
 DTYPES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [3, slow(1)])
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS)

@@ -31,6 +31,8 @@ from jmp_train.data import DigitsConfig
 from jmp_train.errors import UsageError
 from jmp_train.results.export import export_run
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 pytest.importorskip("safetensors")
 pytest.importorskip("flatbuffers")
 
@@ -61,13 +63,6 @@ for pair in sys.argv[2:]:
 loaded = {name.split(".")[0] for name in sys.modules}
 assert not loaded & {"jmp_train", "flax"}, loaded
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(compiled_once):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,13 @@ from jmp_train.errors import UsageError
 from jmp_train.records import checkpoints as checkpoints_module
 from jmp_train.records.checkpoints import Checkpoints, NoUsableCheckpoint
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 NETWORKS = {"linen": LinenNet, "nnx": NnxNet, "plain": plain}
 EMA = {"ema_decay": 0.5}
 KAHAN = {
     "policy": "bf16",
     "optimizer": jt.optim.OptimizerConfig(schedule="constant", parameters="kahan"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(compiled_once):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +175,9 @@ def test_a_step_without_a_checkpoint_is_refused_with_the_steps(trained):
     assert jt.load_run(folder, 12, experiment=own).step == 12
 
 
-@pytest.mark.parametrize("settings", [KAHAN, {"policy": "mixed_float16", **EMA}])
+@pytest.mark.parametrize(
+    "settings", [KAHAN, pytest.param({"policy": "mixed_float16", **EMA}, marks=pytest.mark.slow)]
+)
 def test_parameters_in_half_precision_are_loaded(trained, settings):
     folder, own = trained("nnx", **settings)
     run = jt.load_run(folder, "latest", experiment=own)

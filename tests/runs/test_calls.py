@@ -19,7 +19,7 @@ from jmp_train.step.donation import Donating
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
+@pytest.mark.parametrize("noise", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_steps_per_call_may_change_on_resume(tmp_path, monkeypatch, noise):
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
     experiment = small("mlp_fp16", steps_per_call=1, **fields)
@@ -45,7 +45,9 @@ def train_records(run):
     ]
 
 
-@pytest.mark.parametrize("noise,resident", [(0.0, True), (0.0, False), (0.2, True)])
+@pytest.mark.parametrize(
+    "noise,resident", [(0.0, True), pytest.param(0.0, False, marks=pytest.mark.slow), (0.2, True)]
+)
 def test_automatic_steps_per_call_gives_the_same_run_as_one(tmp_path, monkeypatch, noise, resident):
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
     experiment = small("mlp_fp16", **fields)

@@ -67,12 +67,10 @@ EXPERIMENTS = {"linear_bf16": bundled, "own": own}
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
-def finished(request, compiled_once, tmp_path_factory):
+def finished(request, quick_runs, tmp_path_factory):
     """A finished run, to copy; its folder has the name of its experiment."""
     folder = tmp_path_factory.mktemp("finished") / request.param
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
-        train(EXPERIMENTS[request.param](), folder, name=request.param)
+    train(EXPERIMENTS[request.param](), folder, name=request.param)
     return folder
 
 

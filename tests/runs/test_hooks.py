@@ -146,12 +146,14 @@ def test_early_stopped_run_is_finished_until_its_settings_change(tmp_path):
     assert (off["steps"], off["stopped_early"]) == (100, None)
 
 
+@pytest.mark.slow
 def test_early_stopped_run_trains_on_with_more_steps(tmp_path):
     run(tmp_path, small(early_stop=NEVER_BETTER))
     summary = run(tmp_path, small(early_stop=NEVER_BETTER, steps=120))
     assert summary["steps"] == 50  # the next evaluation is again none that improves
 
 
+@pytest.mark.slow
 def test_lost_summary_of_an_early_stopped_run_is_written_again(tmp_path):
     first = run(tmp_path, small(early_stop=NEVER_BETTER))
     (tmp_path / "summary.json").unlink()
@@ -212,6 +214,7 @@ def test_other_answers_of_on_record_are_errors(tmp_path):
         run(tmp_path, small(on_record=lambda record, state: True))
 
 
+@pytest.mark.slow
 def test_own_schedule_gives_the_same_run_as_the_bundled_one(tmp_path):
     bundled = OptimizerConfig(learning_rate=2e-3, schedule="constant")
     run(tmp_path / "bundled", small(steps=20, optimizer=bundled))

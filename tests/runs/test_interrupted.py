@@ -46,12 +46,10 @@ def small(**fields):
 
 
 @pytest.fixture(scope="module")
-def finished(compiled_once, tmp_path_factory):
+def finished(quick_runs, tmp_path_factory):
     """A finished run, to copy."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jmp_train.runs.summary.plot_run", lambda *_, **__: None)
-        train(small(), folder, name=NAME)
+    train(small(), folder, name=NAME)
     return folder
 
 

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from helpers.marks import slow
 
 import jmp_train as jt
 from jmp_train.config.settings import with_settings
 from jmp_train.data import DigitsConfig
 from jmp_train.errors import UsageError
 from jmp_train.runs.train import train
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 DRAWN = np.random.default_rng(0)
 KERNELS = {shape: DRAWN.normal(size=shape) / shape[0] ** 0.5 for shape in [(64, 32), (32, 10)]}
@@ -112,7 +115,7 @@ def run(tmp_path, model, name="run", **settings):
     return summary, [record for record in map(json.loads, lines) if record["split"] == "train"]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", slow("mixed_bfloat16")])
 def test_linen_and_nnx_with_the_same_weights_train_alike(tmp_path, policy):
     """Same losses for 20 steps within 1e-5 in float32: the order of sums in the statistics may differ.
     In half precision, the same accuracy within four of the 359 held-out images, a seed's noise."""
@@ -159,8 +162,19 @@ def test_usual_dropout_draws_new_units_each_step_and_none_in_evaluation(net):
     assert len(set(np.asarray(first).tolist())) == 1  # equal examples, nothing dropped
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("model", [plain, UsualDropout, UsualLinenDropout])
+@pytest.mark.parametrize(
+    "model,policy",
+    [
+        (plain, "float32"),
+        (UsualDropout, "mixed_bfloat16"),
+        (UsualLinenDropout, "mixed_float16"),
+        *(
+            slow(model, policy)
+            for model in (plain, UsualDropout, UsualLinenDropout)
+            for policy in POLICIES
+        ),
+    ],
+)
 def test_a_network_without_precision_learns_in_each_precision(tmp_path, model, policy):
     settings = {"policy": policy, "steps": 150, "log_every": 50, "eval_every": 150}
     summary, _ = run(tmp_path, model, **settings)
@@ -209,17 +223,25 @@ def test_a_published_linen_model_trains_from_its_constructor(tmp_path):
     assert summary["eval"]["accuracy"] > 0.1
 
 
-@pytest.mark.parametrize("net", [LinenNet, NnxNet, UsualDropout])
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize(
+    "net,policy",
+    [
+        (NnxNet, "float32"),
+        (LinenNet, "mixed_float16"),
+        slow(LinenNet, "float32"),
+        slow(NnxNet, "mixed_float16"),
+        slow(UsualDropout, "float32"),
+        slow(UsualDropout, "mixed_float16"),
+    ],
+)
 def test_a_network_with_state_and_dropout_resumes_bitwise(tmp_path, net, policy):
     settings = {"policy": policy, "steps": 12, "log_every": 3, "eval_every": 6}
-    _, whole = run(tmp_path, net, "whole", checkpoint_every=6, **settings)
     run(tmp_path, net, "part", checkpoint_every=6, **{**settings, "steps": 6}, optimizer=CONSTANT)
     _, straight = run(tmp_path, net, "straight", checkpoint_every=6, **settings, optimizer=CONSTANT)
     _, resumed = run(tmp_path, net, "part", checkpoint_every=6, **settings, optimizer=CONSTANT)
     keys = ("step", "loss", "grad_norm", "loss_scale")
     only = lambda records: [[record[key] for key in keys] for record in records]
-    assert only(resumed) == only(straight) and len(whole) == 4
+    assert only(resumed) == only(straight) and len(straight) == 4
 
 
 CONSTANT = jt.optim.OptimizerConfig(schedule="constant")

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from helpers.small_runs import QUIET, poisoned, signal_at, small
 from rich.console import Console
@@ -292,7 +293,7 @@ def test_a_nan_stops_a_run_that_names_the_step_and_the_newest_checkpoint(tmp_pat
     assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 1, 0)
 
 
-@pytest.mark.parametrize("per_call", [1, 5])
+@pytest.mark.parametrize("per_call", [5, slow(1)])
 def test_rollback_resumes_from_the_checkpoint_after_the_bad_batch(tmp_path, per_call):
     experiment = poisoned(22, nonfinite="rollback", steps_per_call=per_call)
     summary = train(experiment, tmp_path, name="mlp_fp32")
@@ -355,6 +356,7 @@ def test_a_run_that_is_rolled_back_too_often_stops(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_matmul_precision_reaches_the_compiled_step(tmp_path, monkeypatch):
     texts = []
     compiled = jax.stages.Lowered.compile

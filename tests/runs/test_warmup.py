@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
 
@@ -79,6 +80,7 @@ def test_a_contradiction_is_refused_with_a_value_that_works(capsys, tmp_path, wo
     assert run(capsys, "train", "mlp_bf16", *SMALL, *remedy, *run_dir)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_comparison_scales_and_says_so_once(capsys, tmp_path):
     out_dir = tmp_path / "out"
     words = ("--steps", "20", "--seeds", "1", "--precisions", "fp32,bf16", "--out", str(out_dir))
@@ -89,6 +91,7 @@ def test_a_comparison_scales_and_says_so_once(capsys, tmp_path):
         assert config_of(folder)["optimizer"]["warmup_steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_short_run_resumes_bitwise(tmp_path, monkeypatch):
     train(small(40), tmp_path / "whole", name="mlp_fp32")
 
@@ -116,7 +119,7 @@ def test_more_steps_take_up_the_longer_runs_schedule(tmp_path):
     assert config_of(run_dir)["optimizer"]["warmup_steps"] == 100
 
 
-@pytest.mark.parametrize("first,then", [(5, 100), (100, 5)])
+@pytest.mark.parametrize("first,then", [(5, 100), slow(100, 5)])
 def test_another_warmup_of_a_run_is_refused(tmp_path, first, then):
     def warming(steps):
         optimizer = dataclasses.replace(small(200).optimizer, warmup_steps=steps)
@@ -127,6 +130,7 @@ def test_another_warmup_of_a_run_is_refused(tmp_path, first, then):
         train(warming(then), tmp_path / "run", name="mlp_fp32")
 
 
+@pytest.mark.slow
 def test_fewer_steps_after_a_stop_scale_the_warmup(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
