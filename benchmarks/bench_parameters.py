@@ -9,6 +9,7 @@ time of an optimizer step relative to float32 parameters.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from models import mlp
 from record import interleaved, keep
 
 import jmp_train as jt
+from jmp_train.config import find_experiment
 from jmp_train.data import Arrays, DigitsConfig
 from jmp_train.optim import OptimizerConfig, make_optimizer
 from jmp_train.tasks import make_task
 
+MLP = find_experiment("mlp_fp32").model
 WAYS = ("float32", "direct", "master", "remainder", "stochastic", "kahan")
 RATES = {"adamw": 5e-5, "lion": 2e-5, "sgd": 1e-3, "muon": 2e-4}
 
@@ -79,9 +81,11 @@ def optimizer_of(name: Any, way: Any, steps: int) -> optax.GradientTransformatio
 def trained(name: str, way: str, steps: int, batch_size: int) -> dict[str, float]:
     """Loss over the training set and accuracy on the held-out one, after equal training."""
     data, policy = DigitsConfig().load(), policy_of(way)
-    task = make_task(mlp(hidden=(256,)), "classification", data.spec, policy)
+    task = make_task(dataclasses.replace(MLP, hidden=(256,)), "classification", data.spec, policy)
     stepper = jt.make_step(task.loss_fn, optimizer_of(name, way, steps), policy)
-    first = make_task(mlp(hidden=(256,)), "classification", data.spec, "float32").init
+    first = make_task(
+        dataclasses.replace(MLP, hidden=(256,)), "classification", data.spec, "float32"
+    ).init
     assert isinstance(data.train, Arrays)
     train = data.train.arrays
     state = stepper.init(first(jax.random.key(0)), key=jax.random.key(1))

@@ -11,6 +11,7 @@ TPU v5e that need not be there, as bench_memory.py does, and runs nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -21,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
-from models import mlp
 from record import device_for, keep
 
 import jmp_train as jt
+from jmp_train.config import find_experiment
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
 
+MLP = find_experiment("mlp_fp32").model
 WAYS = ("never", "select", "cond", "unnamed", "jmp_train")
 SIZES = {"small": ((256, 256), 128), "10 M": ((2240, 2240, 2240), 16)}
 
@@ -132,7 +134,10 @@ def way_to_step(way: str, hidden: tuple[int, ...], batch_size: int) -> tuple[Any
         "label": jnp.arange(batch_size) % 10,
     }
     task = make_task(
-        mlp(hidden=hidden), "classification", DataSpec.of(batch, classes=10), "float32"
+        dataclasses.replace(MLP, hidden=hidden),
+        "classification",
+        DataSpec.of(batch, classes=10),
+        "float32",
     )
     params = task.init(jax.random.key(0))[0]
     optimizer = optax.adamw(1e-6)

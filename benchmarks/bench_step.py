@@ -8,6 +8,7 @@ A ratio below 1 means that ours is quicker.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import jmp
 import optax
-from models import mlp
 from record import interleaved, keep
 
 import jmp_train as jt
+from jmp_train.config import find_experiment
 from jmp_train.data import Arrays, DigitsConfig
 from jmp_train.tasks import make_task
 
+MLP = find_experiment("mlp_fp32").model
 Loop = Callable[[], Any]
 
 
@@ -54,7 +56,9 @@ def main() -> None:
 def make_loops(policy: str, width: int, batch_size: int, steps: int) -> dict[str, Loop]:
     """The loops, each from fresh parameters over the same batch on the device."""
     data = DigitsConfig().load()
-    task = make_task(mlp(hidden=(width, width)), "classification", data.spec, policy)
+    task = make_task(
+        dataclasses.replace(MLP, hidden=(width, width)), "classification", data.spec, policy
+    )
     params = task.init(jax.random.key(0))[0]
     assert isinstance(data.train, Arrays)
     repeats = -(-batch_size // len(data.train))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import jmp_train as jt
 from benchmarks.gpu import hand_written, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, Workload
-from benchmarks.models import gpt, mlp
+from jmp_train.config import find_experiment
 from jmp_train.policy.precision import get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.spec import DataSpec
@@ -76,7 +77,8 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
             "image": jax.ShapeDtypeStruct((workload.features,), jnp.float32),
             "label": jax.ShapeDtypeStruct((), jnp.int32),
         }
-        model = mlp(hidden=(workload.width,) * workload.depth)
+        hidden = (workload.width,) * workload.depth
+        model = dataclasses.replace(find_experiment("mlp_fp32").model, hidden=hidden)
         return make_task(model, "classification", DataSpec(example, workload.classes), precision)
     sizes: Any = {
         "width": workload.width,
@@ -88,7 +90,10 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
     }
     example = {"tokens": jax.ShapeDtypeStruct((workload.length + 1,), jnp.uint8)}
     return make_task(
-        gpt(**sizes), "language_modelling", DataSpec(example, workload.classes), precision
+        dataclasses.replace(find_experiment("gpt_fp32").model, **sizes),
+        "language_modelling",
+        DataSpec(example, workload.classes),
+        precision,
     )
 
 

@@ -45,6 +45,17 @@ def plain():
     )
 
 
+class Counting(linen.Module):
+    """A network that needs the number of examples as an integer."""
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(2)(x.reshape(len(x), -1))
+
+
+NETWORKS = {"linen": LinenNet, "nnx": NnxNet, "plain": plain, "counting": Counting}
+
+
 def tiny_mlp():
     """Return the model of a small network for images."""
     from jmp_train.models import Mlp

@@ -12,15 +12,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import linen
 from helpers.command_line import call
 from helpers.saved_arrays import final_arrays
 from helpers.trained_runs import (
     POINTS,
     LinenNet,
-    NnxNet,
     experiment,
-    plain,
     tiny_mlp,
     write_experiment_file,
 )
@@ -33,19 +30,6 @@ from jmp_train.results.export import export_run
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
-pytest.importorskip("safetensors")
-pytest.importorskip("flatbuffers")
-
-
-class Counting(linen.Module):
-    """A network that needs the number of examples as an integer."""
-
-    @linen.compact
-    def __call__(self, x):
-        return linen.Dense(2)(x.reshape(len(x), -1))
-
-
-NETWORKS = {"linen": LinenNet, "nnx": NnxNet, "plain": plain, "counting": Counting}
 SIZES = (1, 3, 17)
 
 # Runs in a process of its own: the program file, then .npz files of inputs and outputs.
@@ -65,19 +49,13 @@ assert not loaded & {"jmp_train", "flax"}, loaded
 """
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    """Returns a loaded run; each is trained once."""
-    runs = {}
+@pytest.fixture
+def loaded(trained):
+    """Returns a loaded run of a network."""
 
     def load(network, **settings):
-        key = repr((network, settings))
-        if key not in runs:
-            folder = tmp_path_factory.mktemp("runs") / "run"
-            jt.train(experiment(NETWORKS[network], **settings), folder)
-            own = experiment(NETWORKS[network], **settings)
-            runs[key] = jt.load_run(folder, "latest", experiment=own)
-        return runs[key]
+        folder, own = trained(network, **settings)
+        return jt.load_run(folder, "latest", experiment=own)
 
     return load
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.saved_arrays import final_arrays
-from helpers.trained_runs import LABELS, POINTS, LinenNet, NnxNet, experiment, plain
+from helpers.trained_runs import LABELS, POINTS, experiment, plain
 
 import jmp_train as jt
 from jmp_train.config import find_experiment
@@ -20,29 +20,11 @@ from jmp_train.records import checkpoints as checkpoints_module
 from jmp_train.records.checkpoints import Checkpoints, NoUsableCheckpoint
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-NETWORKS = {"linen": LinenNet, "nnx": NnxNet, "plain": plain}
 EMA = {"ema_decay": 0.5}
 KAHAN = {
     "policy": "bf16",
     "optimizer": jt.optim.OptimizerConfig(schedule="constant", parameters="kahan"),
 }
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Returns the directory of a run and its experiment; each is trained once."""
-    runs = {}
-
-    def run(network, **settings):
-        key = repr((network, settings))
-        if key not in runs:
-            folder = tmp_path_factory.mktemp("runs") / "run"
-            own = experiment(NETWORKS[network], **settings)
-            jt.train(own, folder)
-            runs[key] = folder, own
-        return runs[key]
-
-    return run
 
 
 @pytest.mark.parametrize("settings", [{}, EMA], ids=["last", "averaged"])
