@@ -23,7 +23,44 @@ VARIANTS = {
     "fp16, micro-batches": ("mlp_fp16", "--micro-batches", "4"),
     "fp16, steps per call": ("mlp_fp16", "--steps-per-call", "2"),
     "fp32, waiting": ("mlp_fp32", "--checkpoint-wait", "True"),
+    "own model and data": ("own",),
 }
+#: A user's experiment file: batch statistics and dropout, a list of examples, a random transform.
+OWN = """
+import numpy as np
+from flax import nnx
+
+import jmp_train as jt
+
+
+class Net(nnx.Module):
+    def __init__(self, hidden: tuple[int, ...] = (8,), dropout: float = 0.0, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(6, hidden[0], rngs=rngs)
+        self.norm = nnx.BatchNorm(hidden[0], rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.last = nnx.Linear(hidden[0], 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.norm(self.first(x)))))
+
+
+def examples():
+    rng = np.random.default_rng(0)
+    return [{"x": rng.normal(size=6), "label": i % 3} for i in range(300)]
+
+
+def noise(batch, rng):
+    return {**batch, "x": batch["x"] + rng.normal(size=batch["x"].shape).astype(np.float32)}
+
+
+EXPERIMENT = jt.Experiment(
+    model=Net,
+    data=jt.Data(examples, classes=3, batch_transform=noise),
+    task=jt.tasks.classification(inputs="x"),
+    policy="mixed_float16",
+    batch_size=32,
+)
+"""
 #: In all, over the variants.
 KILLS = int(os.environ.get("JMP_TRAIN_KILLS", "20"))
 
@@ -50,15 +87,19 @@ def command(run_dir, steps, name, *options):
 
 
 def start(words, run_dir):
+    folder = run_dir.parent / "experiments"
+    folder.mkdir(exist_ok=True)
+    (folder / "own.py").write_text(OWN)
     environment = {
         **os.environ,
+        "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",  # a killed process loses what it buffers
         "JAX_COMPILATION_CACHE_DIR": str(run_dir.parent / "cache"),  # to start sooner
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, **streams)
+    return subprocess.Popen(words, cwd=run_dir.parent, env=environment, **streams)
 
 
 def half_written(run_dir):
