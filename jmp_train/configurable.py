@@ -139,6 +139,17 @@ def _hints(function: Any) -> dict[str, Any]:
     return hints
 
 
+def simple_type(function: Any, name: str) -> bool:
+    """Return whether a parameter is annotated with a type that settings may have.
+
+    >>> def net(width: int, activation=abs): ...
+    >>> simple_type(net, "width"), simple_type(net, "activation")
+    (True, False)
+    """
+    hint = _hints(function).get(name)
+    return hint is not None and _simple(hint)
+
+
 def _kind(value: Any, hint: Any) -> Any:
     """Return the type of a setting; None if the value or its annotation is not simple."""
     if typing.get_origin(hint) is list:

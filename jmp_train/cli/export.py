@@ -42,6 +42,11 @@ class ExportOptions:
                 f"--dtype {self.dtype} is for safetensors; expected --policy, which decides the dtypes of "
                 "a program"
             )
+        if self.format == "safetensors" and self.policy is not None:
+            raise ValueError(
+                f"--policy {self.policy} is for stablehlo; expected --dtype, which decides the dtypes of "
+                "safetensors"
+            )
 
 
 def command(arguments: list[str]) -> None:

@@ -35,8 +35,11 @@ def command(arguments: list[str]) -> None:
             "as 'flowers'"
         )
     path = Path("experiments") / f"{name}.py"
-    if name in experiment_files():
+    files = experiment_files()
+    if name in files:
         raise UsageError(f"an experiment {name!r} exists; expected another name")
+    if name in {file.stem for file in files.values()}:
+        raise UsageError(f"a family {name!r} exists; expected another name, for it would be hidden")
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("x", encoding="utf-8") as file:

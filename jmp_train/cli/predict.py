@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -72,6 +73,7 @@ def command(arguments: list[str]) -> None:
     given, rest = take_run(arguments, "predict")
     options = parse(PredictOptions, PredictOptions(), rest, f"jmp-train predict {given}")
     run_dir = choose_run(given)
+    _check_input(options.input)
     keep_compiled()
     console = terminal_alone()
     with stage(console, "restoring a checkpoint"):
@@ -83,9 +85,20 @@ def command(arguments: list[str]) -> None:
         _generate(run, options, console)
 
 
+def _check_input(given: str | None) -> None:
+    """Raise UsageError for a path that does not exist, before a checkpoint is restored."""
+    if given is None or given == "-" or os.path.isdir(given):
+        return
+    path = Path(given)
+    try:
+        check_file(path, "text" if _is_text(given) else path.suffix)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def _is_text(given: str) -> bool:
     path = Path(given)
-    return path.suffix not in _ARRAYS and not path.is_dir()
+    return path.suffix.lower() not in _ARRAYS and not path.is_dir()
 
 
 def _predict(run: Run, options: PredictOptions, console: Console) -> None:
@@ -95,7 +108,8 @@ def _predict(run: Run, options: PredictOptions, console: Console) -> None:
         check_ending(options.output)
         check_free([options.output], force=options.force)
     try:
-        inputs = read_inputs(Path(options.input), run.inputs, run.spec)
+        transformed = getattr(run.experiment.data, "transformed", None) is not None
+        inputs = read_inputs(Path(options.input), run.inputs, run.spec, transformed=transformed)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if inputs.scaled:
@@ -146,7 +160,6 @@ def _prompt(options: PredictOptions) -> bytes:
         if options.input == "-":
             prompt = sys.stdin.buffer.read(_LARGEST_PROMPT + 1)
         else:
-            check_file(Path(options.input), "text")
             with Path(options.input).open("rb") as file:
                 prompt = file.read(_LARGEST_PROMPT + 1)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import grain
@@ -23,7 +23,7 @@ from jmp_train.data.examples import (
 from jmp_train.data.streams import Stream, check_leading_axes
 from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
-from jmp_train.types import Function
+from jmp_train.types import Batch, Function
 
 _SPLIT_SEED = 0  # constant, so that the held-out examples do not depend on the run's seed
 _FORMS = (
@@ -145,6 +145,36 @@ class _OwnData(Configured):
             workers=self.workers,
         )
 
+    @property
+    def transformed(self) -> Callable[[Any], Batch] | None:
+        """Return a function of a batch that applies the transforms of evaluation; None without any.
+
+        The batch is a dict of arrays whose leading axis counts examples, as the function of the data
+        returns them.
+        """
+        kept = _without_generator(self.transform), _without_generator(self.batch_transform)
+        if kept == (None, None):
+            return None
+
+        def apply(batch: Any) -> Batch:
+            arrays = check_example(batch, "the input", "a dict of arrays")
+            check_leading_axes(arrays, "the input")
+            count = len(next(iter(arrays.values())))
+            if count == 0:
+                return arrays
+            rng = np.random.Generator(np.random.Philox(0))  # of no use to them
+            transform, batch_transform = kept
+            if transform is not None:
+                try:
+                    arrays = Examples(Rows(arrays), transform).draw(np.arange(count), rng)
+                except DataError as error:
+                    raise DataError(
+                        f"{error}; the transform of the data was applied to it"
+                    ) from error
+            return arrays if batch_transform is None else batch_transform(arrays)
+
+        return apply
+
     def _class_count(self, parts: list[_Form]) -> int | None:
         labels = [
             part.made["label"]
@@ -245,7 +275,7 @@ class _Form:
         """Return a source, a stream, or the arrays to evaluate on."""
         kept = [config.transform, config.batch_transform]
         if self.held_out:
-            kept = [None if f is None or takes_generator(f) else f for f in kept]
+            kept = [_without_generator(f) for f in kept]
         transform, batch_transform = kept
         if self.is_stream:
             if transform is not None and not isinstance(self.made, grain.IterDataset):
@@ -265,6 +295,11 @@ class _Form:
 def _with_purpose(parts: list[_Form]) -> list[_Form]:
     """Return the part to train on, and the part that is held out, marked as such."""
     return [parts[0], dataclasses.replace(parts[1], held_out=True)]
+
+
+def _without_generator(transform: Function | None) -> Function | None:
+    """Return a transform that evaluation applies; None for one that takes random numbers."""
+    return None if transform is None or takes_generator(transform) else transform
 
 
 def own_shard() -> grain.sharding.ShardOptions:

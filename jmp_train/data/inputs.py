@@ -29,7 +29,9 @@ class Inputs(NamedTuple):
     """Whether uint8 was divided by 255, for a model of floating numbers."""
 
 
-def read_inputs(path: Path, names: tuple[str, ...], spec: DataSpec) -> Inputs:
+def read_inputs(
+    path: Path, names: tuple[str, ...], spec: DataSpec, *, transformed: bool = False
+) -> Inputs:
     """Read the arrays that a model predicts on.
 
     Numbers in uint8 are divided by 255 if the model was trained on floating ones, as in `NpzConfig`.
@@ -39,6 +41,8 @@ def read_inputs(path: Path, names: tuple[str, ...], spec: DataSpec) -> Inputs:
         a .npy file of that array; or a folder whose .npy files and images are an example each.
       names: names of the model's inputs.
       spec: spec of the data that it was trained on.
+      transformed: whether the arrays will be transformed: then all of them are returned, as they are
+        stored, and their shapes are not checked.
 
     Raises:
       ValueError: for a file that cannot be read, or does not have what the model reads.
@@ -46,12 +50,12 @@ def read_inputs(path: Path, names: tuple[str, ...], spec: DataSpec) -> Inputs:
     files = None
     if path.is_dir():
         _need_one(path, names, "a folder")
-        files, array = _read_folder(path, names[0], spec)
+        files, array = _read_folder(path, names[0], spec, check=not transformed)
         arrays = {names[0]: array}
-    elif path.suffix == ".npy":
+    elif path.suffix.lower() == ".npy":
         _need_one(path, names, "a .npy file")
         arrays = {names[0]: read_npy(path)}
-    elif path.suffix == ".npz":
+    elif path.suffix.lower() == ".npz":
         arrays = read_npz(path)
         if len(arrays) == 1 and len(names) == 1:
             arrays = {names[0]: next(iter(arrays.values()))}
@@ -60,6 +64,8 @@ def read_inputs(path: Path, names: tuple[str, ...], spec: DataSpec) -> Inputs:
             f"the input is {str(path)!r}; expected a .npz or .npy file, or a folder of .npy files or "
             "images"
         )
+    if transformed:
+        return Inputs(arrays, files)
     missing = [name for name in names if name not in arrays]
     if missing:
         hint = nearest(missing[0], arrays) if arrays else "it contains no arrays"
@@ -81,7 +87,9 @@ def _need_one(path: Path, names: tuple[str, ...], what: str) -> None:
         )
 
 
-def _read_folder(path: Path, name: str, spec: DataSpec) -> tuple[list[str], np.ndarray]:
+def _read_folder(
+    path: Path, name: str, spec: DataSpec, *, check: bool
+) -> tuple[list[str], np.ndarray]:
     """Return the names of the files, sorted, and their examples in one array."""
     readers: Mapping[str, Callable[[Path, tuple[int, ...]], np.ndarray]]
     readers = {".npy": lambda file, shape: read_npy(file)} | dict.fromkeys(IMAGES, _read_image)
@@ -97,8 +105,13 @@ def _read_folder(path: Path, name: str, spec: DataSpec) -> tuple[list[str], np.n
     rows = []
     for file in found:
         row = readers[file.suffix.lower()](file, shape)
-        if row.shape != shape:
-            raise ValueError(f"{file} has shape {row.shape}; expected {shape}, as in training")
+        expected, why = (
+            (shape, "in training")
+            if check
+            else (rows[0].shape if rows else row.shape, found[0].name)
+        )
+        if row.shape != expected:
+            raise ValueError(f"{file} has shape {row.shape}; expected {expected}, as {why}")
         if rows and row.dtype != rows[0].dtype:
             raise ValueError(
                 f"{file} has dtype {row.dtype}; expected {rows[0].dtype}, as {found[0].name}"
@@ -127,8 +140,12 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         with Image.open(path) as image:
             if math.prod(image.size) > _LARGEST_IMAGE:
                 raise ValueError(f"it has {image.size[0]} by {image.size[1]} pixels")
+            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
+                raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel")
             pixels = np.asarray(image.convert(modes[channels]))
     except Exception as error:  # Pillow's decoders raise many types for damaged files
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read: {what}; expected a complete image") from error
+        raise ValueError(
+            f"{path} cannot be read: {what}; expected a complete image of 8 bits"
+        ) from error
     return pixels[..., None] if shape[2:] == (1,) else pixels

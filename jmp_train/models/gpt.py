@@ -126,7 +126,7 @@ class Gpt(nnx.Module):
       ValueError: for a size that is not possible.
 
     >>> model = Gpt(5, width=8, depth=1, heads=2, rngs=nnx.Rngs(0))
-    >>> model.logits(jnp.array([[3, 1, 4]])).shape
+    >>> model(jnp.array([[3, 1, 4]])).shape
     (1, 3, 5)
     """
 
@@ -185,7 +185,7 @@ class Gpt(nnx.Module):
         losses_N = loss(x_NxD, self._table(x_NxD), targets_BxT.reshape(-1), self.loss_chunk)
         return losses_N.reshape(targets_BxT.shape)
 
-    def logits(self, tokens_BxT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
         """Return the logits of the token after each token, float32 (batch, length, vocabulary)."""
         return self._logits(self._features(tokens_BxT, None))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import linen, nnx
 
-from jmp_train.configurable import Configured, configured, described, parameters_of
+from jmp_train.configurable import Configured, configured, described, parameters_of, simple_type
 from jmp_train.spec import DataSpec
 from jmp_train.types import DTypeLike
 
@@ -54,7 +54,19 @@ def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:
             f"{what}: expected an nnx.Module or a linen.Module class, or a function that returns a "
             "module or a pair (init, apply)"
         )
+    _check_functions(network, arguments, what)
     return configured(network, arguments, supplied=supplied, what=what)
+
+
+def _check_functions(network: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError for a function of other parameters than `spec` where a number is expected."""
+    for name, value in arguments.items():
+        function = callable(value) and not isinstance(value, type)
+        if function and simple_type(network, name) and not depends_on_spec(value):
+            raise ValueError(
+                f"{what}: {name} is a function; expected a value, or a function whose one parameter has "
+                "the name spec"
+            )
 
 
 def construct(

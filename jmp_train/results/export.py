@@ -16,6 +16,7 @@ from jmp_train.config.settings import settings_in
 from jmp_train.errors import UsageError, nearest
 from jmp_train.records.metrics import strict_json
 from jmp_train.records.provenance import package_version, package_versions
+from jmp_train.results.cast import cast_array
 from jmp_train.results.load import Run
 from jmp_train.results.outputs import check_free, whole_files
 from jmp_train.runs.build import matmul_precision
@@ -25,6 +26,7 @@ FORMATS = ("safetensors", "stablehlo")
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LARGEST_PROGRAM = 2**31 - 2**24  # the serialised program has offsets of 32 bits
 _STATE = "model_state"
+_WIDER = "--dtype bfloat16 or float32"
 
 
 def check_export(format: str, output: Path, *, force: bool = False) -> None:
@@ -82,6 +84,7 @@ def _files(format: str, output: Path) -> list[Path]:
 
 
 def _manifest(run: Run, format: str, file: str, contents: Json) -> Json:
+    precision = run.functions.precision
     evaluations = [
         record
         for record in run.metrics
@@ -92,6 +95,10 @@ def _manifest(run: Run, format: str, file: str, contents: Json) -> Json:
         "file": file,
         "experiment": run.name,
         "settings": settings_in(run.experiment),
+        "precision": {
+            "policy": str(precision.model),
+            "rules": [f"{rule.pattern}={rule.policy}" for rule in precision.rules.entries],
+        },
         "step": run.step,
         "averaged_parameters": run.experiment.ema_decay is not None,
         "metrics": evaluations[-1] if evaluations else None,
@@ -130,7 +137,7 @@ def _write_safetensors(run: Run, dtype: str | None, path: Path) -> Json:
     arrays = named_arrays(run)
     if dtype is not None:
         arrays = {
-            name: (keys, x if keys[0] == _STATE else _cast(name, x, dtype))
+            name: (keys, x if keys[0] == _STATE else cast_array(name, x, dtype, instead=_WIDER))
             for name, (keys, x) in arrays.items()
         }
     values = {name: np.require(x, requirements="C") for name, (_, x) in arrays.items()}
@@ -152,20 +159,6 @@ def _write_safetensors(run: Run, dtype: str | None, path: Path) -> Json:
             for name, (keys, x) in arrays.items()
         }
     }
-
-
-def _cast(name: str, x: np.ndarray, dtype: str) -> np.ndarray:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    with np.errstate(over="ignore"):
-        cast = x.astype(jnp.dtype(dtype))
-    lost = np.isinf(cast) & np.isfinite(x)
-    if lost.any():
-        raise UsageError(
-            f"{int(lost.sum())} numbers of {name!r} overflow {dtype}, the largest of them "
-            f"{float(np.abs(x[lost].astype(np.float32)).max()):g}; expected --dtype bfloat16 or float32"
-        )
-    return cast
 
 
 # StableHLO

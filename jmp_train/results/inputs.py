@@ -116,7 +116,16 @@ def _check_array(name: str, given: Any, wanted: jax.ShapeDtypeStruct) -> np.ndar
                     f"{name!r} has the number {value}; expected {limits.min} to {limits.max}, as "
                     f"{jnp.dtype(wanted.dtype)} takes"
                 )
-    return array.astype(wanted.dtype)
+    with np.errstate(over="ignore"):
+        cast = array.astype(wanted.dtype)
+    if kind is jnp.floating:
+        lost = np.isinf(cast) & ~np.isinf(array)
+        if lost.any():
+            raise DataError(
+                f"{name!r} has {int(lost.sum())} numbers that overflow {jnp.dtype(wanted.dtype)}, the "
+                f"first {array[lost][0]:g}; expected numbers in its range"
+            )
+    return cast
 
 
 def padded_batches(

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import json
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from jmp_train.errors import UsageError, nearest
 from jmp_train.policy.precision import get_precision
 from jmp_train.records.checkpoints import Checkpoints, DoesNotFit, Restored
 from jmp_train.records.metrics import read_metrics
+from jmp_train.results.cast import cast_like
 from jmp_train.results.inputs import abstract_batch, arrays_read, check_inputs, padded_batches
 from jmp_train.runs.build import load_dataset, make_task_of, matmul_precision
 from jmp_train.runs.directory import check_path, open_checkpoints, read_config, read_spec
@@ -103,7 +106,9 @@ class Run:
         """Names of the arrays that `predict` reads."""
         return arrays_read(self._predict_fn, self.spec)
 
-    def predict(self, batch: Any, *, batch_size: int | None = None) -> dict[str, np.ndarray]:
+    def predict(
+        self, batch: Any, *, batch_size: int | None = None, transform: bool = True
+    ) -> dict[str, np.ndarray]:
         """Predict on examples.
 
         They are computed in batches of one size, the last one padded, so that another number of
@@ -114,6 +119,8 @@ class Run:
             that the model does not read, such as labels, are not used. For a model of one input, its
             array alone.
           batch_size: number of examples in a batch; None: that of the experiment.
+          transform: whether to apply the transforms of `jmp_train.Data` without random numbers first,
+            as evaluation does; examples are then as the function of the data returns them.
 
         Returns:
           Arrays by name, one row per example; which ones depends on the task. Classification:
@@ -124,8 +131,10 @@ class Run:
           ValueError: for a batch size below 1.
         """
         size = self.experiment.batch_size if batch_size is None else batch_size
-        if size < 1:
-            raise ValueError(f"batch_size is {size}; expected at least 1")
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"batch_size is {size!r}; expected a whole number of at least 1")
+        if transform:
+            batch = self._transformed(batch)
         arrays = check_inputs(batch, self.inputs, self.spec)
         with matmul_precision(self.experiment.matmul_precision):
             kinds = jax.eval_shape(self._predict_fn, abstract_batch(self.spec, size, self.inputs))
@@ -162,6 +171,8 @@ class Run:
           ValueError: for an empty prompt, an unknown token, a length below 1, and a temperature that
             is negative or not finite.
         """
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; expected a number of 0 or more")
         if self.functions.generate is None:
             data = getattr(self.experiment.data, "name", "its data")
             raise UsageError(
@@ -193,6 +204,17 @@ class Run:
                 f"the prompt has tokens from {tokens.min()} to {tokens.max()}; expected 0 to {count - 1}"
             )
         return tokens
+
+    def _transformed(self, batch: Any) -> Any:
+        """Return a batch after the transforms of evaluation."""
+        transformed = getattr(self.experiment.data, "transformed", None)
+        if transformed is None:
+            return batch
+        if not isinstance(batch, Mapping):
+            if len(self.inputs) != 1:
+                return batch  # refused by the next check
+            batch = {self.inputs[0]: batch}
+        return transformed(batch)
 
     def _predict_fn(self, batch: Any) -> Any:
         return self.functions.predict_fn(self.params, batch, model_state=self.model_state)
@@ -257,7 +279,7 @@ def load_run(
             except ValueError as error:
                 raise UsageError(str(error)) from None
             wanted, _ = jax.eval_shape(functions.init, jax.random.key(0))
-            params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
+            params = cast_like(params, wanted)
     return Run(
         directory=run_dir,
         name=name,

@@ -50,8 +50,11 @@ def whole_files(paths: list[Path], *, force: bool) -> Iterator[list[Path]]:
 
 
 def check_free(paths: list[Path], *, force: bool) -> None:
-    """Raise UsageError for an existing file, unless it may be written over, and for a folder."""
+    """Raise UsageError for a path that cannot become a file, and for an existing file without `force`."""
     for path in paths:
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UsageError(f"{path} cannot be written: no file can be made in {folder}")
         if path.is_dir():
             raise UsageError(f"{path} is a folder; expected the name of a file")
         if os.path.lexists(path) and not force:
@@ -61,9 +64,8 @@ def check_free(paths: list[Path], *, force: bool) -> None:
 def check_ending(path: Path) -> None:
     """Raise UsageError for a file of predictions that is of no known kind."""
     if path.suffix not in WRITERS:
-        raise UsageError(
-            f"the output is {str(path)!r}; {nearest(path.suffix, WRITERS)} as its ending"
-        )
+        hint = nearest(path.suffix.lower(), WRITERS)
+        raise UsageError(f"the output {str(path)!r} has the ending {path.suffix!r}; {hint}")
 
 
 def write_predictions(
@@ -104,7 +106,8 @@ def _write_csv(arrays: dict[str, np.ndarray], path: Path) -> None:
     writer.writerow(header)
     for row in zip(*(array.tolist() for array in flat.values()), strict=True):
         writer.writerow([value for values in row for value in values])
-    path.write_text(text.getvalue(), encoding="utf-8")
+    # The name of a file may have bytes that are not UTF-8.
+    path.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
 
 
 def _rows(arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:

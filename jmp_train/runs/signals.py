@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,12 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def collect_signals() -> Iterator[list[int]]:
-    """Collect the first ending signal in a list; a second signal has its usual effect."""
+def collect_signals(*, notice: bool = False) -> Iterator[list[int]]:
+    """Collect the first ending signal in a list; a second signal has its usual effect.
+
+    Args:
+      notice: whether to write a line to standard error when the first one comes.
+    """
     caught: list[int] = []
     before: dict[int, Any] = {}
 
@@ -33,6 +38,12 @@ def collect_signals() -> Iterator[list[int]]:
     def handle(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
         restore()
+        if notice:  # unbuffered, because the signal may have interrupted a print
+            name = signal.Signals(signum).name
+            os.write(
+                2,
+                f"\n{name}: the run saves its state and ends; a second signal ends it at once\n".encode(),
+            )
 
     try:
         for signum in (getattr(signal, name, None) for name in _ENDING):

@@ -106,12 +106,17 @@ def _train_in(
 ) -> Json:
     asked_warmup = experiment.optimizer.warmup_steps
     experiment, scaled = fit_warmup(experiment)
-    with collect_signals() as stopped, matmul_precision(experiment.matmul_precision):
+    with (
+        collect_signals(notice=not console.quiet) as stopped,
+        matmul_precision(experiment.matmul_precision),
+    ):
         # Refuses before anything is written.
         check_directory(run_dir, name, experiment, asked_warmup, force)
         trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
         with stage(console, "loading data"):
             parts = build(experiment)
+        if stopped:  # before anything is written
+            raise Stopped(stopped[0], 0, run_dir)
         check_metric(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
@@ -167,6 +172,9 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
     show_header(context, start.state.params)
     with stage(context.console, "compiling"), one_line_errors():
         calls = compile_calls(experiment, context.parts, start.state, start=start.step)
+
+    if context.stopped:  # nothing has been trained that must be saved
+        raise Stopped(context.stopped[0], start.step, run_dir)
 
     def attempt(start: Start) -> Json:
         nonlocal calls

@@ -26,7 +26,8 @@ def language_modelling(tokens: str = "tokens") -> Task:
     the tokens up to its own.
 
     Metrics: `bits_per_byte` (bits per token; a token of the bundled texts is a byte), and `loss` in
-    nats. Losses are float32 under every precision. The task also generates texts, with a network that
+    nats. Losses are float32 under every precision. Predictions: `loss`, float32 (batch, length), of each
+    token but the first; `logits`, float32 (batch, vocabulary), of the last token. The task also generates texts, with a network that
     has the methods `empty_cache` and `decode` of `Gpt`, or else by calls with a window of tokens.
 
     Args:
@@ -39,13 +40,18 @@ def language_modelling(tokens: str = "tokens") -> Task:
             return net(tokens_BxT1, token_losses, method="score")
         return logits_losses(net(tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
 
+    def score(net: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        tokens_BxT1 = batch[tokens].astype(jnp.int32)
+        return losses(net, batch), net(tokens_BxT1[:, :-1])[:, -1].astype(jnp.float32)
+
     return Task(
         loss=lambda losses, batch: losses,
         metrics={"bits_per_byte": lambda losses, batch: losses / math.log(2)},
         inputs=(tokens,),
         metric="bits_per_byte",
         call=losses,
-        predict=lambda losses: {"loss": losses},
+        predict_call=score,
+        predict=lambda scored: {"loss": scored[0], "logits": scored[1]},
         generate=functools.partial(_generate, tokens),
     )
 

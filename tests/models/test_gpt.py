@@ -49,7 +49,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def logits(model, params):
-    return jax.jit(lambda tokens: nnx.merge(model, params).logits(tokens), compiler_options=QUICK)
+    return jax.jit(lambda tokens: nnx.merge(model, params)(tokens), compiler_options=QUICK)
 
 
 def rms_norm(x, scale):
