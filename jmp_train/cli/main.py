@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,9 @@ from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
 _COMMANDS = ("compare", "eval", "export", "list", "new", "predict", "profile", "train")
+
+# What stands for the first argument where the options of a command are shown without one.
+_NAMED = {"export": "RUN_DIR", "new": "NAME", "predict": "RUN_DIR"}
 
 _USAGE = """\
 usage: jmp-train COMMAND ...
@@ -69,14 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jmp-train {package_version('jmp-train')} (jax {package_version('jax')})")
         return 0
     if rest and rest[0] in ("-h", "--help"):
+        if name in _NAMED:
+            return _run(name, [_NAMED[name], "--help"])
         print(_usage_of(name), end="")
         return 0
     return _run(name, rest)
 
 
 def console_script() -> None:
-    """Run `main`, then exit with its status."""
-    sys.exit(main())
+    """Run `main`, then exit with its status; 141 where the reader of the output has ended."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = 141
+    sys.exit(status)
 
 
 def _usage_of(name: str) -> str:

@@ -1,6 +1,8 @@
 """The help of a command with an experiment: the common options first, and unbroken sentences."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -77,3 +79,19 @@ def test_the_default_of_lr_is_the_learning_rate_of_the_experiment(lines_of):
 def test_the_help_names_what_a_command_does(lines_of):
     for command, name in COMMANDS:
         assert lines_of(command, name)[2].startswith(("Train ", "Trace "))
+
+
+@pytest.mark.parametrize(
+    "command,option", [("predict", "--output"), ("export", "--dtype"), ("new", "--linen")]
+)
+def test_help_of_a_command_without_its_argument_shows_its_options(capsys, command, option):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert not stop.value.code and out.startswith(f"usage: jmp-train {command} ") and option in out
+
+
+def test_a_closed_pipe_ends_without_a_traceback():
+    command = f"{sys.executable} -m jmp_train predict --help | true"
+    done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True)
+    assert done.stderr == ""
