@@ -1,0 +1,143 @@
+"""An assertion that a function compiles once, and what made it compile again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jmp_train.testing.operations import report
+from jmp_train.tree import path_name
+from jmp_train.types import Function, PyTree
+
+# JAX records it at each compilation, also of a program in the persistent cache.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextmanager
+def assert_one_compilation(fn: Function) -> Iterator[Function]:
+    """Assert that calls of a function compile it at most once: nothing after the first call.
+
+    Yields the function to call in its place, so that a state can be passed from call to call:
+
+        with assert_one_compilation(stepper.step) as step:
+            for batch in batches:
+                state, info = step(state, batch)
+
+    Compilations are those that JAX records while the function runs, so the function may be jitted,
+    a `Stepper`'s step, or Python code around jitted functions.
+
+    Args:
+      fn: the function.
+
+    Raises:
+      AssertionError: if a call after the first compiled; it names each argument whose structure,
+        shape, dtype, weak type, sharding or static value differs from the call before. Also if the
+        function was called less than twice, because then there was nothing to check.
+      TypeError: if `fn` is not callable.
+
+    >>> import jax.numpy as jnp
+    >>> with assert_one_compilation(jax.jit(jnp.sin)) as sin:
+    ...     _ = sin(jnp.ones(3)), sin(jnp.zeros(3))
+    """
+    if not callable(fn):
+        raise TypeError(f"expected a function, got {type(fn).__name__}")
+    calls = _Calls(fn)
+    yield calls
+    calls.check()
+
+
+class _Call(NamedTuple):
+    """A call: its arguments as a cache of compiled programs sees them, and what it compiled."""
+
+    arguments: dict[str, str]
+    compiled: list[str]
+
+
+class _Calls:
+    """A function that notes what each of its calls compiles."""
+
+    def __init__(self, fn: Function):
+        self._fn = fn
+        self._calls: list[_Call] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = _describe(self._fn, args, kwargs)  # before the call, which may donate them
+        with _compilations() as compiled:
+            out = self._fn(*args, **kwargs)
+        self._calls.append(_Call(arguments, compiled))
+        return out
+
+    def check(self) -> None:
+        if len(self._calls) < 2:
+            count = len(self._calls)
+            raise AssertionError(
+                f"assert_one_compilation failed: expected at least 2 calls, found {count}"
+            )
+        found: list[str] = []
+        for i, (before, call) in enumerate(zip(self._calls, self._calls[1:], strict=False), 2):
+            if call.compiled:
+                found.append(f"call {i} compiled {', '.join(dict.fromkeys(call.compiled))}")
+                found += [f"  {line}" for line in _changes(before.arguments, call.arguments)]
+        if found:
+            again = sum(bool(call.compiled) for call in self._calls[1:])
+            some = f"{again} in {len(self._calls)} calls"
+            raise report(
+                "assert_one_compilation", "no compilation after the first call", some, found
+            )
+
+
+@contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """Yield the names of the functions that JAX compiles in the scope."""
+    found: list[str] = []
+
+    def note(event: str, duration: float, **about: Any) -> None:
+        if event == _COMPILED:
+            found.append(str(about.get("fun_name", "a function")))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def _describe(fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
+    """Return what a compiled program depends on of each leaf of the arguments, by its path."""
+    try:
+        arguments: PyTree = dict(inspect.signature(fn).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):  # no signature, or a call that fails by itself
+        arguments = {"args": args, "kwargs": kwargs}
+    leaves = jax.tree_util.tree_leaves_with_path(arguments)
+    described = {path_name(path): _describe_leaf(leaf) for path, leaf in leaves}
+    return {**described, "": str(jax.tree.structure(arguments))}
+
+
+def _describe_leaf(x: Any) -> str:
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        return repr(x)  # a Python number, which is a value if the argument is static, or an object
+    words = [f"{x.dtype}[{','.join(map(str, x.shape))}]"]
+    if isinstance(x, jax.Array):
+        words += ["weakly typed"] * x.weak_type
+        words += [f"on {x.sharding}", "committed" if x.committed else "uncommitted"]
+    return ", ".join(words)
+
+
+def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Return a line for each leaf that differs from the call before."""
+    missing = [f"{name}: missing" for name in before if name not in now]
+    changed = [
+        f"{name}: {text}, before {before[name]}" if name in before else f"{name}: {text}, new"
+        for name, text in now.items()
+        if name and before.get(name) != text
+    ]
+    if missing or changed:
+        return missing + changed
+    if before[""] != now[""]:
+        return [f"structure: {now['']}, before {before['']}"]
+    return ["no argument differs in shape, dtype, weak type, sharding or value"]
