@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,15 +47,26 @@ def assert_one_compilation(fn: Function) -> Iterator[Function]:
     """
     if not callable(fn):
         raise TypeError(f"expected a function, got {type(fn).__name__}")
+    _check_recorded()
     calls = _Calls(fn)
     yield calls
     calls.check()
 
 
-class _Call(NamedTuple):
-    """A call: its arguments as a cache of compiled programs sees them, and what it compiled."""
+@functools.cache
+def _check_recorded() -> None:
+    """Raise a RuntimeError if this JAX records compilations in another manner, unseen by us."""
+    with _compilations() as compiled:
+        jax.jit(lambda: 0)()
+    if not compiled:
+        raise RuntimeError(f"jax {jax.__version__} does not record {_COMPILED}, which is counted")
 
-    arguments: dict[str, str]
+
+class _Call(NamedTuple):
+    """A call: types and values of its arguments, and the functions that it compiled."""
+
+    types: dict[str, str]
+    values: dict[str, str]
     compiled: list[str]
 
 
@@ -66,10 +78,10 @@ class _Calls:
         self._calls: list[_Call] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _describe(self._fn, args, kwargs)  # before the call, which may donate them
+        types, values = _describe(self._fn, args, kwargs)  # before the call, which may donate them
         with _compilations() as compiled:
             out = self._fn(*args, **kwargs)
-        self._calls.append(_Call(arguments, compiled))
+        self._calls.append(_Call(types, values, compiled))
         return out
 
     def check(self) -> None:
@@ -82,7 +94,7 @@ class _Calls:
         for i, (before, call) in enumerate(zip(self._calls, self._calls[1:], strict=False), 2):
             if call.compiled:
                 found.append(f"call {i} compiled {', '.join(dict.fromkeys(call.compiled))}")
-                found += [f"  {line}" for line in _changes(before.arguments, call.arguments)]
+                found += [f"  {line}" for line in _changes(before, call)]
         if found:
             again = sum(bool(call.compiled) for call in self._calls[1:])
             some = f"{again} in {len(self._calls)} calls"
@@ -96,9 +108,9 @@ def _compilations() -> Iterator[list[str]]:
     """Yield the names of the functions that JAX compiles in the scope."""
     found: list[str] = []
 
-    def note(event: str, duration: float, **about: Any) -> None:
+    def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED:
-            found.append(str(about.get("fun_name", "a function")))
+            found.append(str(kwargs.get("fun_name", "a function")))
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
@@ -107,20 +119,29 @@ def _compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(note)
 
 
-def _describe(fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
-    """Return what a compiled program depends on of each leaf of the arguments, by its path."""
+def _describe(
+    fn: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what a compiled program depends on, by the paths of the arguments' leaves.
+
+    First the types of arrays and the structure; then values, which matter for static arguments.
+    """
     try:
         arguments: PyTree = dict(inspect.signature(fn).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):  # no signature, or a call that fails by itself
         arguments = {"args": args, "kwargs": kwargs}
-    leaves = jax.tree_util.tree_leaves_with_path(arguments)
-    described = {path_name(path): _describe_leaf(leaf) for path, leaf in leaves}
-    return {**described, "": str(jax.tree.structure(arguments))}
+    types, values = {}, {}
+    for path, x in jax.tree_util.tree_leaves_with_path(arguments):
+        is_array = isinstance(x, (jax.Array, np.ndarray, np.generic))
+        types[path_name(path)] = _describe_array(x) if is_array else type(x).__name__
+        if not is_array:
+            values[path_name(path)] = repr(x)
+    types["by keyword"] = str(sorted(kwargs))
+    types["structure"] = str(jax.tree.structure(arguments))
+    return types, values
 
 
-def _describe_leaf(x: Any) -> str:
-    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-        return repr(x)  # a Python number, which is a value if the argument is static, or an object
+def _describe_array(x: Any) -> str:
     words = [f"{x.dtype}[{','.join(map(str, x.shape))}]"]
     if isinstance(x, jax.Array):
         words += ["weakly typed"] * x.weak_type
@@ -128,16 +149,19 @@ def _describe_leaf(x: Any) -> str:
     return ", ".join(words)
 
 
-def _changes(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return a line for each leaf that differs from the call before."""
-    missing = [f"{name}: missing" for name in before if name not in now]
-    changed = [
-        f"{name}: {text}, before {before[name]}" if name in before else f"{name}: {text}, new"
+def _changes(before: _Call, now: _Call) -> list[str]:
+    """Return a line for each leaf that differs from the call before, of types or else of values."""
+    lines = _changed(before.types, now.types)
+    if len(lines) > 1:  # another structure follows from other leaves
+        lines = [line for line in lines if not line.startswith("structure: ")]
+    none = ["no argument differs in shape, dtype, weak type, sharding or value"]
+    return lines or _changed(before.values, now.values) or none
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    missing = [f"{name}: missing, before {before[name]}" for name in before if name not in now]
+    return missing + [
+        f"{name}: {text}, before {before.get(name, 'missing')}"
         for name, text in now.items()
-        if name and before.get(name) != text
+        if before.get(name) != text
     ]
-    if missing or changed:
-        return missing + changed
-    if before[""] != now[""]:
-        return [f"structure: {now['']}, before {before['']}"]
-    return ["no argument differs in shape, dtype, weak type, sharding or value"]

@@ -71,7 +71,8 @@ def trace(fn: Any, args: Sequence[PyTree]) -> Any:
     """Return the jaxpr of a function, jitted or not, of arrays or `jax.ShapeDtypeStruct`s."""
     if not callable(fn):
         raise TypeError(f"expected a function or a compiled program, got {type(fn).__name__}")
-    return fn.trace(*args).jaxpr if hasattr(fn, "trace") else jax.make_jaxpr(fn)(*args)
+    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
+    return jitted.trace(*args).jaxpr
 
 
 def traced_operations(fn: Any, args: Sequence[PyTree]) -> list[Operation]:

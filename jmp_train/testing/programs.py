@@ -139,7 +139,8 @@ def _compile(program: Program, args: PyTree) -> jax.stages.Compiled:
     if not callable(program):
         kind = type(program).__name__
         raise TypeError(f"expected a function or a compiled program, got {kind}")
-    return (program if hasattr(program, "lower") else jax.jit(program)).lower(*args).compile()
+    jitted: Any = program if hasattr(program, "lower") else jax.jit(program)
+    return jitted.lower(*args).compile()
 
 
 def _costs(ours: jax.stages.Compiled, reference: jax.stages.Compiled) -> list[_Cost]:

@@ -36,7 +36,7 @@ def test_a_step_compiles_once_though_its_scale_changes(micro_batches):
 def test_a_changed_number_of_a_jitted_function_compiles_nothing():
     with assert_one_compilation(jax.jit(lambda x, rate: x * rate)) as fn:
         fn(jnp.ones(3), 1.0)
-        fn(jnp.zeros(3), rate=2.0)
+        fn(jnp.zeros(3), 2.0)
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,20 @@ def test_a_changed_number_of_a_jitted_function_compiles_nothing():
         ([(jnp.ones(3), 1.0), (jnp.ones(4), 1.0)], ["x: float32[4]", "before float32[3]"]),
         ([(jnp.ones(3), 1.0), (jnp.ones(3, jnp.bfloat16), 1.0)], ["x: bfloat16[3]"]),
         ([(jnp.asarray(1.0), 1.0), (jnp.ones(()), 1.0)], ["x: float32[]", "weakly typed"]),
-        ([({"a": 1.0}, 1.0), ({"a": 1.0, "b": 2.0}, 1.0)], ["x/b: 2.0, new"]),
+        ([({"a": 1.0}, 1.0), ({"a": 1.0, "b": 2.0}, 1.0)], ["x/b: float, before missing"]),
         ([({"a": 1.0, "b": 2.0}, 1.0), ({"a": 1.0}, 1.0)], ["x/b: missing"]),
+        ([(jnp.ones(3), 1.0), (jnp.ones(4), 2.0)], ["x: float32[4]"]),  # a number is traced
         ([([jnp.ones(3)], 1.0), ((jnp.ones(3),), 1.0)], ["structure: "]),
     ],
-    ids=["shape", "dtype", "weak_type", "new_leaf", "missing_leaf", "structure"],
+    ids=[
+        "shape",
+        "dtype",
+        "weak_type",
+        "new_leaf",
+        "missing_leaf",
+        "shape_and_number",
+        "structure",
+    ],  # "dtype", "weak_type", "new_leaf", "missing_leaf", "structure"],
 )
 def test_what_changed_is_named(calls, words):
     with (
@@ -74,6 +83,15 @@ def test_a_static_value_is_named():
     ):
         called(1.0, mode="train")
         called(1.0, mode="eval")
+
+
+def test_an_argument_passed_by_keyword_is_named():
+    with (
+        pytest.raises(AssertionError, match=r"by keyword: \['rate'\], before \[\]"),
+        assert_one_compilation(jax.jit(lambda x, rate: x * rate)) as fn,
+    ):
+        fn(1.0, 2.0)
+        fn(1.0, rate=3.0)
 
 
 def test_a_function_that_is_made_anew_at_each_call_is_found():
