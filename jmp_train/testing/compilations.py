@@ -144,8 +144,11 @@ def _describe(
 def _describe_array(x: Any) -> str:
     words = [f"{x.dtype}[{','.join(map(str, x.shape))}]"]
     if isinstance(x, jax.Array):
-        words += ["weakly typed"] * x.weak_type
-        words += [f"on {x.sharding}", "committed" if x.committed else "uncommitted"]
+        words += ["weakly typed"] * getattr(x, "weak_type", False)  # keys have none
+        words += [
+            f"on {x.sharding}",
+            "committed" if getattr(x, "committed", True) else "uncommitted",
+        ]
     return ", ".join(words)
 
 
