@@ -1,6 +1,6 @@
 """What only a GPU can show, first in `make test-gpu`: the programs that XLA makes for it, and float16 on it.
 
-On a CPU the parts that need no GPU run: donation, float16 against float32, the reading of programs.
+On a CPU the parts that need no GPU run: donation, float16 against float32.
 A machine that has pytest, JAX, Flax and Optax but no network, where make could install nothing, runs
 them with `python3 -m pytest -m gpu_first tests/test_gpu_first.py`.
 """

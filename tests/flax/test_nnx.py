@@ -55,18 +55,24 @@ class Net(nnx.Module):
 TOKENS = jnp.arange(10).reshape(2, 5) % 11
 
 
-def jaxpr_of(model, *args):
+def pure(model):
+    """A model as a function of its parameters and inputs, and its parameters."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return jax.make_jaxpr(lambda p: nnx.merge(graph, p, rest, copy=True)(*args))(params)
+    return lambda params, *args: nnx.merge(graph, params, rest, copy=True)(*args), params
+
+
+def jaxpr_of(model, *args):
+    fn, params = pure(model)
+    return jax.make_jaxpr(lambda params: fn(params, *args))(params)
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
 def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     net = Net(nnx.Rngs(0))
     under = apply_policy(net, policy)
-    assert_contractions_in(lambda t: net(t), TOKENS, dtype="float32")
-    assert_contractions_in(lambda t: under(t), TOKENS, dtype=HALVES[policy])
-    assert_reductions_in(lambda t: under(t), TOKENS)
+    assert_contractions_in(*pure(net), TOKENS, dtype="float32")
+    assert_contractions_in(*pure(under), TOKENS, dtype=HALVES[policy])
+    assert_reductions_in(*pure(under), TOKENS)
     assert set(result_dtypes(jaxpr_of(under, TOKENS), "exp", "rsqrt")) == {"float32"}
 
 
@@ -207,7 +213,7 @@ def test_recurrent_cells_run_in_half(kind):
     x = jax.random.normal(jax.random.key(0), (2, 5, 4))
     under = apply_policy(net, "mixed_bfloat16")
     np.testing.assert_allclose(under(x), net(x), atol=2**-4)
-    assert_contractions_in(lambda x: under(x), x)
+    assert_contractions_in(*pure(under), x)
 
 
 class Stacked(nnx.Module):
@@ -268,7 +274,7 @@ def test_a_shared_module_has_one_policy_and_one_parameter():
 def test_a_linen_module_inside_by_the_bridge():
     net = nnx.bridge.ToNNX(nn.Dense(3), nnx.Rngs(0)).lazy_init(jnp.ones((2, 4)))
     under = apply_policy(net, "mixed_bfloat16")
-    assert_contractions_in(lambda x: under(x), jnp.ones((2, 4)))
+    assert_contractions_in(*pure(under), jnp.ones((2, 4)))
 
 
 def test_it_trains_with_make_step_and_with_nnx_optimizer():
