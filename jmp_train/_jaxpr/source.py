@@ -18,7 +18,7 @@ from jmp_train._jaxpr.compat import Equation
 #: Rooms of this package that contain networks and losses, as a user's code does. Every other room
 #: is machinery, whose lines say nothing about the network that it runs.
 NETWORK_ROOMS = frozenset({"models", "tasks"})
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "optax")
 
 
 def source_line(eqn: Equation) -> str:
@@ -29,7 +29,7 @@ def source_line(eqn: Equation) -> str:
 def user_line(eqn: Equation) -> str:
     """Return `path/file.py:12 (function)` of the innermost frame that is the user's.
 
-    Frames of Python's standard library, JAX, Flax, Optax and this package's machinery are passed
+    Frames of Python's standard library, NumPy, JAX, Flax, Optax and this package's machinery are passed
     over. Where no other frame exists, the line is that of `source_line`.
     """
     for frame in getattr(eqn.source_info.traceback, "frames", ()):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jmp_train._autocast.op_rules import default_op_rules
 from jmp_train._jaxpr.compat import known_primitives
 from jmp_train.errors import nearest
 from jmp_train.numerics.dtypes import parse_dtype
@@ -15,15 +16,12 @@ from jmp_train.testing.hlo import hlo_operations
 from jmp_train.testing.operations import Operation, Program, report, traced_operations
 from jmp_train.types import DTypeLike, PyTree
 
-#: Matrix products and convolutions: primitives, HLO operations, and libraries' calls by pattern.
-CONTRACTIONS = frozenset(
-    {
-        "dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated", "scaled_dot",
-        "dot", "ragged-dot", "scaled-dot", "convolution",
-    }
-)  # fmt: skip
-_LIBRARY_CONTRACTION = re.compile(
-    r"__cublas\$(?!triangular)|__cudnn\$(conv|fmha)|__onednn\$(matmul|conv)"
+# Matrix products, convolutions and attention: primitives, HLO operations and libraries' calls.
+_CONTRACTION = re.compile(
+    r"(dot_general|ragged_dot_general|conv_general_dilated"
+    r"|scaled_(dot|matmul)\w*|dot_product_attention_\w+"
+    r"|dot|ragged-dot|scaled-dot|convolution"
+    r"|__cublas\$(?!triangular).*|__cudnn\$(conv|fmha).*|__onednn\$(matmul|conv).*)"
 )
 
 #: Primitives that accumulate: a sum or a product of many numbers, whole, cumulative or scattered.
@@ -45,12 +43,12 @@ _NOT_COMPUTED = frozenset(
 
 
 def assert_contractions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "bfloat16") -> None:
-    """Assert that every matrix product and convolution of a program runs in a dtype.
+    """Assert that every matrix product and convolution of floating numbers runs in a dtype.
 
     Of a function, the program is what JAX traces, so the dtypes are those that the code asks for,
     whatever the device. Loops, branches, `jit`, `remat`, the functions of custom derivatives and
     Pallas kernels are entered. Derivative rules are in the program of the derivative, so pass
-    `jax.grad(loss)` to check them.
+    `jax.grad(loss)` to check them; the line of an operation in a rule may be that of the call.
 
     Of a compiled program, the dtypes are those that the device multiplies in. XLA converts float16
     and bfloat16 to float32 on most CPUs. Calls of cuBLAS, cuDNN and oneDNN are products too; the
@@ -174,7 +172,7 @@ def _text(program: jax.stages.Lowered | jax.stages.Compiled) -> str:
 
 
 def _is_contraction(op: Operation) -> bool:
-    return op.name in CONTRACTIONS or bool(_LIBRARY_CONTRACTION.match(op.name))
+    return bool(_CONTRACTION.fullmatch(op.name) and _multiplied_in(op))
 
 
 def _is_reduction(op: Operation) -> bool:
@@ -222,6 +220,7 @@ def _parse_names(names: Iterable[str], operations: Sequence[Operation]) -> set[s
     """Return the names, each of which a primitive of JAX or an operation of the program has."""
     names = {names} if isinstance(names, str) else set(names)
     valid = known_primitives() | {n for op in operations for n in (op.name, op.primitive) if n}
+    valid |= default_op_rules.float32 | default_op_rules.promote
     for name in sorted(names - valid):
         raise ValueError(f"unknown operation {name!r} in except_; {nearest(name, sorted(valid))}")
     return names

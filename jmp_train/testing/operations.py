@@ -71,7 +71,8 @@ def trace(fn: Any, args: Sequence[PyTree]) -> Any:
     """Return the jaxpr of a function, jitted or not, of arrays or `jax.ShapeDtypeStruct`s."""
     if not callable(fn):
         raise TypeError(f"expected a function or a compiled program, got {type(fn).__name__}")
-    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(fn)
+    # A new function each time: JAX would reuse the trace of an equal one, and needs a hash.
+    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(lambda *args: fn(*args))
     return jitted.trace(*args).jaxpr
 
 

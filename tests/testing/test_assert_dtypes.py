@@ -2,6 +2,8 @@
 
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +142,15 @@ def test_one_operand_of_another_dtype_is_enough():
         assert_contractions_in(mixed, HALF, X)
 
 
+def test_a_product_of_scaled_blocks_runs_in_the_dtype_of_its_blocks():
+    block = jax.ShapeDtypeStruct((64, 64), jnp.float8_e4m3fn)
+    scale = jax.ShapeDtypeStruct((64, 2), jnp.float8_e8m0fnu)
+    fn = lambda a, s: lax.scaled_dot(a, a, lhs_scale=s, rhs_scale=s.T)
+    assert_contractions_in(fn, block, scale, dtype="float8_e4m3fn")
+    with pytest.raises(AssertionError, match="float8_e4m3fn"):
+        assert_contractions_in(fn, block, scale)
+
+
 def test_an_algorithm_replaces_the_dtype_of_the_operands():
     dot = lambda preset: (
         lambda x: jnp.matmul(x, x.T, precision=getattr(lax.DotAlgorithmPreset, preset))
@@ -258,6 +269,46 @@ def test_nothing_to_check_is_a_failure(check, kind):
     integers = jax.ShapeDtypeStruct((3,), jnp.int32)
     with pytest.raises(AssertionError, match=f"found no {kind} to check"):
         check(lambda n: n + 1, integers)
+
+
+def test_products_of_integers_are_not_checked():
+    integers = jax.ShapeDtypeStruct((3, 3), jnp.int32)
+    with pytest.raises(AssertionError, match="found no contraction"):
+        assert_contractions_in(lambda n: n @ n, integers)
+    assert_contractions_in(lambda n, x: (n @ n, x @ x.T), integers, HALF)
+
+
+def test_a_function_is_traced_anew_at_each_assertion():
+    dtype = [jnp.bfloat16]
+    fn = lambda x: x.astype(dtype[0]) @ x.T.astype(dtype[0])
+    assert_contractions_in(fn, X)
+    dtype[0] = jnp.float32
+    assert_contractions_in(fn, X, dtype="float32")
+
+
+def test_a_kernel_of_pallas_is_entered():
+    from jax.experimental import pallas as pl
+
+    def kernel(x_ref, o_ref):
+        o_ref[...] = x_ref[...] @ x_ref[...]
+
+    square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    fn = pl.pallas_call(kernel, out_shape=square, interpret=True)
+    assert_contractions_in(fn, square, dtype="float32")
+    with pytest.raises(AssertionError, match="inside pallas_call"):
+        assert_contractions_in(fn, square)
+
+
+def test_it_imports_without_pytest_hypothesis_and_flax():
+    code = """
+import sys
+sys.modules.update(pytest=None, hypothesis=None, flax=None)
+import jmp_train
+assert "jmp_train.testing" not in sys.modules
+jmp_train.testing.assert_same_bits(1, 1)
+assert list(jmp_train.testing.__all__) == sorted(jmp_train.testing.__all__)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_at_most_ten_operations_are_listed():

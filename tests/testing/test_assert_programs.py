@@ -107,7 +107,17 @@ def indexes(x):
     return x * [1.0, 2.0][x[0, 0].astype(int)]  # indexes
 
 
-READS = {"branches": branches, "converts": converts, "as a float": as_float, "indexes": indexes}
+def averages(x):
+    return x * np.median(x)  # averages
+
+
+READS = {
+    "branches": branches,
+    "converts": converts,
+    "as a float": as_float,
+    "indexes": indexes,
+    "averages": averages,
+}
 
 
 @pytest.mark.parametrize("wrap", ["plain", "jit", "scan", "custom rule"])
@@ -122,6 +132,30 @@ def test_a_read_on_the_host_is_shown_with_its_line(words, wrap):
 def test_an_error_of_the_function_itself_is_not_hidden():
     with pytest.raises(TypeError, match="dot_general"):
         assert_no_host_sync(lambda x: x @ jnp.ones(3), X)
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_on_an_accelerator_it_also_runs_under_the_transfer_guard(monkeypatch, donated):
+    # Simulated: on a CPU, JAX never refuses a transfer. The read is of an array that is not traced.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    double = jax.jit(lambda x: x * 2, donate_argnums=0 if donated else ())
+    guards, refused = [], []
+
+    def fn(x):
+        guards.append(jax.config.jax_transfer_guard_device_to_host)
+        if refused and not isinstance(x, jax.core.Tracer):
+            raise jax.errors.JaxRuntimeError("Disallowed device-to-host transfer")  # refused
+        return double(x)
+
+    x = jnp.ones(3)
+    assert_no_host_sync(fn, x)
+    assert guards == [None, "disallow"] and not x.is_deleted()
+    assert_no_host_sync(fn, jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert guards == [None, "disallow", None]
+    refused.append(True)
+    with pytest.raises(AssertionError, match="no read of an array on the host") as caught:
+        assert_no_host_sync(fn, x)
+    assert f"{__file__}:{line_of('refused')} (fn)" in str(caught.value)
 
 
 @pytest.mark.parametrize("check", [assert_no_host_sync, lambda f: assert_costs_nothing(f, f)])
