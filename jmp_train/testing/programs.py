@@ -103,7 +103,8 @@ def assert_costs_nothing(fn: Program, reference: Program, *args: PyTree, rtol: f
     """Assert that a program costs what a reference does: FLOPs, bytes accessed, temporary memory.
 
     The figures are XLA's own, of the compiled programs (`cost_analysis`, `memory_analysis`), so
-    they do not vary between runs, but they are not times. A body of a loop counts once.
+    they do not vary between runs, but they are not times. A body of a loop counts once. Donate the
+    same arguments in both, because donation changes the temporary memory.
 
     Args:
       fn: a function of `args`, jitted or not, or a `jax.stages.Compiled`.
