@@ -118,7 +118,9 @@ def _frames(text: str) -> Frames:
     first = _numbers(stack.get("1", "")).get("parent_frame_id", 0)
 
     def frames(frame: int) -> Iterator[tuple[str, int, str]]:
-        while str(frame) in stack:
+        seen: set[int] = set()
+        while str(frame) in stack and frame not in seen:
+            seen.add(frame)
             entry = _numbers(stack[str(frame)])
             place = _numbers(places[str(entry["file_location_id"])])
             file, function = (

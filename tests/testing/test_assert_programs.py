@@ -129,9 +129,18 @@ def test_a_read_on_the_host_is_shown_with_its_line(words, wrap):
     assert f"{__file__}:{line_of(words)} ({fn.__name__})" in str(caught.value)
 
 
-def test_an_error_of_the_function_itself_is_not_hidden():
+def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch):
     with pytest.raises(TypeError, match="dot_general"):
         assert_no_host_sync(lambda x: x @ jnp.ones(3), X)
+
+    def out_of_memory(x):
+        if not isinstance(x, jax.core.Tracer):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return x
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        assert_no_host_sync(out_of_memory, X)
 
 
 @pytest.mark.parametrize("donated", [False, True])
