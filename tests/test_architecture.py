@@ -27,6 +27,7 @@ FLOORS = {
     "debug": 6,
     "flax": 6,
     "step": 7,
+    "testing": 8,
     "data": 7,
     "models": 7,
     "tasks": 8,

@@ -1,24 +1,26 @@
 """What only a GPU can show, first in `make test-gpu`: the programs that XLA makes for it, and float16 on it.
 
-On a CPU the parts that need no GPU run: donation, float16 against float32, the reading of programs.
+On a CPU the parts that need no GPU run: donation, float16 against float32.
 A machine that has pytest, JAX, Flax and Optax but no network, where make could install nothing, runs
 them with `python3 -m pytest -m gpu_first tests/test_gpu_first.py`.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.hlo import all_reduced, custom_calls, products
+from helpers.hlo import all_reduced, custom_calls
 from jax.sharding import Mesh
 
 import jmp_train as jt
 from jmp_train.policy.precision import get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
+from jmp_train.testing import assert_contractions_in
 from tests.helpers.models import gpt
 
 pytestmark = pytest.mark.gpu_first
@@ -32,7 +34,7 @@ PLAIN_ATTENTION = pytest.mark.xfail(
 )
 
 LENGTH = 128
-HALF = {"mixed_bfloat16": "bf16", "mixed_float16": "f16"}
+HALF = ("mixed_bfloat16", "mixed_float16")
 WAYS = ["policy", "rules", "autocast"]
 
 
@@ -70,11 +72,12 @@ def program(way, policy):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("policy", HALF)
 def test_matrix_products_run_in_half_precision(way, policy):
-    found = products(program(way, policy).as_text())
-    assert (
-        len(found) >= 15
-    )  # four layers of a block and the head, each once forward, twice backward
-    assert set(found) == {(HALF[policy], HALF[policy])}
+    assert_contractions_in(program(way, policy), dtype=policy.removeprefix("mixed_"))
+    with pytest.raises(AssertionError) as caught:
+        assert_contractions_in(program(way, policy), dtype="float32")
+    # Four layers of a block and the head, each once forward and twice backward.
+    count = re.search(r"found (\d+) of (\d+)", str(caught.value))
+    assert count and count[1] == count[2] and int(count[1]) >= 15
 
 
 @needs_gpu
@@ -140,25 +143,3 @@ def test_gradients_are_reduced_in_the_dtype_asked_for(reduce, expected):
     counts = all_reduced(stepper.step.lower(state, {"tokens": tokens}).compile().as_text())
     assert counts.pop(expected) >= sum(x.size for x in jax.tree.leaves(state.params))
     assert sum(counts.values()) <= 16  # losses and metrics
-
-
-# Lines of programs that XLA made for an H100 (jax 0.10.2), shortened: of a Triton fusion, with Triton
-# off, of cuDNN's attention, and over two devices.
-PROGRAM = """
-  %parameter_0.16 = bf16[1024,128]{1,0} parameter(0)
-  %parameter_1.16 = f32[128,640]{1,0} parameter(1)
-  ROOT %dot.78 = bf16[1024,640]{1,0} dot(%parameter_0.16, %parameter_1.16), lhs_contracting_dims={1}
-  %bitcast.61.0 = f16[1024,128]{1,0} bitcast(%loop_multiply_fusion.1)
-  %bitcast.62.0 = f16[128,384]{1,0} bitcast(%dynamic_slice.3)
-  %custom-call.30 = (f16[1024,384]{1,0}, s8[4194304]{0}) custom-call(%bitcast.61.0, %bitcast.62.0), custom_call_target="__cublas$lt$matmul", metadata={}
-  %dot_product_attention_fwd.10 = (bf16[8,2,128,64]{3,1,2,0}, f32[8,2,128]{2,1,0}, u8[0]{0}) custom-call(%fusion, %fusion.1, %bitcast.10.0), custom_call_target="__cudnn$fmhaSoftmax", metadata={}
-  %all-reduce-start.1 = f32[2]{0} all-reduce-start(%wrapped_concatenate.2), channel_id=1
-  %all-reduce-start = bf16[410240]{0} all-reduce-start(%wrapped_concatenate.1), channel_id=1
-  %all-reduce-done = bf16[410240]{0} all-reduce-done(%all-reduce-start), metadata={}
-"""
-
-
-def test_programs_are_read_as_xla_writes_them():
-    assert products(PROGRAM) == [("bf16", "f32"), ("f16", "f16")]
-    assert custom_calls(PROGRAM) == {"__cublas$lt$matmul", "__cudnn$fmhaSoftmax"}
-    assert all_reduced(PROGRAM) == {"f32": 2, "bf16": 410240}

@@ -14,6 +14,7 @@ from helpers.loss_scales import (
 )
 
 import jmp_train as jt
+from jmp_train.testing import assert_same_bits
 
 
 class AllFiniteTest(chex.TestCase):
@@ -95,13 +96,7 @@ class SelectTest(chex.TestCase):
 
         out = self.variant(jt.select_tree)(jnp.array(pred), tree(0), tree(1))
         want = tree(0 if pred else 1)
-        assert jax.tree.structure(out) == jax.tree.structure(want)
-        for name in want:
-            if name == "key":
-                assert bool((out["key"] == want["key"]).all())
-            elif name != "n":
-                assert out[name].dtype == want[name].dtype
-                assert np.asarray(out[name]).tobytes() == np.asarray(want[name]).tobytes()
+        assert_same_bits(out, want)
 
 
 def test_select_takes_a_boolean_scalar_only():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -24,6 +25,22 @@ _INNER = "autocast."
 _STORED = "stored_as."
 #: What the name of a scope that this module makes begins with.
 SCOPES = (_PRECISION, _COMPUTE, _INNER, _STORED)
+
+
+def module_path(stack: str) -> str:
+    """Return the path of a module in a name stack, "" where the stack has none.
+
+    The scopes of transformations, of recomputation and of regions are left out.
+
+    >>> module_path("transpose(jvp(Net))/compute_in.bfloat16/checkpoint/Dense_0")
+    'Net/Dense_0'
+    """
+    scope: list[str] = []
+    for name in re.sub(r"[\w<>]+\(|\)", "", stack).split("/"):
+        ours = name.startswith(SCOPES)
+        if name and not ours and name not in ("checkpoint", "rematted_computation", *scope[-1:]):
+            scope.append(name)
+    return "/".join(scope)
 
 
 class MarkedRegion(NamedTuple):

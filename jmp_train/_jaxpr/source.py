@@ -18,7 +18,7 @@ from jmp_train._jaxpr.compat import Equation
 #: Rooms of this package that contain networks and losses, as a user's code does. Every other room
 #: is machinery, whose lines say nothing about the network that it runs.
 NETWORK_ROOMS = frozenset({"models", "tasks"})
-_LIBRARIES = ("jax", "jaxlib", "flax", "optax")
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "optax")
 
 
 def source_line(eqn: Equation) -> str:
@@ -29,7 +29,7 @@ def source_line(eqn: Equation) -> str:
 def user_line(eqn: Equation) -> str:
     """Return `path/file.py:12 (function)` of the innermost frame that is the user's.
 
-    Frames of Python's standard library, JAX, Flax, Optax and this package's machinery are passed
+    Frames of Python's standard library, NumPy, JAX, Flax, Optax and this package's machinery are passed
     over. Where no other frame exists, the line is that of `source_line`.
     """
     for frame in getattr(eqn.source_info.traceback, "frames", ()):
@@ -46,7 +46,7 @@ def is_library(file: str) -> bool:
     inside = _parts_below(_PACKAGE, file)
     if inside:
         return inside[0] not in NETWORK_ROOMS
-    if any(_parts_below(root, file) for root in _library_roots()):
+    if any(_parts_below(root, file) for root in _library_roots(*_LIBRARIES)):
         return True
     inside = _parts_below(_STANDARD_LIBRARY, file)
     return bool(inside) and inside[0] not in ("site-packages", "dist-packages")
@@ -57,9 +57,9 @@ _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 @functools.cache
-def _library_roots() -> tuple[str, ...]:
-    """Return the folders that the libraries are imported from."""
-    specs = [importlib.util.find_spec(name) for name in _LIBRARIES]
+def _library_roots(*names: str) -> tuple[str, ...]:
+    """Return the folders that libraries are imported from."""
+    specs = [importlib.util.find_spec(name) for name in names]
     return tuple(root for spec in specs if spec for root in spec.submodule_search_locations or ())
 
 
@@ -68,3 +68,22 @@ def _parts_below(root: str, file: str) -> list[str]:
     root, file = os.path.normcase(os.path.normpath(root)), os.path.normcase(os.path.normpath(file))
     prefix = root + os.sep
     return file[len(prefix) :].split(os.sep) if file.startswith(prefix) else []
+
+
+def calling_classes(eqn: Equation) -> str:
+    """Return the classes whose `__call__` an equation was written in, outermost first: `Net/Linear`.
+
+    They stand for the path of a module where the name stack has none, as in NNX. Classes of JAX and
+    of this package's machinery are passed over.
+    """
+    called = [
+        frame.function_name.removesuffix(".__call__").rpartition(".")[2]
+        for frame in getattr(eqn.source_info.traceback, "frames", ())
+        if frame.function_name.endswith(".__call__")
+        and (not is_library(frame.file_name) or _is_flax(frame.file_name))
+    ]
+    return "/".join(reversed(called))
+
+
+def _is_flax(file: str) -> bool:
+    return any(_parts_below(root, file) for root in _library_roots("flax"))

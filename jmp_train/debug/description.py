@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmp_train._autocast.regions import SCOPES
+from jmp_train._autocast.regions import module_path
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.source import user_line
 from jmp_train.debug.report import NonFiniteOp, OperandRange, wider_dtype
@@ -56,14 +55,10 @@ def _operand_range(x: ReplayedValue) -> OperandRange:
 def _module(
     stack: str, operands: Iterable[OperandRange], reaches: tuple[str, ...], after: str
 ) -> str:
-    scope = []
-    for name in re.sub(r"[\w<>]+\(|\)", "", stack).split("/"):
-        ours = name.startswith(SCOPES)
-        if name and not ours and name not in ("checkpoint", "rematted_computation", *scope[-1:]):
-            scope.append(name)
+    scope = module_path(stack)
     read = [o.argument for o in operands if o.argument]
     if scope:
-        return "/".join(scope)
+        return scope
     if read:
         return read[-1]
     if len(reaches) == 1:

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.programs import operand_dtypes
 from jax.extend.core import primitives
 
 import jmp_train as jt
 from jmp_train._jaxpr.bodies import CONSTRUCTS, bodies_of, body_names, construct_of
+from jmp_train.testing import assert_contractions_in
 
 
 def overflowing(w, x):
@@ -55,7 +55,7 @@ W, X = jnp.full((2, 2), 100.0), jnp.ones((3, 2))
 def test_autocast_enters_a_body_that_runs_once(primitive):
     names = [e.primitive.name for e in jax.make_jaxpr(ONCE[primitive])(W, X).eqns]
     assert names == [primitive]
-    assert operand_dtypes(jt.autocast(ONCE[primitive]), "dot_general", W, X)[0] == {"bfloat16"}
+    assert_contractions_in(jt.autocast(ONCE[primitive]), W, X)
 
 
 @pytest.mark.parametrize("primitive", ONCE)
@@ -103,7 +103,7 @@ def test_the_replay_runs_a_shard_map_whole():
 def test_a_linen_remat_is_entered_by_both():
     net = nn.remat(nn.Dense)(2)
     params = net.init(jax.random.key(0), X)
-    assert operand_dtypes(jt.autocast(net.apply), "dot_general", params, X) == [{"bfloat16"}]
+    assert_contractions_in(jt.autocast(net.apply), params, X)
     params = jax.tree.map(lambda p: jnp.full_like(p, 3e38), params)
     assert {op.op for op in jt.debug.first_nonfinite(net.apply, params, X).ops} <= {
         "dot_general",

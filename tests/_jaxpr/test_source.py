@@ -6,6 +6,7 @@ import sysconfig
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
@@ -88,7 +89,7 @@ def test_machinery_of_this_package_is_a_library(part):
     assert source.is_library(frame_of(part))
 
 
-@pytest.mark.parametrize("library", [jax, flax, optax, os])
+@pytest.mark.parametrize("library", [jax, flax, np, optax, os])
 def test_libraries_are_known_by_where_they_are_installed(library):
     assert source.is_library(library.__file__)
 

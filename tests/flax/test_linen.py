@@ -14,6 +14,7 @@ from helpers.programs import result_dtypes
 
 import jmp_train as jt
 from jmp_train.flax import apply_policy, explain
+from jmp_train.testing import assert_contractions_in, assert_one_compilation, assert_reductions_in
 
 HALVES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 ONE_QUICK = ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)]
@@ -53,10 +54,12 @@ def jaxpr_of(model, variables, *args, **options):
 def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     net = Net()
     variables = net.init(KEY, TOKENS)
-    jaxpr = jaxpr_of(apply_policy(net, policy), variables, TOKENS)
-    want = sum(result_dtypes(jaxpr_of(net, variables, TOKENS)).values())
-    assert result_dtypes(jaxpr) == {HALVES[policy].__name__: want}
-    assert set(result_dtypes(jaxpr, "exp", "reduce_sum", "rsqrt")) == {"float32"}
+    under = apply_policy(net, policy)
+    assert_contractions_in(net.apply, variables, TOKENS, dtype="float32")
+    assert_contractions_in(under.apply, variables, TOKENS, dtype=HALVES[policy])
+    assert_reductions_in(under.apply, variables, TOKENS)
+    jaxpr = jaxpr_of(under, variables, TOKENS)
+    assert set(result_dtypes(jaxpr, "exp", "rsqrt")) == {"float32"}
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
@@ -187,7 +190,7 @@ def test_recurrent_cells_run_in_half():
     variables = under.init(KEY, x)
     want = Recurrent().apply(variables, x)
     np.testing.assert_allclose(under.apply(variables, x), want, atol=2**-4)
-    assert set(result_dtypes(jaxpr_of(under, variables, x))) == {"bfloat16"}
+    assert_contractions_in(under.apply, variables, x)
 
 
 def test_a_shared_module_has_one_parameter():
@@ -201,7 +204,7 @@ def test_a_shared_module_has_one_parameter():
     under = apply_policy(Tied(), "mixed_bfloat16")
     variables = under.init(KEY, TOKENS)
     assert len(jax.tree.leaves(variables)) == 1
-    assert result_dtypes(jaxpr_of(under, variables, TOKENS)) == {"bfloat16": 1}
+    assert_contractions_in(under.apply, variables, TOKENS)
 
 
 def test_an_nnx_module_inside_by_the_bridge():
@@ -212,7 +215,7 @@ def test_an_nnx_module_inside_by_the_bridge():
 
     under = apply_policy(Outer(), "mixed_bfloat16")
     variables = under.init(KEY, jnp.ones((2, 4)))
-    assert result_dtypes(jaxpr_of(under, variables, jnp.ones((2, 4)))) == {"bfloat16": 1}
+    assert_contractions_in(under.apply, variables, jnp.ones((2, 4)))
 
 
 def test_it_trains_with_make_step():
@@ -230,11 +233,11 @@ def test_it_trains_with_make_step():
     stepper = jt.make_step(loss_fn, optax.adam(1e-2), loss_scale=jt.DynamicLossScale(2.0**12))
     state = stepper.init(variables["params"], model_state=variables["batch_stats"], key=KEY)
     losses = []
-    for _ in range(20):
-        state, info = stepper.step(state, TOKENS)
-        losses.append(float(info.loss))
+    with assert_one_compilation(stepper.step) as step:
+        for _ in range(20):
+            state, info = step(state, TOKENS)
+            losses.append(float(info.loss))
     assert losses[-1] < losses[0] - 0.5 and int(state.skipped) == 0
-    assert stepper.step._cache_size() == 1
 
 
 @pytest.mark.slow
@@ -256,8 +259,8 @@ def test_a_published_model_runs_unedited():
         got, changed = jitted(variables["params"], under)
         np.testing.assert_allclose(got, want, atol=TOLERANCE[policy])
         assert {str(x.dtype) for x in jax.tree.leaves(changed)} == {"float32"}
-        grad = jax.make_jaxpr(jax.grad(lambda p, m=under: loss(p, m)[0]))(variables["params"])
-        assert set(result_dtypes(grad)) == {half.__name__}
+        grad = jax.grad(lambda p, m=under: loss(p, m)[0])
+        assert_contractions_in(grad, variables["params"], dtype=half)
     assert len(explain(net, "mixed_bfloat16", images).rows) > 40
 
 

@@ -12,6 +12,7 @@ from helpers.programs import result_dtypes
 
 import jmp_train as jt
 from jmp_train.flax import apply_policy, explain
+from jmp_train.testing import assert_contractions_in, assert_one_compilation, assert_reductions_in
 
 HALVES = {"mixed_bfloat16": jnp.bfloat16, "mixed_float16": jnp.float16}
 ONE_QUICK = ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)]
@@ -54,19 +55,25 @@ class Net(nnx.Module):
 TOKENS = jnp.arange(10).reshape(2, 5) % 11
 
 
-def jaxpr_of(model, *args):
+def pure(model):
+    """A model as a function of its parameters and inputs, and its parameters."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return jax.make_jaxpr(lambda p: nnx.merge(graph, p, rest, copy=True)(*args))(params)
+    return lambda params, *args: nnx.merge(graph, params, rest, copy=True)(*args), params
+
+
+def jaxpr_of(model, *args):
+    fn, params = pure(model)
+    return jax.make_jaxpr(lambda params: fn(params, *args))(params)
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
 def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     net = Net(nnx.Rngs(0))
-    jaxpr = jaxpr_of(apply_policy(net, policy), TOKENS)
-    assert result_dtypes(jaxpr) == {
-        HALVES[policy].__name__: sum(result_dtypes(jaxpr_of(net, TOKENS)).values())
-    }
-    assert set(result_dtypes(jaxpr, "exp", "reduce_sum", "rsqrt")) == {"float32"}
+    under = apply_policy(net, policy)
+    assert_contractions_in(*pure(net), TOKENS, dtype="float32")
+    assert_contractions_in(*pure(under), TOKENS, dtype=HALVES[policy])
+    assert_reductions_in(*pure(under), TOKENS)
+    assert set(result_dtypes(jaxpr_of(under, TOKENS), "exp", "rsqrt")) == {"float32"}
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
@@ -135,7 +142,7 @@ def test_it_is_a_model_of_the_same_type_with_all_its_methods():
     net = Net(nnx.Rngs(0))
     under = apply_policy(net, "mixed_bfloat16")
     assert isinstance(under, Net) and type(under).__name__ == "Net"
-    assert set(result_dtypes(jax.make_jaxpr(lambda t: under.encode(t))(TOKENS))) == {"bfloat16"}
+    assert_contractions_in(lambda t: under.encode(t), TOKENS)
 
 
 def test_equal_rules_compile_once():
@@ -206,7 +213,7 @@ def test_recurrent_cells_run_in_half(kind):
     x = jax.random.normal(jax.random.key(0), (2, 5, 4))
     under = apply_policy(net, "mixed_bfloat16")
     np.testing.assert_allclose(under(x), net(x), atol=2**-4)
-    assert set(result_dtypes(jaxpr_of(under, x))) == {"bfloat16"}
+    assert_contractions_in(*pure(under), x)
 
 
 class Stacked(nnx.Module):
@@ -267,7 +274,7 @@ def test_a_shared_module_has_one_policy_and_one_parameter():
 def test_a_linen_module_inside_by_the_bridge():
     net = nnx.bridge.ToNNX(nn.Dense(3), nnx.Rngs(0)).lazy_init(jnp.ones((2, 4)))
     under = apply_policy(net, "mixed_bfloat16")
-    assert result_dtypes(jaxpr_of(under, jnp.ones((2, 4)))) == {"bfloat16": 1}
+    assert_contractions_in(*pure(under), jnp.ones((2, 4)))
 
 
 def test_it_trains_with_make_step_and_with_nnx_optimizer():
@@ -283,11 +290,11 @@ def test_it_trains_with_make_step_and_with_nnx_optimizer():
     stepper = jt.make_step(loss_fn, optax.adam(1e-2), loss_scale=jt.DynamicLossScale(2.0**12))
     train = stepper.init(params, model_state=state)
     losses = []
-    for _ in range(20):
-        train, info = stepper.step(train, IMAGES)
-        losses.append(float(info.loss))
+    with assert_one_compilation(stepper.step) as train_step:
+        for _ in range(20):
+            train, info = train_step(train, IMAGES)
+            losses.append(float(info.loss))
     assert losses[-1] < losses[0] - 0.3 and int(train.skipped) == 0
-    assert stepper.step._cache_size() == 1
 
     optimizer = nnx.Optimizer(under, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -322,7 +329,7 @@ def test_a_published_model_runs_unedited():
         np.testing.assert_allclose(got, want, atol=4 * TOLERANCE[policy])  # logits reach 3
         graph, params = nnx.split(under)
         grad = jax.grad(lambda p, g=graph: nnx.merge(g, p)(tokens)["logits"].sum())
-        assert set(result_dtypes(jax.make_jaxpr(grad)(params))) == {half.__name__}
+        assert_contractions_in(grad, params, dtype=half)
     paths = [row.path for row in explain(net, "mixed_bfloat16").rows]
     assert paths[0] == "" and any("mixer" in path for path in paths)
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
@@ -22,11 +21,3 @@ def bits(x: Any) -> np.ndarray:
 def every_pattern(dtype: Any) -> np.ndarray:
     """Return all bit patterns of a dtype of 8 or 16 bits, as unsigned integers."""
     return np.arange(2 ** (8 * np.dtype(dtype).itemsize)).astype(unsigned(dtype))
-
-
-def assert_same_bits(a: Any, b: Any) -> None:
-    """Assert that two pytrees have leaves of equal dtypes, shapes and bit patterns."""
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert (x.dtype, x.shape) == (y.dtype, y.shape)
-        assert x.tobytes() == y.tobytes()

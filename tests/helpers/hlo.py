@@ -1,26 +1,7 @@
-"""Reads the text of compiled programs: the dtypes of matrix products, custom calls, all-reduces."""
+"""Reads the text of compiled programs: custom calls and all-reduces."""
 
 import math
 import re
-
-_DEFINED = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = \(?([a-z]\w*)\[", re.MULTILINE)
-_PRODUCT = re.compile(
-    r"= \(?(\w+)\[[^=\n]* (?:dot\((?P<dot>[^)]*)\)"
-    r"|custom-call\((?P<call>[^)]*)\), custom_call_target=\"__cublas\$)",
-)
-
-
-def products(text):
-    """Return the operand dtypes of each matrix product of an optimised program.
-
-    A product is a `dot`, inside a Triton or cuDNN fusion too, or a call of cuBLAS.
-    """
-    dtypes = dict(_DEFINED.findall(text))
-    found = []
-    for match in _PRODUCT.finditer(text):
-        names = re.findall(r"%([\w.\-]+)", match["dot"] or match["call"])[:2]
-        found.append(tuple(dtypes[name] for name in names))
-    return found
 
 
 def custom_calls(text):

@@ -6,17 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_train._jaxpr.equations import placed_equations
+
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def equations(jaxpr):
     """Yield every equation of a jaxpr, those of its bodies included."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield eqn
-        for param in eqn.params.values():
-            for item in param if isinstance(param, (tuple, list)) else [param]:
-                if hasattr(item, "eqns") or hasattr(item, "jaxpr"):
-                    yield from equations(item)
+    return (eqn for eqn, _ in placed_equations(jaxpr))
 
 
 def operand_dtypes(fn, primitive, *args):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from make_gradscaler_trajectories import PATH
 
 import jmp_train as jt
+from jmp_train.testing import assert_same_bits
 
 TOP = 2**31 - 1
 normal = st.floats(2.0**-126, 2.0**127, width=32)
@@ -37,9 +38,7 @@ any_kind = dynamic | st.builds(jt.StaticLossScale, normal) | st.just(jt.NoOpLoss
 def test_every_loss_scale_comes_back_from_strict_json_to_the_bit(state):
     text = json.dumps(jt.loss_scales.loss_scale_to_dict(state), allow_nan=False)
     after = jt.loss_scales.loss_scale_from_dict(json.loads(text))
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
-        assert x.dtype == y.dtype and x.shape == () and x.tobytes() == y.tobytes()
+    assert_same_bits(after, state)
 
 
 def test_the_dict_holds_every_field_in_plain_numbers():

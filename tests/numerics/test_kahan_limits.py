@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.bits import assert_same_bits
 from helpers.marks import slow
 
 import jmp_train as jt
+from jmp_train.testing import assert_same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.bits import assert_same_bits
 from helpers.marks import slow
 
 import jmp_train as jt
+from jmp_train.testing import assert_same_bits
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-3),

@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from helpers.bits import assert_same_bits
 
 import jmp_train as jt
 from jmp_train.optim import LossScalingState
+from jmp_train.testing import assert_same_bits
 
 INF = jnp.float32(jnp.inf)
 

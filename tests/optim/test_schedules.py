@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jmp_train.optim import OptimizerConfig, make_optimizer, make_schedule
+from jmp_train.testing import assert_same_bits
 
 STEPS, WARMUP, PEAK = 200, 20, 0.3
 N = np.arange(STEPS + 1)
@@ -60,7 +61,7 @@ def test_default_settings_leave_older_schedules_bitwise_the_same(name, warmup):
         jnp.broadcast_to(jax.jit(s)(counts), counts.shape)
         for s in (make_schedule(config, STEPS), plain)
     )
-    assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    assert_same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("warmup,start", [(0, 0.3), (50, 0.25)])

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jmp_train as jt
+from jmp_train.testing import assert_one_compilation
 
 EXPLICIT = jax.make_mesh((8,), ("data",))
 AUTO = Mesh(EXPLICIT.devices, EXPLICIT.axis_names)
@@ -41,21 +42,6 @@ def gradients(params, batch):
 
 def put(tree, mesh, *spec):
     return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
-
-
-@contextlib.contextmanager
-def compilations():
-    """Lists the programs that XLA compiles; `_cache_size()` also counts arrays that differ in how
-    their sharding is written."""
-    found = []
-
-    def note(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(note)
 
 
 def compiled(micro_batches, policy="float32"):
@@ -143,10 +129,9 @@ def test_keys_and_model_state_beside_sharded_parameters_compile_once(mesh, raw):
         key=jax.random.PRNGKey(0) if raw else jax.random.key(0),
     )
     batch = put(batch, mesh, "data")
-    with compilations() as found:
+    with assert_one_compilation(stepper.step) as step:
         for _ in range(3):
-            state, _ = stepper.step(state, batch)
-    assert len(found) == 1
+            state, _ = step(state, batch)
 
 
 @MESHES
@@ -166,10 +151,10 @@ def test_the_second_step_on_sharded_parameters_compiles_nothing(mesh, policy, mi
     )
     state = stepper.init(put(params, mesh, "data"))
     batch = put(batch, mesh, "data")
-    with compilations() as found:
+    with assert_one_compilation(stepper.step) as step:
         for _ in range(3):
-            state, _ = stepper.step(state, batch)
-    assert len(found) == len(traced) == 1
+            state, _ = step(state, batch)
+    assert len(traced) == 1
     assert {len(x.sharding.device_set) for x in jax.tree.leaves(state)} == {8}
 
 
@@ -191,10 +176,9 @@ def test_the_state_keeps_its_sharding_with_every_optimizer(name, function):
     if function == "scan":
         batch = jax.tree.map(lambda x: jnp.stack([x, x]), batch)
     before = jax.tree.map(lambda x: x.sharding, state)
-    with compilations() as found:
+    with assert_one_compilation(getattr(stepper, function)) as step:
         for _ in range(3):
-            state, _ = getattr(stepper, function)(state, batch)
-    assert len(found) == 1
+            state, _ = step(state, batch)
     assert before == jax.tree.map(lambda x: x.sharding, state)
 
 
@@ -217,10 +201,9 @@ def test_parameters_sharded_in_several_ways_compile_once():
     state = stepper.init(params, model_state={"mean": jnp.zeros(16)}, key=jax.random.key(0))
     before = jax.tree.map(lambda x: x.sharding, state.params)
     batch = put(batch, TWO_AXES, "data")
-    with compilations() as found:
+    with assert_one_compilation(stepper.step) as step:
         for _ in range(3):
-            state, _ = stepper.step(state, batch)
-    assert len(found) == 1
+            state, _ = step(state, batch)
     after = jax.tree.map(lambda x: x.sharding, state.params)
     ranks = jax.tree.map(lambda x: x.ndim, state.params)
     assert all(
@@ -228,3 +211,13 @@ def test_parameters_sharded_in_several_ways_compile_once():
             jax.tree.map(lambda a, b, n: a.is_equivalent_to(b, n), before, after, ranks)
         )
     )
+
+
+def test_another_sharding_is_named_as_the_cause_of_a_compilation():
+    words = r"x/w: float32\[8\], on NamedSharding.*'data'.*, before float32\[8\], on NamedSharding"
+    with (
+        pytest.raises(AssertionError, match=words),
+        assert_one_compilation(jax.jit(lambda x: x["w"] * 2)) as fn,
+    ):
+        for spec in ((), ("data",)):
+            fn({"w": put(jnp.ones(8), AUTO, *spec)})

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jmp_train as jt
+from jmp_train.testing import assert_costs_nothing, assert_one_compilation
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16", "f16")
 
@@ -45,14 +46,13 @@ def host_copy(tree):
     return jax.tree.map(lambda x: np.array(x, copy=True), tree)
 
 
-def hand_written(opt):
-    @jax.jit
+def hand_written(opt, donate=()):
     def step(params, opt_state, batch):
         (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
         updates, opt_state = opt.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss, aux
 
-    return step
+    return jax.jit(step, donate_argnums=donate)
 
 
 def test_the_float32_step_computes_what_the_hand_written_one_does():
@@ -69,20 +69,20 @@ def test_the_float32_step_computes_what_the_hand_written_one_does():
 
 
 def test_the_float32_step_costs_what_the_hand_written_one_does():
-    # Within 1 % in FLOPs and in bytes; ours counts its steps as well.
+    # Within 1 % in FLOPs, bytes and memory; ours counts its steps as well.
     opt, params, batch = optimizer(), make_params(width=256), make_batch()
     stepper = jt.make_step(loss_fn, opt, "float32")
     state = stepper.init(params)
-    ours = stepper.step.lower(state, batch).compile().cost_analysis()
-    theirs = hand_written(opt).lower(params, opt.init(params), batch).compile().cost_analysis()
+    ours = stepper.step.lower(state, batch).compile()
+    theirs = hand_written(opt, donate=(0, 1)).lower(params, opt.init(params), batch).compile()
+    assert_costs_nothing(ours, theirs, rtol=0.01)
     # To skip, and to remember what was not finite, adds the check's pass over the gradients alone; a
     # select between old and new state would add 18 % of bytes.
     skipping = jt.make_step(loss_fn, opt, "float32", skip_nonfinite=True)
     state = skipping.init(params)
     skips = skipping.step.lower(state, batch).compile().cost_analysis()
     for key in ("flops", "bytes accessed"):
-        assert ours[key] == pytest.approx(theirs[key], rel=0.01), key
-        assert skips[key] < 1.03 * theirs[key], key
+        assert skips[key] < 1.03 * theirs.cost_analysis()[key], key
 
 
 def test_the_state_is_donated_and_the_callers_parameters_are_not():
@@ -220,11 +220,11 @@ def test_plain_numbers_in_the_model_state_are_arrays_to_the_step(micro_batches):
     stepper = jt.make_step(counting, optax.sgd(0.1), micro_batches=micro_batches)
     first = {"rate": 1.0, "steps": 0, "key": jax.random.key(0)}
     state = stepper.init(jnp.ones(2), model_state=first)
-    for _ in range(2):
-        state, _ = stepper.step(state, jnp.ones((2, 2)))
+    with assert_one_compilation(stepper.step) as step:
+        for _ in range(2):
+            state, _ = step(state, jnp.ones((2, 2)))
     assert (state.model_state["rate"], state.model_state["steps"]) == (0.5, 2 * micro_batches)
     assert state.model_state["rate"].dtype == jnp.float32
-    assert stepper.step._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -291,9 +291,9 @@ def test_nothing_is_traced_again_when_a_number_changes():
 
     stepper = jt.make_step(counted, optimizer(), "mixed_float16")
     state = stepper.init(make_params())
-    for batch in (make_batch(0), overflowing_batch(), make_batch(1), make_batch(2)):
-        state, _ = stepper.step(state, batch)
-    assert stepper.step._cache_size() == 1
+    with assert_one_compilation(stepper.step) as step:
+        for batch in (make_batch(0), overflowing_batch(), make_batch(1), make_batch(2)):
+            state, _ = step(state, batch)
 
 
 def test_grad_norm_is_the_unscaled_norm_before_clipping():
@@ -327,10 +327,10 @@ def test_scan_donates_its_state_and_compiles_once():
     stepper = jt.make_step(loss_fn, optimizer(), "mixed_float16")
     state = stepper.init(make_params())
     batches = jax.tree.map(lambda *x: jnp.stack(x), make_batch(0), make_batch(1))
-    second, _ = stepper.scan(state, batches)
-    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
-    stepper.scan(second, batches)
-    assert stepper.scan._cache_size() == 1
+    with assert_one_compilation(stepper.scan) as scan:
+        second, _ = scan(state, batches)
+        assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+        scan(second, batches)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bf16"])
@@ -340,9 +340,9 @@ def test_weakly_typed_parameters_compile_once(policy, weak):
         lambda params, batch: jnp.sum(params["w"] * batch), optax.adam(0.1), policy
     )
     state = stepper.init({"w": weak})
-    for _ in range(3):
-        state, _ = stepper.step(state, jnp.ones(3))
-    assert stepper.step._cache_size() == 1
+    with assert_one_compilation(stepper.step) as step:
+        for _ in range(3):
+            state, _ = step(state, jnp.ones(3))
 
 
 def test_the_batch_can_be_kept_in_its_dtype():

@@ -8,6 +8,7 @@ import pytest
 from optax import contrib
 
 import jmp_train as jt
+from jmp_train.testing import assert_one_compilation
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(32, 4)).astype(np.float32), RNG.normal(size=32).astype(np.float32)
@@ -54,9 +55,9 @@ def test_a_step_gives_optimizers_what_a_hand_written_loop_does(make, micro_batch
     steps = 6
     stepper = jt.make_step(loss_fn, make(), micro_batches=micro_batches)
     state = stepper.init(PARAMS)
-    for _ in range(steps):
-        state, _ = stepper.step(state, BATCH)
-    assert stepper.step._cache_size() == 1
+    with assert_one_compilation(stepper.step) as step:
+        for _ in range(steps):
+            state, _ = step(state, BATCH)
     # Another order of the sums over 32 examples; a line search amplifies it near the minimum.
     np.testing.assert_allclose(state.params["w"], by_hand(make(), steps), rtol=2e-4, atol=2e-6)
 

@@ -1,0 +1,226 @@
+"""Assertions on the dtypes that a program's operations run in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from jmp_train._autocast.op_rules import default_op_rules
+from jmp_train._jaxpr.compat import known_primitives
+from jmp_train.errors import nearest
+from jmp_train.numerics.dtypes import parse_dtype
+from jmp_train.testing.hlo import hlo_operations
+from jmp_train.testing.operations import Operation, Program, report, traced_operations
+from jmp_train.types import DTypeLike, PyTree
+
+# Matrix products, convolutions and attention: primitives, HLO operations and libraries' calls.
+_CONTRACTION = re.compile(
+    r"(dot_general|ragged_dot_general|conv_general_dilated"
+    r"|scaled_(dot|matmul)\w*|dot_product_attention_\w+"
+    r"|dot|ragged-dot|scaled-dot|convolution"
+    r"|__cublas\$(?!triangular).*|__cudnn\$(conv|fmha).*|__onednn\$(matmul|conv).*)"
+)
+
+#: Primitives that accumulate: a sum or a product of many numbers, whole, cumulative or scattered.
+REDUCTIONS = frozenset(
+    {
+        "cumlogsumexp", "cumprod", "cumsum", "reduce_prod", "reduce_sum", "reduce_window_sum",
+        "scatter-add", "scatter-mul", "scatter-sub", "select_and_scatter_add",
+    }
+)  # fmt: skip
+_HLO_REDUCTIONS = frozenset({"reduce", "reduce-window", "scatter", "select-and-scatter"})
+
+#: What only converts, names or moves arrays of a compiled program.
+_NOT_COMPUTED = frozenset(
+    {
+        "convert_element_type", "convert", "parameter", "constant", "tuple", "get-tuple-element",
+        "bitcast", "copy", "copy-start", "copy-done", "fusion", "call", "while", "conditional",
+    }
+)  # fmt: skip
+
+
+def assert_contractions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "bfloat16") -> None:
+    """Assert that every matrix product and convolution of floating numbers runs in a dtype.
+
+    Of a function, the program is what JAX traces, so the dtypes are those that the code asks for,
+    whatever the device. Loops, branches, `jit`, `remat`, the functions of custom derivatives and
+    Pallas kernels are entered. Derivative rules are in the program of the derivative, so pass
+    `jax.grad(loss)` to check them; the line of an operation in a rule may be that of the call.
+
+    Of a compiled program, the dtypes are those that the device multiplies in. XLA converts float16
+    and bfloat16 to float32 on most CPUs. Calls of cuBLAS, cuDNN and oneDNN are products too; the
+    kernels of other custom calls cannot be read.
+
+    A product runs in the dtypes of its two operands; the dtype that it accumulates in may be wider.
+    A `jax.lax.DotAlgorithmPreset` replaces them.
+
+    Args:
+      fn: a function, jitted or not; or a `jax.stages.Lowered` or `jax.stages.Compiled`.
+      *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`s in pytrees; none for a
+        lowered or compiled program.
+      dtype: a floating dtype or its name.
+
+    Raises:
+      AssertionError: if a contraction runs in another dtype, with a line for each of the first ten,
+        and if there is no contraction.
+      TypeError: if `fn` is neither a function nor a program.
+      ValueError: for an unknown dtype, and for arguments of a compiled program.
+
+    >>> import jax.numpy as jnp
+    >>> x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    >>> assert_contractions_in(lambda x: x.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16), x)
+    >>> assert_contractions_in(lambda x: x @ x, x, dtype="float32")
+    """
+    expected = parse_dtype(dtype).name
+    _assert_each(
+        "assert_contractions_in",
+        [op for op in _operations(fn, args) if _is_contraction(op)],
+        lambda op: _multiplied_in(op) <= {expected},
+        "contraction",
+        expected,
+    )
+
+
+def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32") -> None:
+    """Assert that every sum and product of many floating numbers is accumulated in a dtype.
+
+    These are `reduce_sum`, `reduce_prod`, `cumsum`, `cumprod`, `cumlogsumexp`, `reduce_window_sum`,
+    `scatter-add`, `-sub` and `-mul` (the gradient of an embedding), and `select_and_scatter_add`
+    (that of max pooling). A maximum is exact in any dtype and is not checked. Sums between devices
+    (`psum`) are not checked either, because their dtype is often chosen to be narrow, and neither
+    are products, which accumulate in float32 on most devices; see `assert_contractions_in`.
+
+    Args:
+      fn, *args: as for `assert_contractions_in`.
+      dtype: a floating dtype or its name.
+
+    Raises:
+      AssertionError: if a reduction runs in another dtype, and if there is none.
+      TypeError, ValueError: as `assert_contractions_in`.
+
+    >>> import jax.numpy as jnp
+    >>> half = jnp.ones(4, jnp.bfloat16)
+    >>> assert_reductions_in(jnp.sum, half)  # jnp.sum casts to float32, adds, and casts back
+    """
+    expected = parse_dtype(dtype).name
+    _assert_each(
+        "assert_reductions_in",
+        [op for op in _operations(fn, args) if _is_reduction(op)],
+        lambda op: _read(op) <= {expected},
+        "reduction",
+        expected,
+    )
+
+
+def assert_no_dtype(
+    fn: Program, *args: PyTree, dtype: DTypeLike = "float32", except_: Iterable[str] = ()
+) -> None:
+    """Assert that no operation of a program reads or returns a dtype, with exceptions.
+
+    Casts are not counted, so parameters may be stored in float32 and cast where they are used.
+
+    Args:
+      fn, *args: as for `assert_contractions_in`.
+      dtype: the floating dtype that is not expected, or its name.
+      except_: names of the operations that may have it, as a printed jaxpr shows them (`"exp"`,
+        `"reduce_sum"`). Of a compiled program, HLO names (`"exponential"`) match too.
+
+    Raises:
+      AssertionError: if an operation has the dtype, and if the program computes no floating number.
+      ValueError: for an unknown name in `except_`, with the nearest.
+      TypeError, ValueError: as `assert_contractions_in`.
+
+    >>> import jax.numpy as jnp
+    >>> half = jnp.ones(4, jnp.bfloat16)
+    >>> assert_no_dtype(lambda x: jnp.sum(x * x), half, except_=["reduce_sum"])
+    """
+    unexpected = parse_dtype(dtype).name
+    operations = [op for op in _operations(fn, args) if op.name not in _NOT_COMPUTED]
+    excepted = _parse_names(except_, operations)
+    floating = [op for op in operations if _read(op) | _written(op)]
+    if not floating:
+        raise _nothing("assert_no_dtype", "operation on floating numbers")
+    found = [
+        op
+        for op in floating
+        if unexpected in _read(op) | _written(op) and not excepted & {op.name, op.primitive}
+    ]
+    if found:
+        but = f" but in {', '.join(sorted(excepted))}" if excepted else ""
+        some = f"{len(found)} of {len(floating)} operations with it"
+        raise report("assert_no_dtype", f"no {unexpected}{but}", some, found)
+
+
+def _operations(program: Program, args: Sequence[PyTree]) -> list[Operation]:
+    if isinstance(program, (jax.stages.Lowered, jax.stages.Compiled)):
+        if args:
+            raise ValueError(
+                f"a lowered or compiled program has its arguments; expected none, got {len(args)}"
+            )
+        return hlo_operations(_text(program))
+    return traced_operations(program, args)
+
+
+def _text(program: jax.stages.Lowered | jax.stages.Compiled) -> str:
+    if isinstance(program, jax.stages.Compiled):
+        return program.as_text() or ""
+    hlo: Any = program.compiler_ir("hlo")
+    return hlo.as_hlo_module().to_string()  # `as_text` leaves out where operations were written
+
+
+def _is_contraction(op: Operation) -> bool:
+    return bool(_CONTRACTION.fullmatch(op.name) and _multiplied_in(op))
+
+
+def _is_reduction(op: Operation) -> bool:
+    accumulates = op.name in REDUCTIONS or (
+        op.name in _HLO_REDUCTIONS and bool(op.combines & {"add", "multiply"})
+    )
+    return accumulates and bool(_read(op))
+
+
+def _multiplied_in(op: Operation) -> set[str]:
+    if op.algorithm:
+        return {op.algorithm}
+    return {x.dtype for x in op.operands[:2] if x.is_floating}
+
+
+def _read(op: Operation) -> set[str]:
+    return {x.dtype for x in op.operands if x.is_floating}
+
+
+def _written(op: Operation) -> set[str]:
+    return {x.dtype for x in op.results if x.is_floating}
+
+
+def _assert_each(
+    assertion: str,
+    operations: Sequence[Operation],
+    runs: Callable[[Operation], bool],
+    kind: str,
+    expected: str,
+) -> None:
+    """Raise an AssertionError if there is no operation, or if one does not run as expected."""
+    if not operations:
+        raise _nothing(assertion, kind)
+    others = [op for op in operations if not runs(op)]
+    if others:
+        found = f"{len(others)} of {len(operations)} in another dtype"
+        raise report(assertion, f"every {kind} in {expected}", found, others)
+
+
+def _nothing(assertion: str, kind: str) -> AssertionError:
+    return AssertionError(f"{assertion} failed: found no {kind} to check in the program")
+
+
+def _parse_names(names: Iterable[str], operations: Sequence[Operation]) -> set[str]:
+    """Return the names, each of which a primitive of JAX or an operation of the program has."""
+    names = {names} if isinstance(names, str) else set(names)
+    valid = known_primitives() | {n for op in operations for n in (op.name, op.primitive) if n}
+    valid |= default_op_rules.float32 | default_op_rules.promote
+    for name in sorted(names - valid):
+        raise ValueError(f"unknown operation {name!r} in except_; {nearest(name, sorted(valid))}")
+    return names

@@ -1,0 +1,214 @@
+"""A function waits for no host, and costs what its reference does; both ways."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.experimental import io_callback
+
+import jmp_train as jt
+from jmp_train.testing import assert_costs_nothing, assert_no_host_sync
+
+X = jnp.ones((4, 4))
+
+
+def line_of(words):
+    """The number of the line of this file that has a comment."""
+    with open(__file__, encoding="utf8") as file:
+        return next(
+            n for n, line in enumerate(file, 1) if f"# {words}" in line and "line_of" not in line
+        )
+
+
+def with_rule(rule):
+    """A function whose derivative rule, not the function itself, runs `rule`."""
+
+    @jax.custom_vjp
+    def fn(x):
+        return jnp.sin(x)
+
+    fn.defvjp(lambda x: (fn(x), x), lambda x, ct: (rule(x) * ct,))
+    return lambda x: fn(x).sum()  # call of the rule
+
+
+def test_a_train_step_waits_for_no_host():
+    def loss_fn(params, batch):
+        return jnp.mean((batch @ params) ** 2)
+
+    stepper = jt.make_step(loss_fn, optax.adam(0.1), "mixed_float16")
+    assert_no_host_sync(stepper.step, stepper.init(X), X)
+    assert_no_host_sync(stepper.step, jax.eval_shape(stepper.init, X), X)
+
+
+def printed(x):
+    jax.debug.print("{}", x.sum())  # printed
+    return x
+
+
+def looked_up(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.sin, shape, x)  # looked up
+
+
+def counted(x):
+    io_callback(print, None, x)  # counted
+    return x
+
+
+CALLS = {
+    "printed": ("debug_print", printed),
+    "looked up": ("pure_callback", looked_up),
+    "counted": ("io_callback", counted),
+}
+WRAPS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "scan": lambda f: lambda x: lax.scan(lambda c, _: (f(c), None), x, None, length=2)[0],
+    "cond": lambda f: lambda x: lax.cond(x.sum() > 0, f, jnp.sin, x),
+    "remat": lambda f: jax.checkpoint(f),
+    "custom rule": lambda f: jax.grad(with_rule(f)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("words", CALLS)
+def test_a_callback_is_named_with_its_line(words, wrap):
+    name, fn = CALLS[words]
+    with pytest.raises(AssertionError, match="no call of the host") as caught:
+        assert_no_host_sync(WRAPS[wrap](fn), X)
+    assert f"{name}  " in str(caught.value)
+    line = line_of("call of the rule" if wrap == "custom rule" else words)
+    assert f"{__file__}:{line} (" in str(caught.value)
+
+
+def test_a_rule_that_does_not_run_is_not_checked():
+    assert_no_host_sync(with_rule(printed), X)
+
+
+def branches(x):
+    if x.sum() > 0:  # branches
+        return x
+    return -x
+
+
+def converts(x):
+    return x * np.asarray(x).max()  # converts
+
+
+def as_float(x):
+    return x * float(x.sum())  # as a float
+
+
+def indexes(x):
+    return x * [1.0, 2.0][x[0, 0].astype(int)]  # indexes
+
+
+def averages(x):
+    return x * np.median(x)  # averages
+
+
+READS = {
+    "branches": branches,
+    "converts": converts,
+    "as a float": as_float,
+    "indexes": indexes,
+    "averages": averages,
+}
+
+
+@pytest.mark.parametrize("wrap", ["plain", "jit", "scan", "custom rule"])
+@pytest.mark.parametrize("words", READS)
+def test_a_read_on_the_host_is_shown_with_its_line(words, wrap):
+    fn = READS[words]
+    with pytest.raises(AssertionError, match="no read of an array on the host") as caught:
+        assert_no_host_sync(WRAPS[wrap](fn), X)
+    assert f"{__file__}:{line_of(words)} ({fn.__name__})" in str(caught.value)
+
+
+def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch):
+    with pytest.raises(TypeError, match="dot_general"):
+        assert_no_host_sync(lambda x: x @ jnp.ones(3), X)
+
+    def out_of_memory(x):
+        if not isinstance(x, jax.core.Tracer):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return x
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+        assert_no_host_sync(out_of_memory, X)
+
+
+@pytest.mark.parametrize("donated", [False, True])
+def test_on_an_accelerator_it_also_runs_under_the_transfer_guard(monkeypatch, donated):
+    # Simulated: on a CPU, JAX never refuses a transfer. The read is of an array that is not traced.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    double = jax.jit(lambda x: x * 2, donate_argnums=0 if donated else ())
+    guards, refused = [], []
+
+    def fn(x):
+        guards.append(jax.config.jax_transfer_guard_device_to_host)
+        if refused and not isinstance(x, jax.core.Tracer):
+            raise jax.errors.JaxRuntimeError("Disallowed device-to-host transfer")  # refused
+        return double(x)
+
+    x = jnp.ones(3)
+    assert_no_host_sync(fn, x)
+    assert guards == [None, "disallow"] and not x.is_deleted()
+    assert_no_host_sync(fn, jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert guards == [None, "disallow", None]
+    refused.append(True)
+    with pytest.raises(AssertionError, match="no read of an array on the host") as caught:
+        assert_no_host_sync(fn, x)
+    assert f"{__file__}:{line_of('refused')} (fn)" in str(caught.value)
+
+
+@pytest.mark.parametrize("check", [assert_no_host_sync, lambda f: assert_costs_nothing(f, f)])
+def test_something_else_than_a_function_is_refused(check):
+    with pytest.raises(TypeError, match="expected a function or a compiled program, got int"):
+        check(3)
+
+
+def product(x):
+    return jnp.tanh(x @ x)
+
+
+def test_a_program_costs_what_it_costs():
+    assert_costs_nothing(product, jax.jit(lambda x: lax.tanh(jnp.dot(x, x))), X)
+    compiled = jax.jit(product).lower(X).compile()
+    assert_costs_nothing(compiled, product, jax.ShapeDtypeStruct(X.shape, X.dtype))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda x: jnp.tanh(x @ x @ x),
+        lambda x: lax.scan(lambda c, _: (c @ x, None), jnp.tanh(x @ x), None, length=3)[0],
+        lambda x: (
+            product(x) + jax.grad(lambda x: jnp.sum(lax.cond(x.sum() > 0, product, jnp.sin, x)))(x)
+        ),
+    ],
+    ids=["product", "scan", "cond_and_gradient"],
+)
+def test_more_work_is_shown_in_both_figures(more):
+    with pytest.raises(AssertionError, match="the cost of the reference") as caught:
+        assert_costs_nothing(more, product, X)
+    ours, theirs = (jax.jit(f).lower(X).compile().cost_analysis()["flops"] for f in (more, product))
+    assert f"FLOPs: {ours:,.0f}, reference {theirs:,.0f} ({ours / theirs - 1:+.2%})" in str(
+        caught.value
+    )
+
+
+def test_a_difference_within_the_tolerance_passes():
+    more = functools.partial(jnp.add, 1.0)
+    larger, smaller = jnp.ones(101), jnp.ones(100)
+    programs = [jax.jit(more).lower(x).compile() for x in (larger, smaller)]
+    assert_costs_nothing(*programs, rtol=0.02)
+    with pytest.raises(AssertionError, match=r"rtol=0.005"):
+        assert_costs_nothing(*programs, rtol=0.005)
+    with pytest.raises(ValueError, match="rtol is -1; expected 0 or more"):
+        assert_costs_nothing(*programs, rtol=-1)
