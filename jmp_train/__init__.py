@@ -25,7 +25,7 @@ from jmp_train.step.step import make_step
 from jmp_train.tree import all_finite, cast_to_full, cast_to_half, select_tree
 
 if TYPE_CHECKING:
-    from jmp_train import flax, tasks
+    from jmp_train import flax, tasks, testing
     from jmp_train.config.experiment import Experiment
     from jmp_train.data.data import Data
     from jmp_train.models.model import Model
@@ -70,6 +70,7 @@ __all__ = [
     "optim",
     "select_tree",
     "tasks",
+    "testing",
     "train",
     "value_and_grad",
     "with_precision",
@@ -94,7 +95,7 @@ def __getattr__(name: str) -> Any:
 
     if name == "__version__":
         return importlib.import_module("importlib.metadata").version("jmp-train")
-    if name in ("flax", "tasks"):
+    if name in ("flax", "tasks", "testing"):
         return importlib.import_module(f"jmp_train.{name}")
     if name in _LATER:
         return getattr(importlib.import_module(f"jmp_train.{_LATER[name]}"), name)

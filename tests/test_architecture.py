@@ -30,6 +30,7 @@ FLOORS = {
     "data": 7,
     "models": 7,
     "tasks": 8,
+    "testing": 8,
     "config": 9,
     "records": 8,
     "reports": 10,

@@ -53,17 +53,23 @@ def _operand_range(x: ReplayedValue) -> OperandRange:
     return OperandRange(array.dtype.name, float(low), float(high), x.argument, infinities, nans)
 
 
-def _module(
-    stack: str, operands: Iterable[OperandRange], reaches: tuple[str, ...], after: str
-) -> str:
-    scope = []
+def scope_of(stack: str) -> str:
+    """Return the module path in a name stack, without transforms and this package's scopes."""
+    scope: list[str] = []
     for name in re.sub(r"[\w<>]+\(|\)", "", stack).split("/"):
         ours = name.startswith(SCOPES)
         if name and not ours and name not in ("checkpoint", "rematted_computation", *scope[-1:]):
             scope.append(name)
+    return "/".join(scope)
+
+
+def _module(
+    stack: str, operands: Iterable[OperandRange], reaches: tuple[str, ...], after: str
+) -> str:
+    scope = scope_of(stack)
     read = [o.argument for o in operands if o.argument]
     if scope:
-        return "/".join(scope)
+        return scope
     if read:
         return read[-1]
     if len(reaches) == 1:

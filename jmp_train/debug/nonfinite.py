@@ -17,9 +17,9 @@ import numpy as np
 
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.compat import Operand
+from jmp_train._jaxpr.interpret import Place
 from jmp_train.debug.replay import Replay
 from jmp_train.debug.report import NonFiniteReport
-from jmp_train.debug.values import Place
 from jmp_train.tree import path_name
 from jmp_train.types import Function
 

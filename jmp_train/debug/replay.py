@@ -16,13 +16,13 @@ import numpy as np
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import bodies_of, body_names, construct_of
 from jmp_train._jaxpr.compat import Equation, Jaxpr, Operand
+from jmp_train._jaxpr.interpret import Place
 from jmp_train._jaxpr.walk import walk
 from jmp_train.debug.description import describe
 from jmp_train.debug.report import NonFiniteReport
 from jmp_train.debug.values import (
     Cause,
     Origin,
-    Place,
     ReplayedValue,
     has_nan,
     is_finite,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train._jaxpr.compat import Equation, Operand
+from jmp_train._jaxpr.interpret import Place
 from jmp_train.tree import all_finite
 
 
@@ -40,19 +41,6 @@ class ReplayedValue(NamedTuple):
     array: Operand
     causes: tuple[Cause, ...] = ()  # of its infinities and NaNs; none where it is finite
     argument: str = ""  # the argument that it is, at most cast or reshaped
-
-
-class Place(NamedTuple):
-    """The place of an equation: the bodies that contain it, and its name stack."""
-
-    path: tuple[str, ...] = ()
-    stack: str = ""
-
-    def inside(self, eqn: Equation, name: str) -> Place:
-        return Place((*self.path, name), self.stack_of(eqn))
-
-    def stack_of(self, eqn: Equation) -> str:
-        return f"{self.stack}/{eqn.source_info.name_stack}"
 
 
 _all_finite = jax.jit(all_finite)
