@@ -14,11 +14,10 @@ from jmp_train._autocast.traced import TracedFunction
 from jmp_train._autocast.transform import autocast
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.compat import Operand
-from jmp_train.numerics.dtypes import is_floating
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.testing.operations import worst_operation
-from jmp_train.testing.wide import as_numpy, as_received, results_in_float64, wide_dtype, widen
+from jmp_train.testing.wide import as_received, results_in_float64, wide_dtype, widen
 from jmp_train.tree import path_name
 from jmp_train.types import DTypeLike, Function
 
@@ -75,35 +74,50 @@ def assert_close_to_float64(
     """
     if (ulps is None) == (rtol is None):
         raise ValueError(f"ulps is {ulps} and rtol is {rtol}; expected one of the two")
-    compute = _compute_dtype(policy)
+    bound = Bound(ulps, rtol, _compute_dtype(policy))
     plain = TracedFunction(fn, args, {})
-    traced = plain if compute is None else TracedFunction(autocast(fn, compute), args, {})
-    run = jax.jit(
-        lambda *arrays: compat.eval_jaxpr(traced.closed.jaxpr, traced.closed.consts, *arrays)
-    )
+    traced = plain
+    if bound.compute is not None:
+        traced = TracedFunction(autocast(fn, bound.compute), args, {})
+    body = compat.body_of(traced.closed)
+    run = jax.jit(lambda *arrays: compat.eval_jaxpr(body.jaxpr, body.consts, *arrays))
     results = traced.rebuild(run(*map(as_received, traced.arrays)))
-    errors = [
-        _leaf_error(path, *leaves, compute, ulps, rtol)
-        for path, *leaves in _leaves(results, results_in_float64(plain))
-    ]
-    worst = max(errors, key=lambda error: error.error / max(error.bound, 1e-300), default=None)
-    if worst is None or worst.error <= worst.bound:
-        return
-    raise AssertionError(_message(worst, ulps is not None, traced))
+    found = _leaf_errors(results, results_in_float64(plain), bound)
+    failing = [leaf for leaf in found if leaf.error > leaf.bound]
+    if failing:
+        worst = max(failing, key=lambda leaf: leaf.error / leaf.unit)
+        raise AssertionError(_message(worst, bound, traced))
+
+
+class Bound(NamedTuple):
+    """The bound of the errors: in unit roundoffs or relative, and the policy's compute dtype."""
+
+    ulps: float | None
+    rtol: float | None
+    compute: np.dtype | None
+
+    def largest(self, unit: float) -> float:
+        """Return the largest error, relative, for a unit roundoff."""
+        return self.rtol if self.rtol is not None else (self.ulps or 0.0) * unit
+
+    def format_of(self, dtype: DTypeLike) -> np.dtype:
+        """Return the format whose unit roundoff bounds the errors of a floating or complex result."""
+        own = np.dtype(jnp.finfo(dtype).dtype)
+        return own if self.compute is None else max(own, self.compute, key=unit_roundoff)
 
 
 class LeafError(NamedTuple):
-    """The worst element of a result."""
+    """The worst element of a result; `error` is relative to `scale`."""
 
     path: str
-    leaf: int  # number of the leaf
-    index: tuple[int, ...]
+    number: int  # of the leaf
+    at: tuple[int, ...]
     value: Any
     reference: Any
-    error: float  # relative to `scale`
+    error: float
     scale: float
     bound: float
-    unit: float  # unit roundoff of the format
+    unit: float  # unit roundoff of the format; 1 for integers, booleans and keys
     format: str
 
 
@@ -125,44 +139,30 @@ def _compute_dtype(policy: Any) -> np.dtype | None:
     return whole.compute_dtype
 
 
-def _leaves(results: Any, references: Any) -> list[tuple[str, int, Operand, Operand]]:
-    """Return path, number, result and reference of each leaf that is an array."""
+def _leaf_errors(results: Any, references: Any, bound: Bound) -> list[LeafError]:
+    """Return the worst element of each leaf that is an array."""
     named = jax.tree_util.tree_leaves_with_path(results)
     pairs = zip(named, jax.tree.leaves(references), strict=True)
-    found = []
-    for n, ((path, result), reference) in enumerate(pairs):
-        if isinstance(result, jax.Array):
-            found.append((path_name(path) or "result", n, result, as_numpy(reference)))
-    return found
+    return [
+        _leaf_error(path_name(path) or "result", n, result, reference, bound)
+        for n, ((path, result), reference) in enumerate(pairs)
+        if isinstance(result, jax.Array) and result.size
+    ]
 
 
 def _leaf_error(
-    path: str,
-    leaf: int,
-    result: jax.Array,
-    reference: Operand,
-    compute: np.dtype | None,
-    ulps: float | None,
-    rtol: float | None,
+    path: str, number: int, result: jax.Array, reference: Operand, bound: Bound
 ) -> LeafError:
-    """Return the worst element of a leaf."""
     if wide_dtype(result.dtype) is None:
-        return _inequality(path, leaf, result, reference)
-    format_ = np.dtype(jnp.finfo(result.dtype).dtype)
-    if compute is not None:
-        format_ = max(format_, compute, key=unit_roundoff)
+        return _inequality(path, number, result, reference)
+    format_ = bound.format_of(result.dtype)
     unit = unit_roundoff(format_)
-    bound = rtol if ulps is None else ulps * unit
     values = np.asarray(widen(result))
-    if values.size == 0:
-        return LeafError(path, leaf, (), 0, 0, 0.0, 1.0, bound or 0.0, unit, format_.name)
     errors, scales = _relative_errors(values, reference)
-    index = np.unravel_index(int(np.argmax(errors)), values.shape)
-    place = tuple(int(i) for i in index)
-    return LeafError(
-        path, leaf, place, values[index], reference[index], float(errors[index]),
-        float(scales[index]), bound or 0.0, unit, format_.name,
-    )  # fmt: skip
+    at = _index_of_largest(errors)
+    error, scale = float(errors[at]), float(scales[at])
+    pair = values[at], reference[at]
+    return LeafError(path, number, at, *pair, error, scale, bound.largest(unit), unit, format_.name)
 
 
 def _relative_errors(values: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,42 +177,44 @@ def _relative_errors(values: np.ndarray, reference: np.ndarray) -> tuple[np.ndar
     return np.where(np.isnan(errors), math.inf, errors), scales
 
 
-def _inequality(path: str, leaf: int, result: jax.Array, reference: Operand) -> LeafError:
+def _inequality(path: str, number: int, result: Operand, reference: Operand) -> LeafError:
     """Return the first element in which integers, booleans or keys differ."""
+    name = result.dtype.name
     if jnp.issubdtype(result.dtype, jax.dtypes.extended):
         result, reference = jax.random.key_data(result), jax.random.key_data(reference)
     values, reference = np.asarray(result), np.asarray(reference)
     differ = values != reference
+    at = _index_of_largest(differ)
     error = math.inf if differ.any() else 0.0
-    index = np.unravel_index(int(np.argmax(differ)), differ.shape) if differ.size else ()
-    pair = (values[index], reference[index]) if differ.size else (0, 0)
-    place = tuple(int(i) for i in index)
-    return LeafError(path, leaf, place, *pair, error, 1.0, 0.0, 1.0, result.dtype.name)
+    return LeafError(path, number, at, values[at], reference[at], error, 1.0, 0.0, 1.0, name)
 
 
-def _message(worst: LeafError, in_ulps: bool, traced: TracedFunction) -> str:
-    at = f"{worst.path}[{', '.join(map(str, worst.index))}]" if worst.index else worst.path
-    found = f"{worst.value} instead of {worst.reference} at {at}"
-    if not is_floating(worst.format) and worst.unit == 1.0:
+def _index_of_largest(x: np.ndarray) -> tuple[int, ...]:
+    return tuple(map(int, np.unravel_index(int(np.argmax(x)), x.shape)))
+
+
+def _message(worst: LeafError, bound: Bound, traced: TracedFunction) -> str:
+    place = f"{worst.path}[{', '.join(map(str, worst.at))}]" if worst.at else worst.path
+    found = f"{worst.value} instead of {worst.reference} at {place}"
+    if worst.unit == 1.0:
         return f"assert_close_to_float64: expected equal {worst.format}; found {found}"
-    show = lambda error: (
-        f"{error / worst.unit:.3g} u of {worst.format} (u = {worst.unit:.3g})"
-        if in_ulps
-        else f"{error:.3g}"
-    )
+
+    def show(error: float) -> str:
+        return f"{error:.3g}" if bound.ulps is None else f"{error / worst.unit:.3g} u"
+
+    unit = "" if bound.ulps is None else f" (u = {worst.unit:.3g}, of {worst.format})"
     message = (
-        f"assert_close_to_float64: expected errors of at most {show(worst.bound)}; "
+        f"assert_close_to_float64: expected errors of at most {show(worst.bound)}{unit}; "
         f"found {show(worst.error)}: {found}"
     )
     operation = worst_operation(traced, lambda outs: _element(traced, outs, worst))
     if operation is None:
         return message
     moved = operation.effect / worst.scale if worst.scale else math.inf
-    return (
-        f"{message}. Worst operation: {operation.description}; its errors alone make {show(moved)}"
-    )
+    alone = f"its rounding errors alone make {show(moved)}"
+    return f"{message}. Worst operation: {operation.description}; {alone}"
 
 
 def _element(traced: TracedFunction, outs: Sequence[Operand], worst: LeafError) -> float:
-    leaf = jax.tree.leaves(traced.rebuild(outs))[worst.leaf]
-    return np.asarray(leaf)[worst.index]
+    leaf = jax.tree.leaves(traced.rebuild(outs))[worst.number]
+    return np.asarray(leaf)[worst.at]

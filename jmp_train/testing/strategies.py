@@ -75,7 +75,7 @@ def special_values(dtype: DTypeLike) -> SearchStrategy[Any]:
       ImportError: without hypothesis.
 
     >>> from hypothesis import find
-    >>> find(special_values("float32"), lambda x: 1 < x < 1.001)
+    >>> find(special_values("float32"), lambda x: 1 < x < 1.0001)
     np.float32(1.0000001)
     """
     st, dtype = _hypothesis(), parse_dtype(dtype)

@@ -77,7 +77,8 @@ class _Method:
         from absl.testing import parameterized
 
         cases = [{"testcase_name": f"_{_identifier(name)}", "policy": name} for name in self._names]
-        return iter(parameterized.named_parameters(*cases)(self._test))
+        tests: Any = parameterized.named_parameters(*cases)(self._test)
+        return iter(tests)
 
     def __set_name__(self, owner: type, name: str) -> None:
         import unittest

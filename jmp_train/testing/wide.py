@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._jaxpr import compat
@@ -47,10 +48,7 @@ def results_in_float64(traced: TracedFunction) -> PyTree:
     Floating results are NumPy arrays in float64, complex ones in complex128; all others are in the
     dtypes that they were written in.
     """
-    body = compat.body_of(traced.closed)
-    interpreter = Interpreter(
-        lambda eqn, operands, _: bind_wide(eqn, operands), widen, stepwise=False
-    )
+    body, interpreter = compat.body_of(traced.closed), _interpreter()
     arrays = [as_received(x) for x in traced.arrays]
     with jax.enable_x64(True):
         run = jax.jit(lambda *args: interpreter.run(body, args))
@@ -63,6 +61,8 @@ def bind_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
     with compat.context_of(eqn):
         if name == "reduce_precision":
             return list(operands)
+        if name == "custom_linear_solve":
+            return _solve_wide(params, operands)
         if name in _AS_WRITTEN or _has_body(params):
             narrow = [_as_traced(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [widen(out) for out in compat.bind(eqn.primitive, narrow, params)]
@@ -72,13 +72,26 @@ def bind_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
         return compat.bind(eqn.primitive, operands, wide)
 
 
+def _interpreter() -> Interpreter:
+    return Interpreter(lambda eqn, operands, _: bind_wide(eqn, operands), widen, stepwise=False)
+
+
+def _solve_wide(params: dict[str, Any], operands: Sequence[Operand]) -> list[Operand]:
+    """Solve a linear system: the operands are constants of four functions, then right-hand sides."""
+    lengths, solve = params["const_lengths"], params["jaxprs"].solve
+    start = lengths.matvec + lengths.vecmat
+    right = operands[sum(lengths) :]
+    constants = operands[start : start + lengths.solve]
+    return _interpreter().run(compat.body_of(solve), [*constants, *right])
+
+
 def widen(x: Operand) -> Operand:
     """Return an array in float64 or complex128 where it is floating or complex, exactly."""
     dtype = wide_dtype(getattr(x, "dtype", None))
     if dtype is None or x.dtype == dtype:
         return x
     # NumPy converts subnormal numbers too; XLA may flush them.
-    return x.astype(dtype) if isinstance(x, jax.core.Tracer) else np.asarray(x).astype(dtype)
+    return x.astype(dtype) if isinstance(x, Tracer) else np.asarray(x).astype(dtype)
 
 
 def wide_dtype(dtype: Any) -> np.dtype | None:
