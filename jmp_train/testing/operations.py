@@ -18,7 +18,7 @@ from jmp_train._autocast.traced import TracedFunction
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train._jaxpr.interpret import Interpreter, Place
-from jmp_train._jaxpr.source import user_line
+from jmp_train._jaxpr.source import own_line
 from jmp_train.debug.description import scope_of
 from jmp_train.numerics.dtypes import is_floating
 from jmp_train.testing.wide import as_received, bind_wide, widen
@@ -45,7 +45,8 @@ class WorstOperation(NamedTuple):
 def describe(eqn: Equation, place: Place, dtype: str) -> str:
     """Return `"reduce_sum in bfloat16 (scan of encoder/dense; model.py:12 (loss))"`."""
     where = " of ".join(filter(None, ("/".join(place.path), scope_of(place.stack_of(eqn)))))
-    return f"{eqn.primitive.name} in {dtype} ({'; '.join(filter(None, (where, user_line(eqn))))})"
+    details = "; ".join(filter(None, (where, own_line(eqn))))
+    return f"{eqn.primitive.name} in {dtype}" + (f" ({details})" if details else "")
 
 
 def observe(traced: TracedFunction, hook: Hook) -> list[Operand]:

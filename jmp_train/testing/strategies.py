@@ -89,9 +89,10 @@ def special_array(dtype: DTypeLike) -> np.ndarray:
     normal, tiny = float(info.smallest_normal), float(info.smallest_subnormal)
     eps = float(info.eps)
     numbers = [0.0, 1.0, 1 + eps, 1 - eps / 2, float(info.max), normal, normal - tiny, tiny]
-    numbers += [x for x in _ties() if float(np.asarray(x).astype(dtype)) == x]
-    values = np.array(list(dict.fromkeys(numbers)), dtype)
-    return np.concatenate([values, -values, _not_finite(dtype)])
+    with np.errstate(all="ignore"):
+        numbers += [x for x in _ties() if float(np.asarray(x).astype(dtype)) == x]
+        values = np.array(list(dict.fromkeys(numbers)), dtype)
+        return np.concatenate([values, -values, _not_finite(dtype)])
 
 
 def arrays(
