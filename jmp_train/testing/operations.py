@@ -2,7 +2,8 @@
 
 The error of an operation alone is the difference between its result and the float64 result of the
 same operation on the same operands. To rank operations by what these errors do to the result, the
-program runs in float64 with the errors of one operation added, and again for each operation.
+program runs in float64 with the errors of one operation added, and again for each operation. This
+needs no derivatives, so it also works where the program branches, sorts or saturates.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jmp_train.numerics.dtypes import is_floating
 from jmp_train.testing.wide import as_received, bind_wide, widen
 
 #: Operations whose effect on the result is computed: those with the largest relative errors.
-CANDIDATES = 64
+CANDIDATES = 32
 
 Hook = Callable[[Equation, list[Operand], list[Operand], Place], None]
 Key = tuple[int, Place]  # an equation and its place: a jitted function that is called twice has two

@@ -58,7 +58,7 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -
             largest, limit = float(np.abs(wide()[lost]).max()), float(jnp.finfo(dtype).max)
             raise AssertionError(
                 f"assert_no_overflow: expected values within {dtype.name} (largest {limit:.5g}); "
-                f"found {largest:.4g} and {int(lost.sum())} of {low.size} values lost in {operation()}"
+                f"found {largest:.4g} ({int(lost.sum())} of {low.size} values overflow) in {operation()}"
             )
 
     _check_each(fn, args, dtype, check)
