@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train.testing import assert_gradients_close
 
 RNG = np.random.default_rng(0)
@@ -33,7 +34,7 @@ def rows(message):
     return {name: tuple(map(float, numbers)) for name, *numbers in cells}
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "bfloat16"])
+@testing.policies("float32", "mixed_float16", "mixed_bfloat16", "bfloat16")
 def test_a_sound_loss_passes_with_the_default_bounds(policy):
     assert_gradients_close(loss_fn, PARAMS, BATCH, policy=policy)
 

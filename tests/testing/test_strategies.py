@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, find, given, settings
 from hypothesis import strategies as st
 
 from jmp_train.testing import strategies
-from jmp_train.tree import cast_floating
 
 FORMATS = {
     name: np.dtype(getattr(ml_dtypes, name, None) or name)
@@ -149,15 +148,6 @@ def test_trees_have_mixed_dtypes_in_nested_containers():
     assert {type(tree) for tree in trees} >= {dict, list, tuple}
     only = drawn(strategies.trees(("float16",), others=False), 100)
     assert {x.dtype.name for tree in only for x in jax.tree.leaves(tree)} == {"float16"}
-
-
-@quiet
-@given(strategies.trees())
-def test_a_cast_keeps_what_is_not_floating(tree):
-    done = cast_floating(tree, "bfloat16")
-    assert jax.tree.structure(done) == jax.tree.structure(tree)
-    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(done), strict=True):
-        assert y is x if x.dtype.kind in "iub" else y.dtype == ml_dtypes.bfloat16
 
 
 @pytest.mark.parametrize("strategy", [strategies.floats, strategies.special_values])
