@@ -19,7 +19,7 @@ from jmp_train._autocast.traced import TracedFunction
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train._jaxpr.interpret import Interpreter
-from jmp_train._jaxpr.scatters import SCATTERS, scatter
+from jmp_train._jaxpr.scatters import SCATTERS, applies_function, scatter
 from jmp_train.types import PyTree
 
 _DTYPE_PARAMETERS = ("dtype", "new_dtype", "preferred_element_type")
@@ -61,13 +61,13 @@ def bind_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
     with compat.context_of(eqn):
         if name == "reduce_precision":
             return list(operands)
+        if name in SCATTERS and not applies_function(eqn):
+            return [scatter(eqn, *operands)]
         if name == "custom_linear_solve":
             return _solve_wide(params, operands)
         if name in _AS_WRITTEN or _has_body(params):
             narrow = [_as_traced(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [widen(out) for out in compat.bind(eqn.primitive, narrow, params)]
-        if name in SCATTERS:
-            return [scatter(eqn, *operands)]
         wide = {key: _wide_parameter(key, value) for key, value in params.items()}
         return compat.bind(eqn.primitive, operands, wide)
 

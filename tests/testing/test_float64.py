@@ -98,6 +98,15 @@ def test_the_operation_that_loses_most_is_named():
     assert f"{__file__}:{line} (" in message
 
 
+def test_operations_are_ranked_by_their_effect_on_the_result():
+    def fn(x):  # bfloat16 has the larger error, and hardly any effect
+        low = x.astype(jnp.bfloat16).astype(jnp.float32)
+        return low * 1e-6 + x.astype(jnp.float16).astype(jnp.float32)
+
+    message = failure(fn, X, ulps=64)
+    assert "Worst operation: convert_element_type in float16 (" in message
+
+
 def test_the_worst_operation_inside_a_loop_is_named():
     def total(x):
         return jax.lax.scan(lambda c, v: (c + v, None), jnp.bfloat16(0), x)[0]

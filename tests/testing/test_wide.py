@@ -88,8 +88,14 @@ PROGRAMS = {
     "custom_vjp": (lambda x: straight_through(x) / 3, np.round(XW * 4) / 12),
     "rule of custom_jvp": (jax.grad(lambda x: square(x).sum()), 3 * XW),
     "rule of custom_vjp": (jax.grad(lambda x: straight_through(x).sum()), XW / 3),
-    "scatter": (lambda x: jnp.zeros(6).at[jnp.array([1, 1, 3])].add(x[0, :3]),
-                np.array([0, XW[0, 0] + XW[0, 1], 0, XW[0, 2], 0, 0])),
+    "scatter-add": (lambda x: (x / 3).at[jnp.array([1, 1, 3])].add(x[:3] / 7),
+                    XW / 3 + sum(np.eye(6)[:, [i]] * XW[j] / 7 for j, i in enumerate((1, 1, 3)))),
+    "scatter-mul": (lambda x: (x / 3).at[1].multiply(x[2]),
+                    np.where(np.arange(6)[:, None] == 1, XW / 3 * XW[2], XW / 3)),
+    "scatter": (lambda x: (x / 3).at[1].set(x[2] / 7),
+                np.where(np.arange(6)[:, None] == 1, XW[2] / 7, XW / 3)),
+    "gradient of gather": (jax.grad(lambda x: jnp.sum(x[jnp.array([2, 2])] ** 3) / 3),
+                           np.where(np.arange(6)[:, None] == 2, 2 * XW**2, 0)),
     "gather and sort": (lambda x: jnp.sort(x[jnp.array([2, 0])] / 3), np.sort(XW[[2, 0]] / 3)),
     "cumsum": (lambda x: jnp.cumsum(x / 3, 1), np.cumsum(XW / 3, 1)),
     "convolution": (convolution, windows(XW)),
@@ -156,6 +162,12 @@ def test_a_callback_receives_what_it_was_written_for():
     call = functools.partial(jax.pure_callback, root, jax.ShapeDtypeStruct((2,), jnp.float32))
     got = wide(lambda x: call(x) / 3, np.array([4, 9], np.float32))
     np.testing.assert_allclose(got, [2 / 3, 1], rtol=1e-15)
+
+
+def test_a_function_applied_to_elements_stays():
+    got = wide(lambda x: x.at[0].apply(jnp.sin), X)
+    np.testing.assert_allclose(got[0], np.sin(XW[0]), rtol=1e-6)  # it runs in float32
+    np.testing.assert_array_equal(got[1:], XW[1:])
 
 
 def test_subnormal_arguments_are_not_flushed():
