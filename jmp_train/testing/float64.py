@@ -33,8 +33,9 @@ def assert_close_to_float64(
 
     The function runs jitted. The reference is the function as written, with float64 in place of
     every floating dtype of its program: `astype(float32)`, `preferred_element_type`, constants and
-    derivative rules narrow nothing. Random numbers are those of the program. The process keeps its
-    setting of `jax_enable_x64`.
+    derivative rules narrow nothing. What the program was given stays: random numbers, and the value of
+    a constant (0.1 in a float32 program is 0.100000001). The process keeps its setting of
+    `jax_enable_x64`.
 
     For each element of a floating result,
 

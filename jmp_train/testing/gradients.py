@@ -56,7 +56,8 @@ def assert_gradients_close(
       loss_fn: `loss_fn(params, batch, *args)`, as `value_and_grad` takes it.
       params: pytree of floating arrays.
       *batch_args: the batch, and further arguments.
-      policy: an argument of `get_precision`.
+      policy: an argument of `get_precision`. With None, for a loss function that casts by itself or
+        runs under `autocast`, u is that of float32; give bounds then.
       cosine: smallest cosine of a leaf.
       rtol: largest relative error of a leaf, in the Euclidean norm.
       has_aux: whether `loss_fn` returns `(loss, aux)`.

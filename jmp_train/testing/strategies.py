@@ -47,10 +47,8 @@ def floats(dtype: DTypeLike, *, subnormal: bool = True) -> SearchStrategy[Any]:
     low = least - digits if subnormal else least
 
     def number(exponent: int, sign: int, fraction: int) -> Any:
-        kept = min(digits, exponent - (least - digits))  # a subnormal number has fewer digits
-        significand = (1 << kept) + (fraction >> (digits - kept))
-        value = min(math.ldexp(significand, exponent - kept), largest)
-        return np.asarray(sign * value).astype(dtype)[()]
+        value = min(math.ldexp((1 << digits) + fraction, exponent - digits), largest)
+        return np.asarray(sign * value).astype(dtype)[()]  # a subnormal number is rounded
 
     exponents = st.integers(low, math.frexp(largest)[1] - 1)
     return st.builds(number, exponents, st.sampled_from([1, -1]), st.integers(0, 2**digits - 1))
