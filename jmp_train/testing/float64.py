@@ -61,8 +61,9 @@ def assert_close_to_float64(
         (found by running the program operation by operation, which takes longer).
       ValueError: for an unknown policy, rules, or not exactly one bound.
 
-    Operations that JAX does not describe (Pallas kernels, callbacks, foreign functions) and
-    `shard_map` run in their own dtypes in the reference too.
+    Float32 products on a GPU may be in TF32, which fails a bound for float32; compare them under
+    `jax.default_matmul_precision("highest")`. Operations that JAX does not describe (Pallas kernels,
+    callbacks, foreign functions) and `shard_map` run in their own dtypes in the reference too.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.linspace(0, 1, 100)
