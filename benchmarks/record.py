@@ -11,18 +11,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from rich.console import Console
-from scipy import stats
 
 from jmp_train.records.metrics import write_json
 from jmp_train.runs.compare import compare, markdown_table
+from jmp_train.testing.training import equivalence
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jmp-train", "jax", "jaxlib", "flax", "optax", "jmp", "jaxamp")
@@ -50,32 +49,6 @@ def interleaved(
     return {
         name: {"median": statistics.median(s), "min": min(s), "max": max(s)}
         for name, s in seconds.items()
-    }
-
-
-def equivalence(
-    ours: Sequence[float], reference: Sequence[float], *, margin: float
-) -> dict[str, Any]:
-    """Two one-sided paired t-tests at 5 % (Schuirmann 1987): are two means within a margin?
-
-    Args:
-      ours: one value a seed.
-      reference: those of the same seeds.
-      margin: what difference does not matter; set it before the first run.
-
-    Returns:
-      `difference` (the mean), `low` and `high` (its 90 % confidence interval), `equivalent`
-      (whether that lies within the margin).
-    """
-    difference = np.subtract(ours, reference)
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    reach = stats.t.ppf(0.95, len(difference) - 1) * error
-    low, high = difference.mean() - reach, difference.mean() + reach
-    return {
-        "difference": float(difference.mean()),
-        "low": float(low),
-        "high": float(high),
-        "equivalent": bool(-margin < low and high < margin),
     }
 
 
@@ -151,7 +124,7 @@ def keep_comparison(
         first, *others = rows
         for label in others if options.seeds > 1 else ():
             values = (rows[row][metric]["values"] for row in (label, first))
-            found = equivalence(*values, margin=margin)
+            found = equivalence(*values, margin=margin)._asdict()
             rows[label] |= {"against": first, "equivalence": found}
             print(
                 f"{label} - {first}: {metric} {found['difference']:+.4f}, 90 % interval "

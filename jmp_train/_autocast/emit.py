@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax import lax
-
 from jmp_train._autocast.kinds import Kind, kind_of_aval
 from jmp_train._autocast.operands import OperandGroups, Operands
 from jmp_train._autocast.planner import Planner
@@ -19,6 +17,7 @@ from jmp_train._autocast.values import Value, array_of_kind, exact_array, value_
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import CONSTRUCTS
 from jmp_train._jaxpr.compat import Equation, Operand
+from jmp_train._jaxpr.scatters import SCATTERS, scatter
 from jmp_train._jaxpr.walk import walk
 from jmp_train.types import Function
 
@@ -57,8 +56,8 @@ class Emitter:
             v.get(d) if d and isinstance(v, Value) else exact_array(v)
             for v, d in zip(values, op.operand_dtypes, strict=True)
         ]
-        if name in _SCATTERS and args[0].dtype != op.eqn.invars[0].aval.dtype:
-            outs = [_scatter(op.eqn, *args)]
+        if name in SCATTERS and args[0].dtype != op.eqn.invars[0].aval.dtype:
+            outs = [scatter(op.eqn, *args)]
         else:
             outs = compat.bind(op.eqn.primitive, args, op.params or op.eqn.params)
         return [value_of(kind, out) for kind, out in zip(op.outs, outs, strict=True)]
@@ -109,25 +108,3 @@ def _author_cast(op: OpPlan, value: Operand) -> Any:
     arg = value.get(dtype) if dtype and isinstance(value, Value) else exact_array(value)
     out = compat.bind(op.eqn.primitive, [arg], op.eqn.params)[0]
     return value_of(kind, out)
-
-
-_SCATTERS = {
-    "scatter": lax.scatter,
-    "scatter-add": lax.scatter_add,
-    "scatter-max": lax.scatter_max,
-    "scatter-min": lax.scatter_min,
-    "scatter-mul": lax.scatter_mul,
-    "scatter-sub": lax.scatter_sub,
-}
-
-
-def _scatter(eqn: Equation, operand: Operand, indices: Any, updates: Any) -> Any:
-    """Scatter in another dtype: the equation's parameters have a computation in the traced one."""
-    names = ("indices_are_sorted", "unique_indices", "mode")
-    return _SCATTERS[eqn.primitive.name](
-        operand,
-        indices,
-        updates,
-        eqn.params["dimension_numbers"],
-        **{name: eqn.params[name] for name in names},
-    )

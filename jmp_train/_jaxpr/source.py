@@ -32,10 +32,15 @@ def user_line(eqn: Equation) -> str:
     Frames of Python's standard library, NumPy, JAX, Flax, Optax and this package's machinery are passed
     over. Where no other frame exists, the line is that of `source_line`.
     """
+    return own_line(eqn) or source_line(eqn)
+
+
+def own_line(eqn: Equation) -> str:
+    """Return the user's line as `user_line` does, '' where no frame is the user's."""
     for frame in getattr(eqn.source_info.traceback, "frames", ()):
         if not is_library(frame.file_name):
             return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return source_line(eqn)
+    return ""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -157,7 +157,7 @@ class _OwnData(Configured):
             return None
 
         def apply(batch: Any) -> Batch:
-            arrays = check_example(batch, "the input", "a dict of arrays")
+            arrays: Any = check_example(batch, "the input", "a dict of arrays")
             check_leading_axes(arrays, "the input")
             count = len(next(iter(arrays.values())))
             if count == 0:

@@ -258,6 +258,14 @@ def test_other_operations_follow_their_half_operand(name):
     np.testing.assert_allclose(f(x), want, rtol=6 * BF16_EPS, atol=6 * BF16_EPS)
 
 
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_a_scatter_applies_its_function_to_a_half_operand(half):
+    x = rounded((4, 6))
+    got = jt.autocast(through_product(lambda x: x.at[1].apply(jnp.sin)), half)(x)
+    want = np.r_[x[:1], np.sin(x[1:2]), x[2:]]
+    np.testing.assert_allclose(got, want, rtol=BF16_EPS, atol=BF16_EPS)
+
+
 @pytest.mark.parametrize("name", sorted(PROMOTE_OPS))
 def test_operations_on_float32_alone_stay_in_float32(name):
     x = jnp.asarray(rounded((4, 6)))

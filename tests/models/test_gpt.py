@@ -12,6 +12,8 @@ from flax import nnx
 from helpers.programs import equations
 
 import jmp_train as jt
+from jmp_train import testing
+from jmp_train._autocast.traced import TracedFunction
 from jmp_train.config.find import find_experiment
 from jmp_train.models.model import construct
 from jmp_train.optim.optimizers import make_optimizer
@@ -19,6 +21,7 @@ from jmp_train.policy.precision import get_precision
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
 from jmp_train.testing import assert_contractions_in
+from jmp_train.testing.wide import results_in_float64
 from tests.helpers.models import gpt
 from tests.models.test_attention import attention_in_float64, rotary_by_complex_numbers
 
@@ -91,6 +94,24 @@ def test_scanned_blocks_give_the_logits_and_losses_of_the_float64_model(params, 
     exact = -np.take_along_axis(log_softmax(exact[:, :-1]), TOKENS[:, 1:, None].astype(int), 2)
     np.testing.assert_allclose(metrics["loss"], exact[..., 0], rtol=2e-5, atol=1e-4)
     np.testing.assert_allclose(metrics["bits_per_byte"], exact[..., 0] / np.log(2), rtol=1e-4)
+
+
+def test_the_float64_reference_of_the_assertions_is_that_of_numpy(model, params):
+    traced = TracedFunction(
+        lambda p, tokens: nnx.merge(model, p).logits(tokens), (params, TOKENS), {}
+    )
+    exact = logits_in_float64(params, TOKENS)
+    # The program's constants, such as the base of the rotary frequencies, are in float32.
+    np.testing.assert_allclose(results_in_float64(traced), exact, atol=1e-7 * np.abs(exact).max())
+
+
+@pytest.mark.slow
+@testing.policies("float32", "mixed_float16", "mixed_bfloat16")
+def test_gradients_are_those_of_float64(policy):
+    params = task_of().init(jax.random.key(0))[0]
+    loss_fn = lambda params, batch: task_of(policy).loss_fn(params, batch)[0]
+    with jax.default_matmul_precision("highest" if policy == "float32" else None):
+        testing.assert_gradients_close(loss_fn, params, BATCH, policy=policy)
 
 
 def test_a_later_byte_leaves_earlier_logits_bitwise_the_same(logits):

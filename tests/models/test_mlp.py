@@ -11,6 +11,7 @@ from flax import nnx
 from helpers.marks import first_quick
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train.data import DigitsConfig
 from jmp_train.models import Mlp
 from jmp_train.tasks import make_task
@@ -19,7 +20,7 @@ from tests.helpers.models import mlp
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@testing.policies(*POLICIES)
 def test_parameters_and_output_have_the_policys_dtypes(policy):
     policy = jt.get_policy(policy)
     dtypes = {"dtype": policy.compute_dtype, "param_dtype": policy.param_dtype}

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from helpers.bits import bits as patterns
 from helpers.bits import every_pattern, unsigned
+from hypothesis import given, settings
 
 import jmp_train as jt
 from jmp_train.numerics.rounding import add_float32, to_float32
+from jmp_train.testing import strategies
 
 FORMATS = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -33,6 +35,11 @@ def finite_values(name):
     count = 2 ** (8 * dtype.itemsize - 1)
     values = np.arange(count).astype(unsigned(dtype)).view(dtype).astype(np.float32)
     return values[np.isfinite(values)]
+
+
+ANY_FLOAT32 = strategies.floats("float32") | strategies.special_values("float32")
+numbers = strategies.arrays("float32", (16,), elements=ANY_FLOAT32)
+examples = settings(max_examples=60, deadline=None)
 
 
 def random_patterns(count, seed=0):
@@ -90,6 +97,15 @@ def test_split_and_join_are_inverse_for_all_high_halves_and_the_low_ones_that_ma
     bits = (high[:, None] | np.array(sorted(low), np.uint32)).reshape(-1)
     assert bits.size > 10**7
     check_split(bits)
+
+
+@examples
+@given(numbers)
+def test_split_and_join_are_inverse_at_every_exponent_and_special_value(x):
+    joined = np.asarray(join(*split(x)))
+    nan = np.isnan(x)
+    np.testing.assert_array_equal(patterns(joined)[~nan], patterns(x)[~nan])
+    assert np.isnan(joined[nan]).all()
 
 
 @pytest.mark.slow

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 import jmp_train as jt
 from jmp_train.policy.policy import POLICY_NAMES
+from jmp_train.testing import strategies
 from jmp_train.tree import cast_floating
 
 HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 FORMATS = ("float16", "bfloat16", "float32", "float64", *FLOAT8)
 PATTERNS = np.arange(2**16, dtype=np.uint16)
+ANY_FLOAT32 = strategies.floats("float32") | strategies.special_values("float32")
 with_and_without_jit: Any = partial(chex.variants, with_jit=True, without_jit=True)
 everywhere: Any = partial(with_and_without_jit, with_device=True, without_device=True)
 
@@ -103,13 +105,25 @@ class CastTest(chex.TestCase):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.floats(width=32), min_size=1, max_size=8), st.sampled_from(HALVES))
-def test_any_float32_casts_as_numpy_does(numbers, half):
-    x = np.array(numbers, np.float32)
+@given(strategies.arrays("float32", (8,), elements=ANY_FLOAT32), st.sampled_from(HALVES))
+def test_any_float32_casts_as_numpy_does(x, half):
     with np.errstate(all="ignore"):
         want = x.astype(half)
         assert_same_numbers(cast_floating(x, half), want)
         assert_same_numbers(cast_floating(jnp.asarray(x), half), want)
+
+
+@settings(max_examples=100, deadline=None)
+@given(strategies.trees(), st.sampled_from(HALVES))
+def test_a_cast_of_a_tree_is_the_cast_of_its_floating_leaves(tree, half):
+    done = cast_floating(tree, half)
+    assert jax.tree.structure(done) == jax.tree.structure(tree)
+    for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(done), strict=True):
+        if x.dtype.kind in "iub":
+            assert y is x
+        else:
+            with np.errstate(all="ignore"):
+                assert_same_numbers(y, x.astype(half))
 
 
 @pytest.mark.parametrize(

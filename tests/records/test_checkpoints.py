@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train.records.checkpoints import Checkpoints, DoesNotFit, NotSaved, NoUsableCheckpoint
 
 
@@ -52,7 +53,7 @@ def as_numbers(tree):
     return jax.tree.map(to_data, tree)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bf16"])
+@testing.policies("float32", "mixed_float16", "bf16")
 def test_a_state_comes_back_bitwise_with_its_dtypes(tmp_path, policy):
     state = trained(policy)
     checkpoints = Checkpoints(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train._jaxpr.compat import scan_counts
 
 B, D = 16, 6
@@ -135,7 +136,7 @@ def equations_outside_loops(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "bf16", "f16"])
+@testing.policies("mixed_bfloat16", "mixed_float16", "bf16", "f16")
 def test_accumulators_are_float32_and_the_check_is_done_once(policy):
     stepper = jt.make_step(mean_loss, optax.sgd(0.1), policy, skip_nonfinite=True, micro_batches=4)
     params, batch = data()

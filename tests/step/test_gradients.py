@@ -14,6 +14,7 @@ import pytest
 from absl.testing import parameterized
 
 import jmp_train as jt
+from jmp_train import testing
 
 with_and_without_jit: Any = partial(chex.variants, with_jit=True, without_jit=True)
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16", "f16", "p=f16,c=bf16,o=f32")
@@ -87,7 +88,7 @@ class ClosedFormTest(chex.TestCase):
         assert result.finite
 
     @with_and_without_jit
-    @parameterized.parameters(*POLICIES)
+    @testing.policies(*POLICIES)
     def test_softmax_regression(self, policy):
         x, w = as_float32(*data()[:2])
         labels = data()[3]
@@ -110,7 +111,7 @@ def test_each_policy_computes_in_its_own_dtype_and_no_better():
     assert 100 * error["float32"] < error["mixed_float16"] < error["mixed_bfloat16"] / 2
 
 
-@pytest.mark.parametrize("policy", ["float32", "f16", "bf16", "float8_e4m3fn", "mixed_bfloat16"])
+@testing.policies("float32", "f16", "bf16", "float8_e4m3fn", "mixed_bfloat16")
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
 def test_gradients_are_float32_for_every_policy_and_parameter_dtype(policy, stored):
     seen = {}

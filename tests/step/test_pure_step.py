@@ -8,13 +8,14 @@ import optax
 import pytest
 
 import jmp_train as jt
+from jmp_train import testing
 
 
 def loss_fn(params, batch):
     return 0.5 * jnp.sum((batch["a"] * params["w"]).astype(jnp.float32) ** 2)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
+@testing.policies("float32", "mixed_float16", "mixed_bfloat16")
 def test_a_gradient_goes_through_two_steps_of_training(policy):
     # w becomes w (1 - r a^2) at each step, so the last loss is a^2 w^2 (1 - r a^2)^4 / 2 and its
     # derivative by w is a^2 w (1 - r a^2)^4. The numbers are exact in half precision but for the

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train.testing import assert_costs_nothing, assert_one_compilation
 
 POLICIES = ("float32", "mixed_bfloat16", "mixed_float16", "bf16", "f16")
@@ -94,7 +95,7 @@ def test_the_state_is_donated_and_the_callers_parameters_are_not():
     assert not any(x.is_deleted() for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@testing.policies(*POLICIES)
 def test_parameters_keep_the_policys_dtype_and_optimizer_state_is_float32(policy):
     stepper = jt.make_step(loss_fn, optimizer(), policy)
     state = stepper.init(make_params())
@@ -132,7 +133,7 @@ def overflowing_batch():
     return {**batch, "x": batch["x"].at[3, 5].set(60000.0)}  # finite in float16, its product is not
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "f16"])
+@testing.policies("mixed_float16", "f16")
 def test_a_step_with_overflowing_gradients_changes_nothing_and_halves_the_scale(policy):
     stepper = jt.make_step(loss_fn, optimizer(), policy, grad_norm=True)
     state = stepper.init(make_params(scale=3.0))
@@ -268,7 +269,7 @@ def test_each_step_gets_a_fresh_key_that_depends_on_its_number_alone():
     assert runs[0] == runs[1] and len(set(runs[0])) == 4
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@testing.policies("float32", "mixed_float16")
 def test_scan_is_bitwise_the_same_as_single_steps(policy):
     stepper = jt.make_step(loss_fn, optimizer(), policy)
     one, many = stepper.init(make_params()), stepper.init(make_params())
@@ -333,7 +334,7 @@ def test_scan_donates_its_state_and_compiles_once():
         scan(second, batches)
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bf16"])
+@testing.policies("float32", "mixed_float16", "bf16")
 @pytest.mark.parametrize("weak", [2.0, jnp.asarray(2.0), jnp.full((3,), 2.0)], ids=str)
 def test_weakly_typed_parameters_compile_once(policy, weak):
     stepper = jt.make_step(

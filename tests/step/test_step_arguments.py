@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train.step import step_gradients
 from jmp_train.testing import assert_one_compilation
 
@@ -175,7 +176,7 @@ def test_an_optimizer_in_loss_scaling_is_refused(wrap):
     np.testing.assert_allclose(state.params["w"], 0.25)  # the gradient is -2 / 4
 
 
-@pytest.mark.parametrize("policy", ["bf16", "f16", "mixed_float16", "float32"])
+@testing.policies("bf16", "f16", "mixed_float16", "float32")
 def test_python_numbers_become_parameters_of_the_policys_dtype(policy):
     stepper = jt.make_step(lambda params, batch: params["c"] * 2.0, optax.sgd(0.1), policy)
     state = stepper.init({"c": 1.0})

@@ -8,6 +8,7 @@ import pytest
 from optax import contrib
 
 import jmp_train as jt
+from jmp_train import testing
 from jmp_train.testing import assert_one_compilation
 
 RNG = np.random.default_rng(0)
@@ -62,7 +63,7 @@ def test_a_step_gives_optimizers_what_a_hand_written_loop_does(make, micro_batch
     np.testing.assert_allclose(state.params["w"], by_hand(make(), steps), rtol=2e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@testing.policies("mixed_float16", "mixed_bfloat16")
 def test_lbfgs_reaches_the_least_squares_solution_in_half_precision(policy):
     exact = np.linalg.lstsq(np.float64(X), np.float64(Y), rcond=None)[0]
     stepper = jt.make_step(loss_fn, optax.lbfgs(), policy)

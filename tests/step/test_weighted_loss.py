@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jmp_train as jt
+from jmp_train import testing
 
 
 def loss_fn(params, batch):
@@ -55,7 +56,7 @@ def test_weights_that_cancel_divide_by_one_in_any_split(micro_batches):
     assert result.loss == result.grads == 10 and result.aux["one"] == 1
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@testing.policies("mixed_float16", "mixed_bfloat16")
 def test_a_count_in_half_precision_is_refused(policy):
     def loss_fn(params, batch):
         return jt.WeightedLoss((batch["x"] * params).astype(jnp.float32).sum(), batch["m"].sum())

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, mean_absolute_error
 
 import jmp_train as jt
-from jmp_train import tasks
+from jmp_train import tasks, testing
 from jmp_train.models import Model
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
@@ -102,7 +102,7 @@ def test_regression_errors_equal_scikit_learn(sizes, shape):
     assert task.predict_fn(params, {"x": X})["value"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bf16", "mixed_float16"])
+@testing.policies("mixed_bfloat16", "bf16", "mixed_float16")
 def test_targets_are_not_rounded_to_the_compute_dtype(policy):
     # 1.001 and 70,001 are no numbers of bfloat16; 70,001 is infinite in float16.
     targets = np.array([1.001, 70001.0], np.float32)

@@ -1,0 +1,111 @@
+"""Tests whether training in two precisions ends at the same result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Equivalence(NamedTuple):
+    """Result of two one-sided paired t-tests."""
+
+    difference: float  # mean of the paired differences
+    low: float  # its 90 % confidence interval
+    high: float
+    equivalent: bool  # whether that interval lies within the margin
+
+
+def equivalence(ours: Sequence[float], reference: Sequence[float], *, margin: float) -> Equivalence:
+    """Test whether two means are within a margin: two one-sided paired t-tests at 5 %.
+
+    Args:
+      ours: one value a seed.
+      reference: those of the same seeds.
+      margin: the difference that does not matter; set it before the first run.
+
+    Raises:
+      ValueError: for fewer than two pairs, or sequences of unequal lengths.
+
+    >>> found = equivalence([0.91, 0.92, 0.90], [0.90, 0.92, 0.91], margin=0.02)
+    >>> round(found.low, 4), round(found.high, 4), found.equivalent
+    (-0.0169, 0.0169, True)
+
+    Source: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power
+    approach for assessing the equivalence of average bioavailability".
+    """
+    from scipy.special import stdtrit  # Student's t quantile; JAX depends on SciPy
+
+    if len(ours) != len(reference) or len(ours) < 2:
+        raise ValueError(f"{len(ours)} and {len(reference)} values; expected at least two pairs")
+    difference = np.subtract(ours, reference)
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    reach = float(stdtrit(len(difference) - 1, 0.95)) * error
+    mean = float(difference.mean())
+    low, high = float(mean - reach), float(mean + reach)
+    return Equivalence(mean, low, high, bool(-margin < low and high < margin))
+
+
+def assert_equivalent_training(
+    make_run: Callable[[str, int], float],
+    policies: Sequence[str] = ("float32", "mixed_bfloat16"),
+    seeds: int | Sequence[int] = 5,
+    *,
+    margin: float,
+) -> None:
+    """Assert that training in two precisions ends at equivalent results, over several seeds.
+
+    Two runs of one seed form a pair. The test passes if two one-sided paired t-tests at 5 % both
+    reject a difference as large as the margin, that is, if the 90 % confidence interval of the mean
+    difference lies within the margin. Few or noisy runs fail: no evidence of a difference is not
+    evidence of equivalence.
+
+    Args:
+      make_run: `make_run(policy, seed)` trains and returns one number, such as an accuracy.
+      policies: the reference and the policy to test.
+      seeds: the seeds, or how many from 0.
+      margin: the difference that does not matter; set it before the first run.
+
+    Raises:
+      AssertionError: with means, difference, interval, margin and pairs, or the run whose number is
+        not finite.
+      ValueError: for other than two policies, fewer than two seeds, or a margin that is not positive.
+
+    >>> def make_run(policy, seed):
+    ...     return 0.9 + 0.001 * seed + (0.0005 * (-1) ** seed if policy == "float32" else 0)
+    >>> assert_equivalent_training(make_run, margin=0.005)
+    >>> assert_equivalent_training(make_run, margin=0.0005)
+    Traceback (most recent call last):
+    AssertionError: ...
+
+    Source: Schuirmann 1987; see `equivalence`.
+    """
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    if len(policies) != 2 or len(seeds) < 2 or not margin > 0:
+        raise ValueError(
+            f"{len(policies)} policies, {len(seeds)} seeds and a margin of {margin}; expected two "
+            "policies, at least two seeds and a positive margin"
+        )
+    reference, ours = ([_run(make_run, p, seed) for seed in seeds] for p in policies)
+    found = equivalence(ours, reference, margin=margin)
+    if found.equivalent:
+        return
+    pairs = ", ".join(f"{a:.5g} and {b:.5g}" for a, b in zip(reference, ours, strict=True))
+    raise AssertionError(
+        f"assert_equivalent_training: expected {policies[1]} within {margin:g} of {policies[0]}; found "
+        f"means {np.mean(ours):.5g} and {np.mean(reference):.5g}, a difference of "
+        f"{found.difference:+.3g} with the 90 % confidence interval "
+        f"[{found.low:+.3g}, {found.high:+.3g}]; pairs of {policies[0]} and {policies[1]}: {pairs}"
+    )
+
+
+def _run(make_run: Callable[[str, int], float], policy: str, seed: int) -> float:
+    result = float(make_run(policy, seed))
+    if not math.isfinite(result):
+        raise AssertionError(
+            f"assert_equivalent_training: expected finite results; found {result} with policy "
+            f"{policy!r} and seed {seed}"
+        )
+    return result

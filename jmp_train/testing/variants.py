@@ -1,0 +1,95 @@
+"""A decorator that runs one test under several policies, with pytest, absl and chex."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jmp_train.errors import UsageError
+from jmp_train.policy.precision import get_precision
+from jmp_train.types import Function
+
+
+def policies(*names: str) -> Callable[[Function], Any]:
+    """Run a test once for each policy, which it receives as its argument `policy`.
+
+    The tests are named by their policies: `test_loss[mixed_float16]` in pytest,
+    `test_loss_mixed_float16` in a `chex.TestCase` or another absl `parameterized.TestCase`. There
+    `chex.variants` goes around it:
+
+        class LossTest(chex.TestCase):
+            @chex.variants(with_jit=True, without_jit=True)
+            @testing.policies("float32", "mixed_bfloat16")
+            def test_loss(self, policy):
+                loss = self.variant(loss_under(policy))
+                ...
+
+    Args:
+      *names: policy strings; see `get_policy`.
+
+    Raises:
+      ValueError: for an unknown policy, when the test is defined.
+      TypeError: for no policy, or a test without an argument `policy`.
+
+    >>> @policies("float32", "mixed_bfloat16")
+    ... def test_casts(policy):
+    ...     assert get_precision(policy).whole is not None
+    >>> [mark.args for mark in test_casts.pytestmark]
+    [('policy', ('float32', 'mixed_bfloat16'))]
+    """
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"policies{names!r}; expected policy strings, such as 'mixed_bfloat16'")
+    for name in names:
+        get_precision(name)
+
+    def decorate(test: Function) -> Any:
+        if isinstance(test, type) or not callable(test):
+            raise TypeError(f"policies decorates {test!r}; expected a test function or method")
+        parameters = list(inspect.signature(test).parameters)
+        if "policy" not in parameters:
+            raise TypeError(
+                f"{test.__name__} has no argument 'policy'; expected one for the policy"
+            )
+        return _Method(test, names) if parameters[0] == "self" else _pytest(test, names)
+
+    return decorate
+
+
+def _pytest(test: Function, names: tuple[str, ...]) -> Any:
+    import pytest
+
+    return pytest.mark.parametrize("policy", names, ids=names)(test)
+
+
+class _Method:
+    """A decorated method, until its class is made and shows which framework runs it.
+
+    absl's metaclass and `chex.variants` iterate over it, and never put it into a class. Any other
+    class calls `__set_name__`, and gets the method as pytest parametrizes it.
+    """
+
+    def __init__(self, test: Function, names: tuple[str, ...]):
+        self._test = test
+        self._names = names
+
+    def __iter__(self) -> Iterator[Function]:
+        from absl.testing import parameterized
+
+        cases = [{"testcase_name": f"_{_identifier(name)}", "policy": name} for name in self._names]
+        tests: Any = parameterized.named_parameters(*cases)(self._test)
+        return iter(tests)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        import unittest
+
+        if issubclass(owner, unittest.TestCase):
+            raise UsageError(
+                f"{owner.__name__}.{name} is in a unittest.TestCase, which cannot be parametrized; "
+                "expected chex.TestCase"
+            )
+        setattr(owner, name, _pytest(self._test, self._names))
+
+
+def _identifier(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)

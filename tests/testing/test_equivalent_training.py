@@ -1,0 +1,90 @@
+"""`assert_equivalent_training` and `equivalence`, against scipy.stats."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from jmp_train.testing import assert_equivalent_training, equivalence
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 30])
+@pytest.mark.parametrize("shift", [0.0, 0.3, -0.6])
+def test_equivalence_is_two_one_sided_tests_of_scipy(count, shift):
+    reference = RNG.normal(size=count)
+    ours = reference + shift + 0.3 * RNG.normal(size=count)
+    found = equivalence(ours, reference, margin=0.5)
+    difference = ours - reference
+    above = stats.ttest_1samp(difference, -0.5, alternative="greater").pvalue
+    below = stats.ttest_1samp(difference, 0.5, alternative="less").pvalue
+    assert found.equivalent == (max(above, below) < 0.05)
+    interval = stats.ttest_1samp(difference, 0).confidence_interval(0.9)
+    np.testing.assert_allclose(found[:3], (difference.mean(), *interval), rtol=1e-9)
+
+
+def run(noise, shift=0.0):
+    values = np.random.default_rng(1).normal(scale=noise, size=(2, 8))
+
+    def make_run(policy, seed):
+        ours = int(policy != "float32")
+        return 0.9 + shift * ours + values[ours, seed]
+
+    return make_run
+
+
+def test_training_within_the_margin_passes():
+    assert_equivalent_training(run(0.001), margin=0.01)
+    assert_equivalent_training(run(0.0, 0.0099), margin=0.01)
+    assert_equivalent_training(
+        lambda *_: 1, ("float32", "mixed_float16"), seeds=[3, 4], margin=1e-9
+    )
+
+
+@pytest.mark.parametrize("noise, shift", [(0.0, 0.011), (0.02, 0.0), (0.002, -0.01)])
+def test_a_shift_or_noise_beyond_the_margin_fails(noise, shift):
+    make_run = run(noise, shift)
+    with pytest.raises(AssertionError, match="^assert_equivalent_training: expected ") as error:
+        assert_equivalent_training(make_run, margin=0.01)
+    pairs = [(make_run("float32", n), make_run("mixed_bfloat16", n)) for n in range(5)]
+    message = str(error.value)
+    assert "expected mixed_bfloat16 within 0.01 of float32" in message
+    assert message.endswith(", ".join(f"{a:.5g} and {b:.5g}" for a, b in pairs))
+    low, high = (float(x) for x in message.split("interval [")[1].split("]")[0].split(","))
+    if noise:
+        expected = stats.ttest_rel(*np.transpose(pairs)[::-1]).confidence_interval(0.9)
+        np.testing.assert_allclose((low, high), expected, rtol=0.01)
+
+
+def test_runs_are_paired_by_seed():
+    calls = []
+    assert_equivalent_training(
+        lambda *args: calls.append(args) or args[1], ("a", "b"), seeds=[7, 9], margin=1
+    )
+    assert calls == [("a", 7), ("a", 9), ("b", 7), ("b", 9)]
+
+
+def test_a_run_that_diverged_is_named():
+    diverges = lambda policy, seed: math.nan if (policy, seed) == ("mixed_float16", 2) else 1.0
+    with pytest.raises(AssertionError, match="found nan with policy 'mixed_float16' and seed 2"):
+        assert_equivalent_training(diverges, ("float32", "mixed_float16"), margin=1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"policies": ("float32",)}, {"seeds": 1}, {"margin": 0}, {"margin": math.nan}],
+)
+def test_wrong_arguments_are_named(arguments):
+    with pytest.raises(
+        ValueError, match="expected two policies, at least two seeds and a positive"
+    ):
+        assert_equivalent_training(lambda *_: 1.0, **{"margin": 1, **arguments})
+
+
+def test_sequences_must_be_pairs():
+    with pytest.raises(ValueError, match="1 and 1 values; expected at least two pairs"):
+        equivalence([1], [1], margin=1)
+    with pytest.raises(ValueError, match="3 and 2 values"):
+        equivalence([1, 2, 3], [1, 2], margin=1)

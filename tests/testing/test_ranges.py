@@ -1,0 +1,140 @@
+"""`assert_no_overflow` and `assert_no_underflow`, against the limits of the formats."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmp_train.testing import assert_no_overflow, assert_no_underflow
+
+EYE = np.eye(4, dtype=np.float32)
+
+
+def overflow(*args, **kwargs):
+    with pytest.raises(AssertionError, match="^assert_no_overflow: expected values") as error:
+        assert_no_overflow(*args, **kwargs)
+    return str(error.value)
+
+
+def underflow(*args, **kwargs):
+    with pytest.raises(AssertionError, match="^assert_no_underflow: expected at most") as error:
+        assert_no_underflow(*args, **kwargs)
+    return str(error.value)
+
+
+def of_product(op):
+    """Return `op` of a product, which autocast computes in half precision."""
+    return lambda x: op(x @ EYE)
+
+
+# Values around the limit: 65,519 rounds to 65,504, and 65,520 to infinity.
+@pytest.mark.parametrize(
+    "dtype, inside, outside",
+    [("float16", 65519.0, 65520.0), ("bfloat16", 3.3895e38, 3.3963e38), ("float32", 3.4e38, None)],
+)
+def test_casts_overflow_above_the_limit(dtype, inside, outside):
+    x = np.zeros((2, 4), np.float32)
+    x[1, 2] = -inside
+    assert_no_overflow(of_product(lambda y: y), x, dtype=dtype)
+    if outside is not None:
+        x[1, 2] = -outside
+        message = overflow(of_product(lambda y: y), x, dtype=dtype)
+        assert (
+            f"found {outside:.4g} (1 of 8 values overflow) in convert_element_type in {dtype} ("
+            in message
+        )
+
+
+def test_a_sum_of_squares_is_named_with_its_place_and_magnitude():
+    def loss(x):
+        h = x @ EYE
+        with jax.named_scope("encoder/norm"):
+            return jnp.mean(h * h, dtype=jnp.float32)
+
+    x = np.full((2, 4), 300, np.float32)
+    assert_no_overflow(loss, x / 2)
+    assert_no_overflow(loss, x, dtype="bfloat16")
+    assert_no_overflow(loss, x, dtype="float32")
+    message = overflow(loss, x)
+    line = loss.__code__.co_firstlineno + 3
+    assert "expected values within float16 (largest 65504); found 9e+04 (8 of 8 " in message
+    assert f"overflow) in mul in float16 (encoder/norm; {__file__}:{line} (" in message
+
+
+def test_an_overflow_that_nothing_reads_is_found():
+    def masked(x):
+        y = x @ EYE
+        return jnp.where(y < 200, y * y, y).astype(jnp.float32)
+
+    assert np.isfinite(masked(np.full((1, 4), 300, np.float32))).all()
+    assert "in mul in float16" in overflow(masked, np.full((1, 4), 300, np.float32))
+
+
+def test_infinities_that_were_written_pass():
+    def attention(x):
+        scores = jnp.where(np.tri(4, dtype=bool), x @ x.T, -jnp.inf)
+        return jax.nn.softmax(scores) @ x
+
+    assert_no_overflow(attention, EYE)
+    assert_no_overflow(of_product(jnp.exp), np.float32([[np.inf, np.nan, 0, 1]]))
+    assert_no_overflow(of_product(lambda y: y / jnp.zeros_like(y)), EYE)  # not an overflow
+
+
+def test_loops_and_backward_passes_are_entered():
+    def grow(x):
+        return jax.lax.fori_loop(0, 5, lambda i, c: c @ (8 * EYE), x)
+
+    assert_no_overflow(grow, EYE)  # 8^5 = 32,768
+    assert "in dot_general in float16 (scan; " in overflow(lambda x: grow(x), 2 * EYE)
+    loss = lambda x: jnp.sum(grow(x) * 1e-4) * 1e4
+    overflow(jax.grad(loss), EYE * 4)
+
+
+def test_float32_is_compared_with_float64():
+    assert_no_overflow(jnp.exp, np.float32([88.0]), dtype="float32")
+    message = overflow(jnp.exp, np.float32([89.0]), dtype="float32")
+    assert "found 4.49e+38 (1 of 1 values overflow) in exp in float32" in message
+
+
+# 2^-25 and less rounds to zero in float16.
+def test_underflow_begins_at_half_of_the_smallest_subnormal():
+    cast = of_product(lambda y: y)
+    assert_no_underflow(cast, np.full((1, 4), 2.0**-25 * 1.001, np.float32))
+    message = underflow(cast, np.full((1, 4), 2.0**-25, np.float32))
+    assert "found 1 (4 of 4, up to 2.98e-08) in convert_element_type in float16 (" in message
+
+
+def test_the_share_is_of_values_that_are_not_zero():
+    x = np.float32([[1e-9, 1, 0, 0], [1, 1, 0, 0]])
+    cast = of_product(lambda y: y)
+    assert_no_underflow(cast, x, share=0.25)
+    assert "found 0.25 (1 of 4, up to 1e-09)" in underflow(cast, x, share=0.2499)
+    assert "expected at most 0.001 of" in underflow(cast, x)
+    assert_no_underflow(cast, x, dtype="bfloat16")
+    assert_no_underflow(cast, np.zeros((2, 4), np.float32))
+
+
+def test_gradients_underflow_without_a_loss_scale():
+    def grads(w, scale):
+        return jax.grad(lambda w: scale * 1e-5 * jnp.mean((EYE * 1e-3) @ w))(w)
+
+    assert_no_underflow(grads, EYE, np.float32(2**16), share=0.5)
+    assert "in float16 (" in underflow(grads, EYE, np.float32(1), share=0.5)
+
+
+def test_the_first_operation_is_named():
+    def program(x):
+        y = x @ EYE
+        a = y * y  # 1e-10: zero in float16
+        return a, y * y * y
+
+    line = program.__code__.co_firstlineno + 2
+    message = underflow(program, np.full((1, 4), 1e-5, np.float32))
+    assert f"in mul in float16 ({__file__}:{line} (" in message
+
+
+@pytest.mark.parametrize("check", [assert_no_overflow, assert_no_underflow])
+def test_an_unknown_format_is_an_error(check):
+    with pytest.raises(ValueError, match="did you mean 'float16'"):
+        check(jnp.sum, EYE, dtype="float17")
+    check(lambda x, name: x if name else 1 / 0, EYE, "name")  # leaves that are not arrays

@@ -1,0 +1,163 @@
+"""`testing.policies` and the fixtures, in pytest, absl and chex."""
+
+import subprocess
+import sys
+import unittest
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jmp_train as jt
+from jmp_train import testing
+from jmp_train.testing.fixtures import device, variant  # noqa: F401
+
+ran = []
+
+
+@testing.policies("float32", "mixed_bfloat16")
+def test_function_receives_each_policy(policy, request):
+    ran.append(policy)
+    assert request.node.name == f"test_function_receives_each_policy[{policy}]"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@testing.policies("float32", "mixed_float16")
+def test_composes_with_parametrize(policy, n, request):
+    assert request.node.name == f"test_composes_with_parametrize[{policy}-{n}]"
+
+
+class TestPlainClass:
+    @testing.policies("float32", "mixed_bfloat16")
+    def test_method(self, policy, request):
+        ran.append(("plain", policy))
+        assert request.node.name == f"test_method[{policy}]"
+
+
+class ChexTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
+    @testing.policies("float32", "mixed_bfloat16")
+    def test_variants(self, policy):
+        compute = jt.get_policy(policy).compute_dtype
+        out = self.variant(jt.get_policy(policy).cast_to_compute)(jnp.ones(2))
+        ran.append((str(self.variant.type), policy))
+        assert out.dtype == compute
+
+    @testing.policies("p=f32,c=bf16,o=f32", "float32")
+    def test_alone(self, policy):
+        ran.append(("alone", policy))
+
+
+def test_every_variant_ran():
+    assert ran[:2] == ["float32", "mixed_bfloat16"]
+    names = set(ran[2:])
+    kinds = ("plain", "_with_jit", "_without_jit", "_with_device", "_without_device")
+    assert names == {
+        *((kind, policy) for kind in kinds for policy in ("float32", "mixed_bfloat16")),
+        ("alone", "float32"),
+        ("alone", "p=f32,c=bf16,o=f32"),
+    }
+
+
+def test_names_of_methods_are_identifiers():
+    names = [name for name in vars(ChexTest) if name.startswith("test_")]
+    assert "test_alone_p_f32_c_bf16_o_f32" in names
+    assert "test_variants_mixed_bfloat16__with_jit" in names
+    assert all(name.isidentifier() for name in names)
+
+
+def test_wrong_uses_are_errors_where_the_test_is_defined():
+    with pytest.raises(ValueError, match="did you mean 'mixed_bfloat16'"):
+        testing.policies("mixed_bfloat17")
+    with pytest.raises(TypeError, match="expected policy strings"):
+        testing.policies()
+    with pytest.raises(TypeError, match="expected policy strings"):
+        testing.policies(lambda policy: None)
+    with pytest.raises(TypeError, match="test has no argument 'policy'"):
+        testing.policies("float32")(named)
+    with pytest.raises((TypeError, RuntimeError)) as error:
+
+        class Plain(unittest.TestCase):
+            @testing.policies("float32")
+            def test_method(self, policy):
+                raise NotImplementedError
+
+    causes = f"{error.value} {error.value.__cause__}"
+    assert "Plain.test_method is in a unittest.TestCase" in causes
+    assert "expected chex.TestCase" in causes
+
+
+def named():
+    raise NotImplementedError
+
+
+named.__name__ = "test"
+
+
+def test_variant_is_jit_or_nothing(variant):  # noqa: F811
+    traced = []
+
+    @variant
+    def fn(x):
+        traced.append(isinstance(x, jax.core.Tracer))
+        return x * 2
+
+    assert fn(jnp.float32(2)) == 4
+    assert traced == [variant is jax.jit]
+    assert variant(lambda n: n, static_argnums=0)(3) == 3
+
+
+@pytest.mark.gpu_first
+def test_device_is_the_default_during_the_test(device, request):  # noqa: F811
+    assert device.platform in request.node.name
+    assert jnp.ones(2).devices() == {device}
+    assert jax.jit(lambda: jnp.ones(2))().devices() == {device}
+
+
+TESTS = """
+import jax.numpy as jnp
+from jmp_train import testing
+from jmp_train.testing.fixtures import variant
+
+@testing.policies("float32", "mixed_bfloat16")
+def test_sum(policy, variant):
+    testing.assert_close_to_float64(variant(jnp.sum), jnp.ones(3), policy=policy, ulps=1)
+"""
+
+
+@pytest.mark.slow
+def test_a_users_file_is_collected_with_all_its_variants(tmp_path):
+    (tmp_path / "test_user.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "4 passed" in result.stdout
+
+
+WITHOUT = """
+import sys
+for name in ("pytest", "hypothesis"):
+    sys.modules[name] = None
+import jax.numpy as jnp
+from jmp_train import testing
+from jmp_train.testing import strategies
+testing.assert_close_to_float64(jnp.sum, jnp.ones(3), ulps=1)
+for strategy in (strategies.floats, strategies.special_values, strategies.arrays):
+    try:
+        strategy("float32")
+    except ImportError as error:
+        print(error)
+try:
+    strategies.trees()
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_module_works_without_pytest_and_hypothesis():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True
+    )
+    line = "jmp_train.testing.strategies needs hypothesis: pip install hypothesis"
+    assert result.stdout.splitlines() == [line] * 4

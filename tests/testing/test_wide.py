@@ -1,0 +1,175 @@
+"""Programs evaluated in float64, against the same formulas in NumPy's float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmp_train._autocast.traced import TracedFunction
+from jmp_train.testing.wide import results_in_float64
+from jmp_train.testing.worst import observe
+
+X = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
+XW = X.astype(np.float64)
+TENTH = np.float64(np.float32(0.1))
+
+
+def wide(fn, *args):
+    return results_in_float64(TracedFunction(fn, args, {}))
+
+
+@jax.custom_jvp
+def square(x):
+    return (x * x).astype(jnp.float16).astype(x.dtype)
+
+
+square.defjvp(lambda p, t: (square(p[0]), (3 * p[0] * t[0]).astype(jnp.float16).astype(t[0].dtype)))
+
+
+@jax.custom_vjp
+def straight_through(x):
+    return jnp.round(x * 4) / 4
+
+
+straight_through.defvjp(
+    lambda x: (straight_through(x), x.astype(jnp.bfloat16)),
+    lambda x, g: (g * x.astype(jnp.float32) / 3,),
+)
+
+
+def cumulative(x):
+    return jax.lax.scan(lambda c, v: (c + v, (c * v).astype(jnp.bfloat16)), jnp.float32(0), x[0])
+
+
+def newton(x):
+    """Return the square root of the mean square by 40 steps."""
+    target = jnp.mean(jnp.square(x))
+    step = lambda c: (c[0] + 1, 0.5 * (c[1] + target / c[1]))
+    return jax.lax.while_loop(lambda c: c[0] < 40, step, (0, target))[1]
+
+
+def in_bfloat16(x):
+    return jax.lax.dot_general(
+        x.astype(jnp.bfloat16), x.astype(jnp.bfloat16), (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def convolution(x):
+    out = jax.lax.conv_general_dilated(
+        x[None, None], x[None, None, :2, :2], (1, 1), "VALID", precision="highest"
+    )
+    return out[0, 0]
+
+
+def windows(x):
+    return sum(x[i : i + 5, j : j + 5] * x[i, j] for i in range(2) for j in range(2))
+
+
+PROGRAMS = {
+    "cast": (lambda x: x.astype(jnp.float16).astype(jnp.float32) / 3, XW / 3),
+    "preferred_element_type": (in_bfloat16, XW @ XW),
+    "precision": (lambda x: jnp.dot(x, x, precision="BF16_BF16_F32"), XW @ XW),
+    "constants": (lambda x: x + jnp.full(6, 0.1, jnp.float32) * 0.1, XW + TENTH**2),
+    "reduce_precision": (lambda x: jax.lax.reduce_precision(x, 5, 2) / 3, XW / 3),
+    "sum": (lambda x: jnp.sum(x.astype(jnp.bfloat16), 0, dtype=jnp.bfloat16), XW.sum(0)),
+    "softmax": (
+        lambda x: jax.nn.softmax(x.astype(jnp.float16)),
+        np.exp(XW) / np.exp(XW).sum(-1, keepdims=True),
+    ),
+    "jit": (lambda x: jax.jit(lambda y: y.astype(jnp.bfloat16) / 3)(x), XW / 3),
+    "remat": (lambda x: jax.checkpoint(lambda y: jnp.exp(jnp.sin(y)))(x), np.exp(np.sin(XW))),
+    "cond": (lambda x: jax.lax.cond(x[0, 0] > 5, jnp.sin, jnp.cos, x), np.cos(XW)),
+    "switch": (lambda x: jax.lax.switch(2, [jnp.sin, jnp.cos, jnp.exp], x), np.exp(XW)),
+    "while": (newton, np.sqrt(np.mean(XW**2))),
+    "custom_jvp": (square, XW**2),
+    "custom_vjp": (lambda x: straight_through(x) / 3, np.round(XW * 4) / 12),
+    "rule of custom_jvp": (jax.grad(lambda x: square(x).sum()), 3 * XW),
+    "rule of custom_vjp": (jax.grad(lambda x: straight_through(x).sum()), XW / 3),
+    "scatter-add": (lambda x: (x / 3).at[jnp.array([1, 1, 3])].add(x[:3] / 7),
+                    XW / 3 + sum(np.eye(6)[:, [i]] * XW[j] / 7 for j, i in enumerate((1, 1, 3)))),
+    "scatter-mul": (lambda x: (x / 3).at[1].multiply(x[2]),
+                    np.where(np.arange(6)[:, None] == 1, XW / 3 * XW[2], XW / 3)),
+    "scatter": (lambda x: (x / 3).at[1].set(x[2] / 7),
+                np.where(np.arange(6)[:, None] == 1, XW[2] / 7, XW / 3)),
+    "gradient of gather": (jax.grad(lambda x: jnp.sum(x[jnp.array([2, 2])] ** 3) / 3),
+                           np.where(np.arange(6)[:, None] == 2, 2 * XW**2, 0)),
+    "gather and sort": (lambda x: jnp.sort(x[jnp.array([2, 0])] / 3), np.sort(XW[[2, 0]] / 3)),
+    "cumsum": (lambda x: jnp.cumsum(x / 3, 1), np.cumsum(XW / 3, 1)),
+    "convolution": (convolution, windows(XW)),
+    "inverse": (lambda x: jnp.linalg.inv(x + 9 * jnp.eye(6)), np.linalg.inv(XW + 9 * np.eye(6))),
+    "fft": (lambda x: jnp.fft.fft(x), np.fft.fft(XW)),
+    "vmap": (jax.vmap(lambda r: jnp.logaddexp(r, 0.0)), np.logaddexp(XW, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_result_is_that_of_numpy_in_float64(name):
+    fn, expected = PROGRAMS[name]
+    got = wide(fn, X)
+    assert got.dtype == (np.complex128 if name == "fft" else np.float64)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_scan_carries_and_stacks_in_float64():
+    total, products = wide(cumulative, X)
+    before = np.cumsum(XW[0]) - XW[0]
+    np.testing.assert_allclose(total, XW[0].sum(), rtol=1e-13)
+    np.testing.assert_allclose(products, before * XW[0], rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_step_by_step_is_the_program(reverse):
+    def program(x):
+        def body(carry, row):
+            carry = jax.lax.cond(row[0] > 0, jnp.sin, jnp.cos, carry + row)
+            return carry, (carry * 2, row.astype(jnp.bfloat16))
+
+        out = jax.lax.scan(body, jnp.zeros(6), x, reverse=reverse)
+        nothing = jax.lax.scan(body, jnp.zeros(6), x[:0], reverse=reverse)
+        return out, newton(x), nothing
+
+    traced = TracedFunction(program, (X,), {})
+    stepwise = traced.rebuild(observe(traced, lambda *_: None))
+    expected = jax.jit(program)(X)
+    for a, b in zip(jax.tree.leaves(stepwise), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-6, atol=1e-6)
+
+
+def test_random_numbers_integers_and_keys_are_those_of_the_program():
+    def program(key, n):
+        mask = jax.random.bernoulli(key, 0.5, (50,))
+        return mask, jax.random.uniform(key, (5,)), n + 1, jax.random.split(key)
+
+    key, n = jax.random.key(3), jnp.arange(3, dtype=jnp.int32)
+    expected = program(key, n)
+    mask, uniform, plus, keys = wide(program, key, n)
+    np.testing.assert_array_equal(mask, expected[0])
+    np.testing.assert_array_equal(uniform, np.float64(expected[1]))
+    assert plus.dtype == np.int32
+    np.testing.assert_array_equal(plus, [1, 2, 3])
+    np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected[3]))
+
+
+def test_a_callback_receives_what_it_was_written_for():
+    def root(x):
+        assert x.dtype == np.float32
+        return np.sqrt(x)
+
+    call = functools.partial(jax.pure_callback, root, jax.ShapeDtypeStruct((2,), jnp.float32))
+    got = wide(lambda x: call(x) / 3, np.array([4, 9], np.float32))
+    np.testing.assert_allclose(got, [2 / 3, 1], rtol=1e-15)
+
+
+def test_a_function_applied_to_elements_stays():
+    got = wide(lambda x: x.at[0].apply(jnp.sin), X)
+    np.testing.assert_allclose(got[0], np.sin(XW[0]), rtol=1e-6)  # it runs in float32
+    np.testing.assert_array_equal(got[1:], XW[1:])
+
+
+def test_subnormal_arguments_are_not_flushed():
+    x = np.array([2.0**-149, 2.0**-133], np.float32)
+    np.testing.assert_array_equal(wide(lambda x: x * 2.0, x), np.float64(x) * 2)
