@@ -10,7 +10,6 @@ A ratio above 1 is faster than Grain's pipeline.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +28,9 @@ SHAPES = {"digits": (8, 8), "32 x 32 x 3": (32, 32, 3)}
 def main() -> None:
     """Measure, print a table and keep the result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", type=int, default=200, help="in a round")
+    parser.add_argument(
+        "--batches", type=int, default=1_000, help="in a round; many more than are prefetched"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--examples", type=int, default=4_000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -50,18 +51,14 @@ def measure(case: str, shape: tuple[int, ...], options: Any) -> list[dict[str, A
     examples = [{k: x[i] for k, x in arrays.items()} for i in range(options.examples)]
     size = options.batch_size
     loaded = Data(lambda: examples, classes=10, eval_share=1 / options.examples).load()
-    with contextlib.ExitStack() as stack:
-        ours = {
-            "train_batches": iterate(train_batches(Arrays(arrays), size, seed=0)),
-            "row numbers": iterate_rows(Order(options.examples, size, seed=0)),
-            "Data of a list": iterate(train_batches(loaded.train, size, seed=0)),
-        }
-        for iterator in ours.values():
-            stack.enter_context(contextlib.closing(iterator))
-        rivals = {"Grain": grains_own(examples, size), **ours}
-        seconds = interleaved(
-            {name: takes(it, options.batches) for name, it in rivals.items()}, rounds=options.rounds
-        )
+    rivals = {
+        "Grain": lambda: grains_own(examples, size),
+        "train_batches": lambda: iterate(train_batches(Arrays(arrays), size, seed=0)),
+        "row numbers": lambda: iterate_rows(Order(options.examples, size, seed=0)),
+        "Data of a list": lambda: iterate(train_batches(loaded.train, size, seed=0)),
+    }
+    loops = {name: takes(make, options.batches) for name, make in rivals.items()}
+    seconds = interleaved(loops, rounds=options.rounds)
     rows = []
     for name, s in seconds.items():
         row = {
@@ -84,12 +81,14 @@ def grains_own(examples: list[dict[str, np.ndarray]], batch_size: int) -> Iterat
     return iter(dataset.to_iter_dataset())
 
 
-def takes(iterator: Iterator[Any], batches: int) -> Callable[[], None]:
-    """Return a function that takes some batches."""
+def takes(make: Callable[[], Iterator[Any]], batches: int) -> Callable[[], None]:
+    """Return a function that takes some batches of a new iterator, and ends its threads."""
 
     def take() -> None:
+        iterator = make()
         for _ in itertools.islice(iterator, batches):
             pass
+        getattr(iterator, "close", lambda: None)()
 
     return take
 
