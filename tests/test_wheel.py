@@ -1,6 +1,7 @@
 """The package as it is installed from a wheel, in an empty environment and another folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,3 +88,25 @@ def test_commands_work_from_any_folder_after_an_install(installed, tmp_path):
     assert "mine" in jmp_train("list")
     first_experiment(jmp_train, tmp_path)
     assert "on held-out data after 20 steps" in jmp_train("train", "mine", *short)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_on_testing_passes_with_the_wheel_and_pytest(installed, tmp_path):
+    python = str(installed / "bin" / "python")
+    quiet = ("-m", "pip", "-q", "--disable-pip-version-check")
+    subprocess.run(
+        [python, *quiet, "install", "-c", str(ROOT / "constraints.txt"), "pytest"], check=True
+    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/testing.md").read_text(), re.DOTALL)
+    (file,) = [block for block in blocks if block.startswith("# test_pool.py")]
+    (tmp_path / "test_pool.py").write_text(file)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    done = subprocess.run(
+        [python, "-m", "pytest", "-q"],
+        cwd=tmp_path,
+        env=env | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout + done.stderr

@@ -116,9 +116,13 @@ def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32
 
 
 def assert_no_dtype(
-    fn: Program, *args: PyTree, dtype: DTypeLike = "float32", except_: Iterable[str] = ()
+    fn: Program,
+    *args: PyTree,
+    dtype: DTypeLike = "float32",
+    except_: Iterable[str] = (),
+    only: Iterable[str] = (),
 ) -> None:
-    """Assert that no operation of a program reads or returns a dtype, with exceptions.
+    """Assert that no operation of a program, or none of some, reads or returns a dtype.
 
     Casts are not counted, so parameters may be stored in float32 and cast where they are used.
 
@@ -127,29 +131,38 @@ def assert_no_dtype(
       dtype: the floating dtype that is not expected, or its name.
       except_: names of the operations that may have it, as a printed jaxpr shows them (`"exp"`,
         `"reduce_sum"`). Of a compiled program, HLO names (`"exponential"`) match too.
+      only: names of the operations to check; none to check all.
 
     Raises:
-      AssertionError: if an operation has the dtype, and if the program computes no floating number.
-      ValueError: for an unknown name in `except_`, with the nearest.
+      AssertionError: if an operation has the dtype, and if there is none to check.
+      ValueError: for an unknown name, with the nearest.
       TypeError, ValueError: as `assert_contractions_in`.
 
     >>> import jax.numpy as jnp
     >>> half = jnp.ones(4, jnp.bfloat16)
     >>> assert_no_dtype(lambda x: jnp.sum(x * x), half, except_=["reduce_sum"])
+    >>> assert_no_dtype(lambda x: jax.nn.gelu(x).sum(), half, dtype="bfloat16", only=["reduce_sum"])
     """
     unexpected = parse_dtype(dtype).name
     operations = [op for op in _operations(fn, args) if op.name not in _NOT_COMPUTED]
-    excepted = _parse_names(except_, operations)
-    floating = [op for op in operations if _read(op) | _written(op)]
+    excepted = _parse_names(except_, operations, "except_")
+    checked = _parse_names(only, operations, "only")
+    floating = [
+        op
+        for op in operations
+        if _read(op) | _written(op) and (not checked or checked & {op.name, op.primitive})
+    ]
     if not floating:
-        raise _nothing("assert_no_dtype", "operation on floating numbers")
+        named = f"{' or '.join(sorted(checked))} of floating numbers"
+        raise _nothing("assert_no_dtype", named if checked else "operation on floating numbers")
     found = [
         op
         for op in floating
         if unexpected in _read(op) | _written(op) and not excepted & {op.name, op.primitive}
     ]
     if found:
-        but = f" but in {', '.join(sorted(excepted))}" if excepted else ""
+        but = f" in {', '.join(sorted(checked))}" if checked else ""
+        but += f" but in {', '.join(sorted(excepted))}" if excepted else ""
         some = f"{len(found)} of {len(floating)} operations with it"
         raise report("assert_no_dtype", f"no {unexpected}{but}", some, found)
 
@@ -216,11 +229,13 @@ def _nothing(assertion: str, kind: str) -> AssertionError:
     return AssertionError(f"{assertion} failed: found no {kind} to check in the program")
 
 
-def _parse_names(names: Iterable[str], operations: Sequence[Operation]) -> set[str]:
+def _parse_names(names: Iterable[str], operations: Sequence[Operation], argument: str) -> set[str]:
     """Return the names, each of which a primitive of JAX or an operation of the program has."""
     names = {names} if isinstance(names, str) else set(names)
     valid = known_primitives() | {n for op in operations for n in (op.name, op.primitive) if n}
     valid |= default_op_rules.float32 | default_op_rules.promote
     for name in sorted(names - valid):
-        raise ValueError(f"unknown operation {name!r} in except_; {nearest(name, sorted(valid))}")
+        raise ValueError(
+            f"unknown operation {name!r} in {argument}; {nearest(name, sorted(valid))}"
+        )
     return names
