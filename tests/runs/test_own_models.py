@@ -14,6 +14,7 @@ from jmp_train.config.settings import with_settings
 from jmp_train.data import DigitsConfig
 from jmp_train.errors import UsageError
 from jmp_train.runs.train import train
+from jmp_train.testing import assert_equivalent_training
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -126,6 +127,20 @@ def test_linen_and_nnx_with_the_same_weights_train_alike(tmp_path, policy):
     assert losses[0][-1] < losses[0][0] / 2
     accuracies = [summary["eval"]["accuracy"] for summary, _ in results]
     assert abs(accuracies[0] - accuracies[1]) <= 4 / 359
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("net", [LinenNet, NnxNet])
+def test_half_precision_trains_within_the_noise_of_seeds(tmp_path, net, policy):
+    """Accuracies of five seeds, within 0.02: seven of the 359 held-out images."""
+
+    def accuracy(policy, seed):
+        settings = {"policy": policy, "seed": seed, "steps": 100, "log_every": 100}
+        summary, _ = run(tmp_path, net, f"{policy} {seed}", eval_every=100, **settings)
+        return summary["eval"]["accuracy"]
+
+    assert_equivalent_training(accuracy, ("float32", policy), seeds=5, margin=0.02)
 
 
 @pytest.mark.parametrize("net", [LinenNet, NnxNet])
