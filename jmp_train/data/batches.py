@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jmp_train.data.dataset import Source
+from jmp_train.data.dataset import DataError, Source
 from jmp_train.data.examples import Examples, regroup
 from jmp_train.data.streams import Stream, StreamIterator, prepare_workers
 from jmp_train.types import Batch, Json
@@ -313,6 +313,8 @@ def eval_batches(
         rows = np.where(mask, rows, 0)
         batch = {name: array[rows] for name, array in batch.items()}
         counted = batch.get("mask", mask)
+        if counted.dtype != np.bool_:
+            raise DataError(f"the mask has dtype {counted.dtype}; expected bool, such as mask != 0")
         yield {**batch, "mask": counted & mask.reshape(-1, *[1] * (counted.ndim - 1))}
 
 

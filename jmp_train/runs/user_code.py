@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from jmp_train.errors import UsageError
+from jmp_train.step.evaluation import NOTE
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _LIBRARIES = tuple(
@@ -18,10 +19,12 @@ _LIBRARIES = tuple(
     for folder in (
         _PACKAGE,
         Path(jax.__file__).resolve().parent.parent,
+        Path(jax.__file__).parent.parent,  # under a link to the environment
         Path(sysconfig.get_path("stdlib")).resolve(),
     )
 )
 _TASKS = str(_PACKAGE / "tasks")
+_EVALUATION = str(_PACKAGE / "step" / "evaluation.py")  # its errors name the metric
 
 
 @contextlib.contextmanager
@@ -29,18 +32,31 @@ def one_line_errors() -> Iterator[None]:
     """Turn an error of shapes or types, raised while the step is traced, into a UsageError.
 
     The message has the first line of the error and the last line of the user's own files that led to
-    it. Errors of other kinds are mistakes in code, and keep their traceback.
+    it. Errors of other kinds are mistakes in code, and keep their traceback, but those of a metric,
+    which would otherwise appear at the first evaluation, have one line too.
     """
     try:
         yield
+    except UsageError:
+        raise
     except Exception as error:
+        metric = next((n for n in getattr(error, "__notes__", ()) if n.startswith(NOTE)), "")
         flaxs = type(error).__module__.startswith("flax")
-        if not flaxs and not isinstance(error, (TypeError, ValueError)):
+        fits = flaxs or isinstance(error, (TypeError, ValueError))
+        if not (metric or fits):
             raise
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<"))]
-        if not own and not frames[-1].filename.startswith(_TASKS):
+        if not (metric or own or frames[-1].filename.startswith((_TASKS, _EVALUATION))):
             raise
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        if frames[-1].filename == _EVALUATION:
+            raise UsageError(f"{text}{place}") from error
+        if metric:
+            kind = "" if fits else f"{type(error).__name__}: "
+            name = metric.removeprefix(NOTE)
+            raise UsageError(
+                f"the metric {name} cannot be computed: {kind}{text}{place}"
+            ) from error
         raise UsageError(f"the network and the data do not fit: {text}{place}") from error

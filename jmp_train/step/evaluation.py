@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
@@ -125,26 +126,22 @@ def values_and_weights(value: Any, name: str = "loss") -> tuple[jax.Array, jax.A
       ValueError: if it is neither an array nor a pair of arrays, and for weights of another shape.
     """
     paired = isinstance(value, tuple) and len(value) == 2
-    try:
-        values, weights = map(jnp.asarray, value) if paired else (_array(value), None)
-    except TypeError:
+    parts = value if paired else (value,)
+    if not all(isinstance(part, (jax.Array, np.ndarray, np.generic, int, float)) for part in parts):
         size = f" of {len(value)}" if isinstance(value, tuple) else ""
         raise ValueError(
             f"metric {name!r} is a {type(value).__name__}{size}; expected an array of one value per "
             "example, or a pair (values, weights)"
-        ) from None
-    if weights is not None and weights.ndim not in (0, values.ndim):
+        )
+    values, weights = map(jnp.asarray, value if paired else (value, 0))
+    if not paired:
+        return values, None
+    if weights.ndim not in (0, values.ndim):
         raise ValueError(
             f"metric {name!r} has values of shape {values.shape} and weights of {weights.shape}; "
             "expected equal shapes"
         )
     return values, weights
-
-
-def _array(value: Any) -> jax.Array:
-    if value is None or isinstance(value, (tuple, list)):
-        raise TypeError
-    return jnp.asarray(value)
 
 
 def weighted_sums(value: Any, mask: Any = None, name: str = "loss") -> tuple[jax.Array, jax.Array]:

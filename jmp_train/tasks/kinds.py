@@ -144,10 +144,10 @@ def _loss_fn(net: Functional, task: Task, call: Function) -> Function:
 
 def _mean(losses: Any, batch: Batch) -> Any:
     """Return the loss of a batch: a scalar, or a `WeightedLoss` if values have weights."""
-    if isinstance(losses, tuple) or ("mask" in batch and jnp.ndim(losses)):
+    values, _ = values_and_weights(losses)
+    if isinstance(losses, tuple) or ("mask" in batch and values.ndim):
         return WeightedLoss(*weighted_sums(losses, batch.get("mask")))
-    losses, _ = values_and_weights(losses)
-    return losses.mean() if losses.ndim else losses
+    return values.mean() if values.ndim else values
 
 
 def _ratio(value: Any, batch: Batch, name: str) -> jax.Array:
@@ -166,7 +166,7 @@ def _metrics_fn(net: Functional, task: Task, call: Function) -> Callable[..., di
         for name, fn in task.metrics.items():
             with naming(name):
                 values[name] = fn(outputs, batch)
-        whole = not isinstance(loss, tuple) and jnp.ndim(loss) == 0
+        whole = not isinstance(loss, tuple) and values_and_weights(loss)[0].ndim == 0
         return values if whole else values | {"loss": loss}
 
     return metrics_fn
