@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from jmp_train.data.dataset import Source
-from jmp_train.data.examples import Examples, regroup
+from jmp_train.data.dataset import DataError, Source
+from jmp_train.data.examples import Examples, regroup, stack
 from jmp_train.data.streams import Stream, StreamIterator, prepare_workers
 from jmp_train.types import Batch, Json
 
@@ -236,7 +236,7 @@ def _items_of(
     def items_from(start: int) -> Iterator[Batch]:
         items = dataset.slice(slice(start, None))
         if steps_per_call > 1:
-            items = items.batch(steps_per_call)
+            items = items.batch(steps_per_call, batch_fn=_stack_call)
         # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
         items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
         if workers:
@@ -245,6 +245,11 @@ def _items_of(
         return iter(items)
 
     return items_from
+
+
+def _stack_call(batches: Sequence[Batch]) -> Batch:
+    names = [f"batch {i + 1} of {len(batches)} in a call" for i in range(len(batches))]
+    return stack([{k: np.asarray(x) for k, x in batch.items()} for batch in batches], names)
 
 
 def iterate_rows(order: Order, steps_per_call: int = 1) -> BatchIterator:
@@ -313,6 +318,8 @@ def eval_batches(
         rows = np.where(mask, rows, 0)
         batch = {name: array[rows] for name, array in batch.items()}
         counted = batch.get("mask", mask)
+        if counted.dtype != np.bool_:
+            raise DataError(f"the mask has dtype {counted.dtype}; expected bool, such as mask != 0")
         yield {**batch, "mask": counted & mask.reshape(-1, *[1] * (counted.ndim - 1))}
 
 

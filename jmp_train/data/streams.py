@@ -160,7 +160,8 @@ class StreamIterator:
         items = [self._one() for _ in range(self._steps_per_call)]
         if self._steps_per_call == 1:
             return items[0]
-        return {key: np.stack([item[key] for item in items]) for key in items[0]}
+        first = self._next - len(items)
+        return stack(items, [f"batch {first + i}" for i in range(len(items))])
 
     @property
     def can_seek(self) -> bool:

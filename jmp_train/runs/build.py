@@ -16,7 +16,7 @@ from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.policy.precision import Precision
-from jmp_train.runs.user_code import one_line_errors
+from jmp_train.runs.user_code import check_schedule, one_line_errors
 from jmp_train.spec import DataSpec
 from jmp_train.step.evaluation import make_evaluate
 from jmp_train.step.state import TrainState
@@ -39,7 +39,8 @@ def build(experiment: AnyExperiment) -> Parts:
     """Build the parts of an experiment.
 
     Raises:
-      UsageError: if the data cannot be read, or a rule matches no module.
+      UsageError: if the data cannot be read, a rule matches no module, or the learning rate schedule
+        cannot be computed.
     """
     dataset = load_dataset(experiment)
     task = make_task_of(experiment, dataset.spec)
@@ -98,6 +99,8 @@ def make_task_of(
 
 
 def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
+    if experiment.schedule is not None:
+        check_schedule(experiment.schedule)
     return make_step(
         task.loss_fn,
         make_optimizer(

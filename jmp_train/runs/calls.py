@@ -12,7 +12,7 @@ import numpy as np
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.batches import Batches, Order, first_batch, iterate, iterate_rows
-from jmp_train.data.dataset import Arrays, Source
+from jmp_train.data.dataset import Arrays, DataError, Source
 from jmp_train.runs.build import Parts
 from jmp_train.runs.loop import last_of_stack
 from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call, count_flops
@@ -69,7 +69,7 @@ def compile_calls(
         iterator = lambda: iterate(parts.batches, steps)
         program = parts.stepper.step if steps == 1 else parts.stepper.scan
         compiled = program.lower(state, _stacked(batch, steps)).compile()
-        call, last_batch = compiled, last_of_stack
+        call, last_batch = _on_batches(compiled, batch, steps), last_of_stack
     else:
         order = Order(len(parts.dataset.train), experiment.batch_size, seed=experiment.seed)
         iterator = lambda: iterate_rows(order, steps)
@@ -126,6 +126,47 @@ def _step_on_rows(pure_step: Callable[..., Any], steps: int) -> Donating:
         return on_rows(state, rows) if steps == 1 else jax.lax.scan(on_rows, state, rows)
 
     return Donating(step)
+
+
+def _on_batches(
+    compiled: Callable[..., Any], first: Batch, steps: int
+) -> Callable[[TrainState, Any], tuple[TrainState, StepInfo]]:
+    """Return a compiled call whose error for a batch unlike the first one names what differs."""
+
+    def call(state: TrainState, item: Any) -> tuple[TrainState, StepInfo]:
+        try:
+            return compiled(state, item)
+        except (TypeError, ValueError) as error:
+            difference = _difference(item, first, axes=int(steps > 1))
+            if difference is None:
+                raise
+            raise DataError(f"the batch of step {int(state.step) + 1} {difference}") from error
+
+    return call
+
+
+def _difference(item: Batch, first: Batch, axes: int) -> str | None:
+    """Return how an item differs from the first batch; None if it does not.
+
+    Args:
+      item: arrays by name, with so many axes before those of a batch.
+      first: the first batch.
+      axes: number of axes of steps.
+    """
+    if item.keys() != first.keys():
+        return f"has {', '.join(item)}; expected {', '.join(first)}, as the first batch has"
+    for name, x in item.items():
+        given, wanted = (
+            jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(array.dtype))
+            for shape, array in ((x.shape[axes:], x), (first[name].shape, first[name]))
+        )
+        for what in ("shape", "dtype"):
+            if getattr(given, what) != getattr(wanted, what):
+                return (
+                    f"has {name!r} of {what} {getattr(given, what)}; expected {getattr(wanted, what)}, "
+                    "as in the first batch"
+                )
+    return None
 
 
 def _stacked(batch: PyTree, steps: int) -> PyTree:

@@ -5,14 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
-
 from jmp_train.config.early_stop import EarlyStopConfig
-from jmp_train.config.experiment import AnyExperiment
-from jmp_train.data.batches import eval_batches
 from jmp_train.errors import UsageError, nearest
-from jmp_train.runs.build import Parts
-from jmp_train.runs.user_code import one_line_errors
 
 
 class EarlyStop(NamedTuple):
@@ -59,27 +53,3 @@ def metric_of(config: EarlyStopConfig, metrics: dict[str, float]) -> float:
         hint = nearest(config.metric, metrics)
         raise UsageError(f"early_stop.metric is {config.metric!r}; {hint}")
     return metrics[config.metric]
-
-
-def check_metric(experiment: AnyExperiment, parts: Parts) -> None:
-    """Check before training that the task has the metric; nothing is computed.
-
-    Raises:
-      UsageError: if it does not, with the nearest one that it has.
-    """
-    if experiment.early_stop.metric is None:
-        return
-    task = parts.task
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    batch = next(iter(eval_batches(parts.dataset.eval, 1)))
-    extras = {} if model_state is None else {"model_state": model_state}
-    with one_line_errors():
-        metrics = jax.eval_shape(
-            lambda params, batch, extras: task.metrics_fn(
-                task.precision.cast_to_compute(params), batch, **extras
-            ),
-            params,
-            batch,
-            extras,
-        )
-    metric_of(experiment.early_stop, dict.fromkeys(metrics, 0.0))

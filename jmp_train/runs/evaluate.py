@@ -10,6 +10,7 @@ from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.reports.stages import stage
 from jmp_train.runs.build import build, matmul_precision
+from jmp_train.runs.check_evaluation import check_evaluation
 from jmp_train.runs.resume import restore_newest
 from jmp_train.types import Json
 
@@ -26,7 +27,8 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment, console: Console | No
       `{"step": ..., metric: ...}`.
 
     Raises:
-      UsageError: if the run has no checkpoint, or the newest one does not match the model.
+      UsageError: if the run has no checkpoint, if the newest one does not match the model, or if the
+        held-out data cannot be evaluated.
       NoUsableCheckpoint: if none can be loaded.
     """
     console = Console(quiet=True) if console is None else console
@@ -34,6 +36,7 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment, console: Console | No
     with matmul_precision(experiment.matmul_precision):
         with stage(console, "loading data"):
             parts = build(experiment)
+        check_evaluation(experiment, parts)
         with stage(console, "restoring a checkpoint"):
             restored = restore_newest(run_dir, experiment, parts)
         with stage(console, "evaluating"):

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from jmp_train.data.batches import Batches
+from jmp_train.data.batches import Batches, state_at
 from jmp_train.optim.schedules import make_schedule
 from jmp_train.records.provenance import package_versions
 from jmp_train.records.trackers import Trackers
@@ -50,6 +50,8 @@ class Events:
         self._learning_rate = jax.jit(schedule)
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._early = start.early_stop
+        self._saved: Json = start.data or state_at(0)  # the last state of the data
+        self._first = self._saved["next_batch"] + start.batches_left_out
         self.ended = start.ended  # why the run ended before its last step
         self.error: Exception | None = None  # of `on_record`
 
@@ -89,7 +91,7 @@ class Events:
         extra = {
             "config": config_json(context.name, context.experiment),
             "versions": package_versions(),
-            "data": self._batches.get_state(),
+            "data": self._position(step),
             "wall_time_s": start.wall_time_s + time.perf_counter() - context.began,
             "train_time_s": start.train_time_s + seconds,
             "rollbacks": start.rollbacks,
@@ -104,6 +106,22 @@ class Events:
             metrics=self.metrics_at(step) or None,
             wait=context.experiment.checkpoint_wait,
         )
+
+    def _position(self, step: int) -> Json:
+        """Return the state of the data before the batch of the next step.
+
+        After an error in the data, more batches may have been read than steps were taken.
+        """
+        batches, wanted = self._batches, self._first + step - self._start.step
+        state = batches.get_state()
+        if state["next_batch"] != wanted:
+            if not batches.can_seek:  # a resumed run reads them again up to it
+                return state_at(wanted)
+            batches.set_state(self._saved)
+            batches.skip(wanted - self._saved["next_batch"])
+            state = batches.get_state()
+        self._saved = state
+        return state
 
     def metrics_at(self, step: int) -> dict[str, float]:
         """Return the metrics of a step if it was the last to be evaluated, else {}."""

@@ -95,7 +95,7 @@ def run_loop(
     Nothing waits for the device between two events, so the host can run ahead of it.
 
     Args:
-      step_fn: takes `steps_per_call` steps; the state is donated to it.
+      step_fn: takes `steps_per_call` steps; the state is donated to it, unless it raises UsageError.
       state: the state at `start`.
       batches: one item for each call of `step_fn`.
       start: steps already taken.
@@ -115,7 +115,7 @@ def run_loop(
         has from its checkpoint. It is up to date when `checkpoint` is called.
 
     Raises:
-      UsageError: if a batch cannot be read; the state before it is saved.
+      UsageError: if a batch cannot be read, or `step_fn` refuses it; the state before it is saved.
       Diverged: at an event, before it saves: if the loss is not finite and such steps are not
         skipped, if too many in a row were skipped, if `SKIPS_AT_MINIMUM` were and the last of them
         at the dynamic loss scale's minimum, or if a parameter is not finite.
@@ -129,11 +129,11 @@ def run_loop(
     while at < stop and not stopped:
         try:
             batch = next(batches)
-        except UsageError:  # data that cannot be read: keep the steps until here
+            state, info = step_fn(state, batch)
+        except UsageError:  # data that cannot be read, or that changed: keep the steps until here
             if at > start and _all_finite(state.params):
                 checkpoint(at, state, seconds + time.perf_counter() - began)
             raise
-        state, info = step_fn(state, batch)
         at += steps_per_call
         calls.append((_metrics(info, steps_per_call), info.finite))
         stopped = should_stop()

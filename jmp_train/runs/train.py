@@ -18,6 +18,7 @@ from jmp_train.reports.progress import RunProgress, print_line
 from jmp_train.reports.stages import stage
 from jmp_train.runs.build import build, check_batch_size, matmul_precision
 from jmp_train.runs.calls import Calls, compile_calls
+from jmp_train.runs.check_evaluation import check_evaluation
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
     check_directory,
@@ -29,7 +30,6 @@ from jmp_train.runs.directory import (
     write_config,
     write_spec,
 )
-from jmp_train.runs.early_stop import check_metric
 from jmp_train.runs.events import Events
 from jmp_train.runs.find import RUNS
 from jmp_train.runs.folders import results_folder
@@ -117,7 +117,7 @@ def _train_in(
             parts = build(experiment)
         if stopped:  # before anything is written
             raise Stopped(stopped[0], 0, run_dir)
-        check_metric(experiment, parts)
+        check_evaluation(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
         with lock_directory(run_dir, console):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jmp_train.tasks.masks import check_mask
 from jmp_train.tasks.task import Task
 from jmp_train.types import Batch
 
@@ -19,8 +20,8 @@ def classification(inputs: str | tuple[str, ...] = "image", label: str = "label"
       inputs: names of the network's inputs in a batch; it returns logits, (batch, classes).
       label: name of the labels in a batch: integers from 0, (batch,).
 
-    Metrics: `accuracy`, and `loss` in nats. Predictions: `class`, int32, and `probability`, float32
-    (batch, classes).
+    Metrics: `accuracy`, and `loss` in nats, float32 under every precision. Predictions: `class`,
+    int32, and `probability`, float32 (batch, classes). A mask is (batch,).
 
     >>> task = classification(inputs="x", label="y")
     >>> logits, batch = jnp.array([[0.0, 1.0]]), {"y": jnp.array([1])}
@@ -30,6 +31,8 @@ def classification(inputs: str | tuple[str, ...] = "image", label: str = "label"
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
         _check_rank(logits)
+        check_mask(batch, logits.shape[:1], "the loss")
+        logits = logits.astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[label])
 
     return Task(
@@ -54,8 +57,11 @@ def multi_label(inputs: str | tuple[str, ...] = "image", labels: str = "labels")
       labels: name of the labels in a batch: 0 or 1 for each, (batch, labels).
 
     Metrics: `f1`, the F1 score over all pairs of example and label, exact over unequal batches;
-    `exact`, the share of examples with every label right; `loss` in nats per label. Predictions:
-    `labels`, bool, and `probability`, float32 (batch, labels).
+    `exact`, the share of examples with every label right; `loss` in nats per label, float32 under
+    every precision. Predictions: `labels`, bool, and `probability`, float32 (batch, labels).
+
+    A mask is (batch,), or (batch, labels) for examples whose labels are known in part: the others
+    count nowhere, and an example without any is left out of `exact`.
 
     >>> logits, batch = jnp.array([[2.0, 2.0, -2.0]]), {"labels": jnp.array([[1, 0, 0]])}
     >>> values, weights = multi_label().metrics["f1"](logits, batch)
@@ -65,20 +71,23 @@ def multi_label(inputs: str | tuple[str, ...] = "image", labels: str = "labels")
 
     def loss(logits: jax.Array, batch: Batch) -> jax.Array:
         _check_same_shape(logits, batch[labels], labels)
-        each = optax.sigmoid_binary_cross_entropy(logits, batch[labels].astype(logits.dtype))
-        return each.mean(-1)
+        check_mask(batch, logits.shape, "the loss")
+        logits = logits.astype(jnp.float32)
+        return optax.sigmoid_binary_cross_entropy(logits, batch[labels].astype(jnp.float32))
 
     def f1(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         predicted, right = logits > 0, batch[labels] > 0
-        twice = 2 * (predicted & right).sum(-1)
-        return twice, twice + (predicted != right).sum(-1)
+        twice = 2 * (predicted & right)
+        return twice, twice + (predicted != right)
+
+    def exact(logits: jax.Array, batch: Batch) -> jax.Array:
+        right = (logits > 0) == (batch[labels] > 0)
+        mask = batch.get("mask")
+        return (right if mask is None or mask.ndim < 2 else right | ~mask).all(-1)
 
     return Task(
         loss=loss,
-        metrics={
-            "f1": f1,
-            "exact": lambda logits, batch: ((logits > 0) == (batch[labels] > 0)).all(-1),
-        },
+        metrics={"f1": f1, "exact": exact},
         inputs=inputs,  # pyright: ignore[reportArgumentType]
         targets=(labels,),
         metric="f1",

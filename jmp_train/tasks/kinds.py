@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.spec import DataSpec
 from jmp_train.step.accumulation import WeightedLoss
-from jmp_train.step.evaluation import weighted_sums
+from jmp_train.step.evaluation import naming, values_and_weights, weighted_sums
 from jmp_train.tasks.classification import classification, multi_label
 from jmp_train.tasks.language_modelling import language_modelling
 from jmp_train.tasks.regression import regression
@@ -133,7 +133,10 @@ def _loss_fn(net: Functional, task: Task, call: Function) -> Function:
         bound = _Call(net, params, model_state, True, key)
         outputs = call(bound, batch)
         loss = _mean(task.loss(outputs, batch), batch)
-        aux = {name: _ratio(fn(outputs, batch), batch) for name, fn in task.metrics.items()}
+        aux = {}
+        for name, fn in task.metrics.items():
+            with naming(name):
+                aux[name] = _ratio(fn(outputs, batch), batch, name)
         return (loss, aux) if model_state is None else (loss, aux, bound.state)
 
     return loss_fn
@@ -141,25 +144,29 @@ def _loss_fn(net: Functional, task: Task, call: Function) -> Function:
 
 def _mean(losses: Any, batch: Batch) -> Any:
     """Return the loss of a batch: a scalar, or a `WeightedLoss` if values have weights."""
-    if isinstance(losses, tuple) or ("mask" in batch and losses.ndim):
+    values, _ = values_and_weights(losses)
+    if isinstance(losses, tuple) or ("mask" in batch and values.ndim):
         return WeightedLoss(*weighted_sums(losses, batch.get("mask")))
-    return losses.mean() if losses.ndim else losses
+    return values.mean() if values.ndim else values
 
 
-def _ratio(value: Any, batch: Batch) -> jax.Array:
+def _ratio(value: Any, batch: Batch, name: str) -> jax.Array:
     """Return a metric of a batch; 0 where nothing counts."""
     if not isinstance(value, tuple) and "mask" not in batch:
-        return jnp.asarray(value, jnp.float32).mean()
-    total, weight = weighted_sums(value, batch.get("mask"))
+        return values_and_weights(value, name)[0].astype(jnp.float32).mean()
+    total, weight = weighted_sums(value, batch.get("mask"), name)
     return total / jnp.where(weight == 0, 1, weight)
 
 
 def _metrics_fn(net: Functional, task: Task, call: Function) -> Callable[..., dict[str, Any]]:
     def metrics_fn(params: PyTree, batch: Batch, *, model_state: PyTree = None) -> dict[str, Any]:
         outputs = call(_Call(net, params, model_state, False, None), batch)
-        values = {name: fn(outputs, batch) for name, fn in task.metrics.items()}
-        loss = task.loss(outputs, batch)
-        whole = not isinstance(loss, tuple) and loss.ndim == 0
+        loss = task.loss(outputs, batch)  # first, for it checks the outputs
+        values = {}
+        for name, fn in task.metrics.items():
+            with naming(name):
+                values[name] = fn(outputs, batch)
+        whole = not isinstance(loss, tuple) and values_and_weights(loss)[0].ndim == 0
         return values if whole else values | {"loss": loss}
 
     return metrics_fn
@@ -168,11 +175,30 @@ def _metrics_fn(net: Functional, task: Task, call: Function) -> Callable[..., di
 def _predict_fn(net: Functional, task: Task, call: Function) -> Callable[..., Any]:
     def predict_fn(params: PyTree, batch: Batch, *, model_state: PyTree = None) -> Any:
         outputs = call(_Call(net, params, model_state, False, None), batch)
-        if task.predict is not None:
-            return dict(task.predict(outputs))
-        return dict(outputs) if isinstance(outputs, dict) else {"output": outputs}
+        return _by_name(outputs if task.predict is None else task.predict(outputs))
 
     return predict_fn
+
+
+def _by_name(outputs: Any) -> dict[str, jax.Array]:
+    """Return the arrays of outputs by the names of their places.
+
+    Raises:
+      ValueError: if two arrays have one name.
+
+    >>> list(_by_name({"mean": jnp.ones(2), "parts": (jnp.ones(2), jnp.ones(2))}))
+    ['mean', 'parts.0', 'parts.1']
+    >>> list(_by_name((jnp.ones(2), jnp.ones(2)))), list(_by_name(jnp.ones(2)))
+    (['output.0', 'output.1'], ['output'])
+    """
+    outputs = dict(outputs) if isinstance(outputs, Mapping) else {"output": outputs}
+    arrays: dict[str, jax.Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name in arrays:
+            raise ValueError(f"two outputs have the name {name!r}; expected a name for each")
+        arrays[name] = jnp.asarray(leaf)
+    return arrays
 
 
 def _generate(net: Functional, generate: Function, spec: DataSpec) -> Callable[..., jax.Array]:

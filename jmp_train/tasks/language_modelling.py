@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jmp_train.spec import DataSpec
+from jmp_train.tasks.masks import check_mask
 from jmp_train.tasks.task import Task
 from jmp_train.tasks.token_losses import logits_losses, token_losses
 from jmp_train.types import Batch, Key, PyTree
@@ -30,12 +31,15 @@ def language_modelling(tokens: str = "tokens") -> Task:
     token but the first; `logits`, float32 (batch, vocabulary), of the last token. The task also generates texts, with a network that
     has the methods `empty_cache` and `decode` of `Gpt`, or else by calls with a window of tokens.
 
+    A mask is (batch,), or (batch, length) for the tokens but the first.
+
     Args:
       tokens: name of the tokens in a batch, integers.
     """
 
     def losses(net: Any, batch: Batch) -> jax.Array:
         tokens_BxT1 = batch[tokens].astype(jnp.int32)
+        check_mask(batch, tokens_BxT1[:, 1:].shape, "the losses of the tokens but the first")
         if net.has("score"):
             return net(tokens_BxT1, token_losses, method="score")
         return logits_losses(net(tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jmp_train.tasks.masks import check_mask
 from jmp_train.tasks.task import Task
 from jmp_train.types import Batch
 
@@ -18,7 +19,8 @@ def regression(inputs: str | tuple[str, ...] = "x", target: str = "y") -> Task:
       target: name of the numbers in a batch, (batch, ...).
 
     Metrics: `mse`, the mean squared error, which is the loss too, and `mae`, the mean absolute error,
-    both in float32 and over all numbers. Predictions: `value`, float32.
+    both in float32 and over all numbers. Predictions: `value`, float32. A mask has the shape of the
+    target, or its first axes.
 
     >>> outputs, batch = jnp.array([[1.0], [3.0]]), {"y": jnp.array([1.0, 1.0])}
     >>> regression().loss(outputs, batch).tolist()
@@ -34,15 +36,15 @@ def regression(inputs: str | tuple[str, ...] = "x", target: str = "y") -> Task:
                 f"the network returned shape {outputs.shape} and {target!r} has {wanted.shape}; "
                 "expected equal shapes"
             )
-        errors = outputs.astype(jnp.float32) - wanted.astype(jnp.float32)
-        return errors.reshape(len(errors), -1)
+        check_mask(batch, wanted.shape, "the target")
+        return outputs.astype(jnp.float32) - wanted.astype(jnp.float32)
 
     def mse(outputs: jax.Array, batch: Batch) -> jax.Array:
-        return jnp.square(errors(outputs, batch)).mean(-1)
+        return jnp.square(errors(outputs, batch))
 
     return Task(
         loss=mse,
-        metrics={"mse": mse, "mae": lambda o, batch: jnp.abs(errors(o, batch)).mean(-1)},
+        metrics={"mse": mse, "mae": lambda o, batch: jnp.abs(errors(o, batch))},
         inputs=inputs,  # pyright: ignore[reportArgumentType]  (a name becomes a tuple)
         targets=(target,),
         metric="mse",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jmp_train.tasks.masks import check_mask
 from jmp_train.tasks.task import Task
 from jmp_train.tasks.token_losses import logits_losses
 from jmp_train.types import Batch, Function
@@ -27,6 +28,7 @@ def sequence_to_sequence(
     Metrics: `token_accuracy`, the share of right tokens given the right tokens before them, and
     `loss` in nats per token, both exact over targets of different length. Predictions: `tokens`,
     int32 (batch, length), the most probable token at each position given those predicted before it.
+    A mask is (batch,), or (batch, length) for the tokens of the target but the first.
     """
 
     def right(batch: Batch) -> jax.Array:
@@ -37,6 +39,7 @@ def sequence_to_sequence(
 
     def loss(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
         mask = scored(batch)
+        check_mask(batch, mask.shape, "the losses of the tokens but the first")
         return jnp.where(mask, logits_losses(logits, right(batch)), 0.0), mask
 
     def accuracy(logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,13 +15,31 @@ from jmp_train.types import Batch, Function, Key, PyTree
 Outputs = Any
 Metric = Callable[[Outputs, Batch], Any]
 
+RESERVED = (
+    *("loss", "step", "split", "grad_norm", "averaged_steps", "learning_rate", "loss_scale"),
+    *("skipped_steps", "skipped_in_row", "nonfinite", "nonfinite_tensors", "steps_per_second"),
+    *("seconds", "policy", "diverged_seeds", "speed_up", "peak_memory_bytes"),
+)
+"""Names that no metric may have: those of other values in a record or a comparison; and "last_..."."""
+_NAME = re.compile(r"\w[\w .-]{0,99}")  # of a file too: plots/NAME.png
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """What a network is trained for: pure functions of its outputs and of a batch.
 
-    A batch is a dict of arrays whose leading axis counts examples. A `"mask"` in it, bool (batch,) or
-    (batch, tokens), excludes padding from the loss and the metrics.
+    A batch is a dict of arrays whose leading axis counts examples. A `"mask"` in it, bool, excludes
+    padding from the loss and the metrics. It has the shape of their values or its first axes: (batch,)
+    for one value per example, (batch,) or (batch, tokens) for one per token. If a mask per token meets
+    a value per example, the example counts if any of its tokens does; a function that combines tokens
+    has to leave masked ones out itself. So has a loss of the whole batch.
+
+    The name of a metric has 1 to 100 letters, digits, spaces, and `_`, `.`, `-`; it begins with a
+    letter, a digit or `_`. The names in `RESERVED`, and those that begin with "last_", are taken by
+    other values of a record.
+
+    Raises:
+      ValueError: for a field of another type, or a metric of another name.
 
     >>> import jax.numpy as jnp
     >>> def squared_error(outputs, batch):
@@ -46,7 +65,9 @@ class Task:
     highest: bool = False
     """Whether higher values of that metric are better."""
     predict: Callable[[Outputs], Mapping[str, jax.Array]] | None = None
-    """`predict(outputs)` returns arrays by name, one row per example; None returns the outputs."""
+    """`predict(outputs)` returns arrays by name, one row per example; None returns the outputs: an
+    array by the name "output"; a dict by its keys, nested ones as "a.b"; a tuple as "output.0",
+    "output.1" and so on."""
     call: Callable[[Function, Batch], Outputs] | None = None
     """`call(net, batch)` computes the outputs, where `net(*args, method="__call__", **kwargs)` calls
     the network; None calls it with the arrays of `inputs`, and casts outputs to the output dtype."""
@@ -65,6 +86,8 @@ class Task:
             raise ValueError(line)  # noqa: TRY004  (a value in an experiment, like any other)
         if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
             raise ValueError("metrics are not a dict of functions; expected {'name': function}")
+        for name in self.metrics:
+            _check_name(name)
         known = ("loss", *self.metrics)
         if self.metric not in known:
             raise ValueError(f"metric is {self.metric!r}; expected one of {', '.join(known)}")
@@ -73,6 +96,20 @@ class Task:
     def reads(self) -> tuple[str, ...]:
         """Names of the arrays that a batch must have."""
         return (*self.inputs, *self.targets)
+
+
+def _check_name(name: Any) -> None:
+    """Raise ValueError for a name that no metric may have."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a metric has the name {name!r}; expected 1 to 100 letters, digits, spaces, and _ . -, "
+            "that begin with a letter, a digit or _, because plots have files of that name"
+        )
+    if name in RESERVED or name.startswith("last_"):
+        raise ValueError(
+            f"a metric has the name {name!r}, which records use; expected another than "
+            f"{', '.join(RESERVED)}, and names that begin with last_"
+        )
 
 
 class TaskFunctions(NamedTuple):

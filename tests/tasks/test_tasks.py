@@ -168,7 +168,7 @@ def test_masked_examples_have_no_gradient():
     params, _ = task.init(jax.random.key(0))
     one_step = lambda batch: jt.make_step(task.loss_fn, optax.sgd(0.1), "float32").step
     (padded,) = split({k: v[:9] for k, v in batch.items()}, (9,))
-    padded = {k: np.concatenate([v, v[:2] * 0]) for k, v in padded.items()}
+    padded = {k: np.concatenate([v, np.zeros_like(v[:2])]) for k, v in padded.items()}
     start = lambda: jt.make_step(task.loss_fn, optax.sgd(0.1), "float32").init(jnp.copy(params))
     got, _ = one_step(padded)(start(), padded)
     want, _ = one_step(batch)(start(), {k: v[:9] for k, v in batch.items()})
@@ -196,11 +196,79 @@ def test_a_wrong_task_is_one_line(task, message):
         ({"metrics": [abs]}, "metrics are not a dict of functions"),
         ({"metrics": {"a": 1}}, "metrics are not a dict of functions"),
         ({"metric": "los"}, "metric is 'los'; expected one of loss"),
+        ({"metrics": {"under/over": abs}}, r"name 'under/over'; expected 1 to 100 letters, digits"),
+        ({"metrics": {"": abs}}, "name ''; expected 1 to 100 letters"),
+        ({"metrics": {".hidden": abs}}, "name '.hidden'; expected 1 to 100 letters"),
+        ({"metrics": {"a" * 101: abs}}, "name 'aa.*a'; expected 1 to 100 letters"),
+        ({"metrics": {"two\nlines": abs}}, "expected 1 to 100 letters"),
+        ({"metrics": {3: abs}}, "name 3; expected 1 to 100 letters"),
+        ({"metrics": {"step": abs}}, "name 'step', which records use; expected .* loss_scale"),
+        ({"metrics": {"last_loss": abs}}, "name 'last_loss', which records use; .* with last_"),
     ],
 )
 def test_a_wrong_field_of_a_task_is_one_line(fields, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         jt.Task(**{"loss": abs, **fields})
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_names_of_metrics_may_have_words_and_marks():
+    names = ["f1", "top 5", "recall.90", "F-score", "_own", "Größe"]
+    assert list(jt.Task(abs, dict.fromkeys(names, abs)).metrics) == names
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["classification", "multi_label"])
+def test_a_loss_is_computed_in_float32_from_narrow_logits(policy, name):
+    outputs, key = ({"label": RNG.integers(0, 3, EXAMPLES)}, "label")
+    if name == "multi_label":
+        outputs, key = ({"labels": RNG.integers(0, 2, (EXAMPLES, 3))}, "labels")
+    task = functions({"image": X, **outputs}, name, policy)
+    params, _ = task.init(jax.random.key(0))
+    # The logits as the network returns them: narrow operands, products rounded to the narrow dtype.
+    narrow = task.precision.cast_to_compute(params)
+    logits = np.asarray(narrow.dtype.type(X) @ narrow, np.float64)
+    right = outputs[key]
+    if name == "classification":
+        exact = (np.log(np.exp(logits).sum(1)) - logits[np.arange(EXAMPLES), right]).mean()
+    else:
+        exact = (np.logaddexp(0, logits) - right * logits).mean()
+    loss, _ = task.loss_fn(params, {"image": X, **outputs})
+    # float32 sums; in bfloat16 or float16 the loss itself would be rounded by 2^-9 or 2^-11.
+    assert loss.dtype == jnp.float32
+    assert float(loss) == pytest.approx(exact, rel=2e-6)
+    metrics = evaluated(task, params, [{"image": X, **outputs}])
+    assert metrics["loss"] == pytest.approx(exact, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "outputs,names",
+    [
+        (lambda x: x, ["output"]),
+        (lambda x: (x, (x, x)), ["output.0", "output.1.0", "output.1.1"]),
+        (lambda x: {"b": x, "a": {"c": x, "d": [x]}}, ["a.c", "a.d.0", "b"]),
+    ],
+)
+def test_outputs_without_predict_are_named_by_their_places(outputs, names):
+    def network():
+        init, apply = linear()
+        return init, lambda w, x: outputs(apply(w, x))
+
+    task = functions({"x": X}, jt.Task(lambda o, batch: batch["x"]), network=network)
+    params, _ = task.init(jax.random.key(0))
+    predicted = task.predict_fn(params, {"x": X})
+    assert sorted(predicted) == names
+    assert all((x == X @ params).all() for x in predicted.values())
+
+
+def test_two_outputs_of_one_name_are_refused():
+    def network():
+        init, apply = linear()
+        return init, lambda w, x: {"a.b": apply(w, x), "a": {"b": x}}
+
+    task = functions({"x": X}, jt.Task(lambda o, batch: batch["x"]), network=network)
+    with pytest.raises(ValueError, match="two outputs have the name 'a.b'"):
+        task.predict_fn(task.init(jax.random.key(0))[0], {"x": X})
 
 
 @pytest.mark.parametrize(
