@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import cloudpickle  # with which Grain sends a dataset to its workers
 import grain
 import numpy as np
-from absl import flags
 
 from jmp_train.data.dataset import DataError
-from jmp_train.data.examples import check_example, regroup, stack, takes_generator, with_generator
+from jmp_train.data.examples import check_example, regroup, takes_generator, with_generator
+from jmp_train.data.passes import PassIterator, stack_examples
 from jmp_train.types import Batch, Function, Json
 
-_EXAMPLE, _BATCH = 2, 3  # purposes of streams of random numbers, beside those of data.batches
+_BATCH = 3  # purpose of a stream of random numbers, beside those of data.batches and data.passes
 
 
 class Stream:
@@ -47,19 +46,16 @@ class Stream:
         self._augment = batch_transform
         self.workers = workers
 
-    def open(self, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
-        """Return an iterator over one pass."""
+    def open(
+        self, batch_size: int, *, seed: int, index: int, workers: int | None = None
+    ) -> Iterator[Batch]:
+        """Return an iterator over the pass with an index; `workers` None is that of the stream."""
         if not isinstance(self._source, grain.IterDataset):
-            return self._call(batch_size=batch_size, seed=seed, epoch=epoch)
-        source = self._source
-        if self._transform is not None:
-            seed_of_pass = _seed(seed, epoch, _EXAMPLE)
-            source = source.random_map(with_generator(self._transform), seed=seed_of_pass)
-        source = source.batch(batch_size, drop_remainder=True, batch_fn=_stack)
-        if self.workers:
-            prepare_workers()
-            return iter(source.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
-        return iter(source)
+            return self._call(batch_size=batch_size, seed=seed, epoch=index)
+        workers = self.workers if workers is None else workers
+        return PassIterator(
+            self._source, self._transform, batch_size, seed=seed, workers=workers, index=index
+        )
 
     def batches(self, batch_size: int, *, seed: int) -> StreamBatches:
         """Return the endless batches of a run."""
@@ -76,7 +72,7 @@ class Stream:
             source = self._source
             if self._transform is not None and not takes_generator(self._transform):
                 source = source.map(self._transform)
-            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=_stack)
+            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=stack_examples)
         else:
             passed = self._call(batch_size=batch_size, seed=0, epoch=0)
             batches = (check_batch(batch, f"batch {i}") for i, batch in enumerate(passed))
@@ -91,7 +87,7 @@ class Stream:
         Raises:
           DataError: if there is none.
         """
-        passed = self.open(batch_size, seed=0, epoch=0)
+        passed = self.open(batch_size, seed=0, index=0, workers=0)
         batch = next(passed, None)
         getattr(passed, "close", lambda: None)()
         if batch is None:
@@ -113,9 +109,9 @@ class Stream:
 class StreamBatches:
     """The endless batches of a stream for a run."""
 
-    def __init__(self, stream: Stream, batch_size: int, seed: int):
+    def __init__(self, stream: Stream, batch_size: int, seed: int, workers: int | None = None):
         self._stream, self._batch_size, self._seed = stream, batch_size, seed
-        self.workers = stream.workers
+        self.workers = stream.workers if workers is None else workers
 
     def iterate(self, steps_per_call: int = 1) -> StreamIterator:
         """Return an iterator over items of so many batches."""
@@ -123,7 +119,13 @@ class StreamBatches:
 
     def open(self, epoch: int) -> Iterator[Batch]:
         """Return an iterator over one pass."""
-        return self._stream.open(self._batch_size, seed=self._seed, epoch=epoch)
+        return self._stream.open(self._batch_size, seed=self._seed, index=epoch, workers=self.workers)
+
+    def first(self) -> Batch:
+        """Return the first batch, for its shapes; no worker is started for it."""
+        alone = StreamBatches(self._stream, self._batch_size, self._seed, workers=0)
+        with contextlib.closing(alone.iterate()) as batches:
+            return next(batches)
 
     def finish(self, batch: Batch, index: int) -> Batch:
         """Return a batch checked and transformed."""
@@ -212,8 +214,7 @@ class StreamIterator:
                         f"pass {self._epoch} over the data has no whole batch; expected a smaller "
                         "--batch-size, or more examples"
                     ) from None
-                self.close()
-                self._epoch, self._read = self._epoch + 1, 0
+                self._start_pass(self._epoch + 1)
                 continue
             except (DataError, KeyboardInterrupt):
                 raise
@@ -225,6 +226,13 @@ class StreamIterator:
             own = isinstance(batch, dict) and self._batches.workers
             return {name: np.array(x) for name, x in batch.items()} if own else batch
 
+    def _start_pass(self, index: int) -> None:
+        self._epoch, self._read = index, 0
+        if isinstance(self._pass, PassIterator):
+            self._pass.start_pass(index)  # keeps its workers
+        else:
+            self.close()
+
     def _opened(self) -> Iterator[Batch]:
         if self._pass is None:
             self._pass = self._batches.open(self._epoch)
@@ -235,18 +243,6 @@ class StreamIterator:
         close: Callable[[], None] = getattr(self._pass, "close", lambda: None)
         close()
         self._pass = None
-
-
-def prepare_workers() -> None:
-    """Prepare what Grain's worker processes need.
-
-    They cannot import experiment files, so their functions are sent. Grain reads flags of absl, which
-    are parsed only in a program of absl.
-    """
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    if "experiments" in sys.modules:
-        cloudpickle.register_pickle_by_value(sys.modules["experiments"])
 
 
 def check_batch(batch: Any, name: str) -> Batch:
@@ -271,15 +267,6 @@ def check_leading_axes(arrays: Batch, name: str) -> None:
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"{key!r} has {size}" for key, size in sizes.items())
         raise DataError(f"{name}: {shown} examples; expected the same number in every array")
-
-
-def _stack(examples: Sequence[Any]) -> Batch:
-    names = [f"example {i} of a batch" for i in range(len(examples))]
-    return stack([check_example(e, n) for e, n in zip(examples, names, strict=True)], names)
-
-
-def _seed(*values: int) -> int:
-    return int(np.random.SeedSequence(values).generate_state(1)[0])
 
 
 def _arguments(function: Function) -> set[str]:
