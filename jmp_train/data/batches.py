@@ -8,14 +8,14 @@ that Grain handles one record per batch. With Grain's per-example shuffle and co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from jmp_train.data.dataset import Source
-from jmp_train.data.examples import Examples, regroup
+from jmp_train.data.examples import Examples, regroup, stack
 from jmp_train.data.streams import Stream, StreamIterator
 from jmp_train.data.workers import next_of_workers, read_in_workers, start_workers
 from jmp_train.types import Batch, Json
@@ -239,7 +239,7 @@ def _items_of(
     def items_from(start: int) -> Iterator[Batch]:
         items = dataset.slice(slice(start, None))
         if steps_per_call > 1:
-            items = items.batch(steps_per_call)
+            items = items.batch(steps_per_call, batch_fn=_stack_batches)
         # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
         items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
         if workers:
@@ -249,6 +249,10 @@ def _items_of(
         return iter(items)
 
     return items_from
+
+
+def _stack_batches(batches: Sequence[Batch]) -> Batch:
+    return stack(list(batches), [f"batch {i} of a call" for i in range(len(batches))])
 
 
 def iterate_rows(order: Order, steps_per_call: int = 1) -> BatchIterator:

@@ -33,6 +33,8 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except UsageError:  # it is one line
+        raise
     except Exception as error:
         flaxs = type(error).__module__.startswith("flax")
         if not flaxs and not isinstance(error, (TypeError, ValueError)):
