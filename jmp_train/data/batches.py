@@ -17,7 +17,7 @@ import numpy as np
 from jmp_train.data.dataset import Source
 from jmp_train.data.examples import Examples, regroup, stack
 from jmp_train.data.streams import Stream, StreamIterator
-from jmp_train.data.workers import next_of_workers, read_in_workers, start_workers
+from jmp_train.data.workers import close_workers, next_of_workers, read_in_workers, start_workers
 from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
@@ -194,7 +194,10 @@ class BatchIterator:
 
     def close(self) -> None:
         """End the threads and worker processes."""
-        getattr(self._items, "close", lambda: None)()
+        if self._workers and self._items is not None:
+            close_workers(self._items)
+        else:
+            getattr(self._items, "close", lambda: None)()
         self._items = None
 
 

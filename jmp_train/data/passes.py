@@ -13,7 +13,13 @@ import grain
 import numpy as np
 
 from jmp_train.data.examples import check_example, stack, takes_generator, with_generator
-from jmp_train.data.workers import next_of_workers, read_in_workers, start_workers, worker_index
+from jmp_train.data.workers import (
+    close_workers,
+    next_of_workers,
+    read_in_workers,
+    start_workers,
+    worker_index,
+)
 from jmp_train.types import Batch, Function, Json
 
 _EXAMPLE = 2  # purpose of a stream of random numbers, beside those of data.batches
@@ -81,7 +87,10 @@ class PassIterator:
 
     def close(self) -> None:
         """End the threads and worker processes."""
-        self._items.close()
+        if self._workers:
+            close_workers(self._items)
+        else:
+            self._items.close()
 
 
 class _Batches(grain.IterDataset):
