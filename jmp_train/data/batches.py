@@ -7,7 +7,6 @@ that Grain handles one record per batch. With Grain's per-example shuffle and co
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,8 @@ import numpy as np
 
 from jmp_train.data.dataset import DataError, Source
 from jmp_train.data.examples import Examples, regroup, stack
-from jmp_train.data.streams import Stream, StreamIterator, prepare_workers
+from jmp_train.data.streams import Stream, StreamIterator
+from jmp_train.data.workers import close_workers, next_of_workers, read_in_workers, start_workers
 from jmp_train.types import Batch, Json
 
 _SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
@@ -136,6 +136,10 @@ class _InWorkers:
     def __init__(self, dataset: Any, workers: int):
         self._dataset, self._workers = dataset, workers
 
+    def first(self) -> Batch:
+        """Return the first batch, for its shapes; no worker is started for it."""
+        return self._dataset[0]
+
     def iterate(self, steps_per_call: int) -> BatchIterator:
         items_from = _items_of(self._dataset, steps_per_call, self._workers)
         return BatchIterator(items_from, steps_per_call, self._workers)
@@ -168,7 +172,7 @@ class BatchIterator:
     def __next__(self) -> Any:
         if self._items is None:
             self._items = self._items_from(self._next)
-        item = next(self._items)
+        item = next_of_workers(self._items) if self._workers else next(self._items)
         self._next += self._steps_per_call
         # Out of the memory that is shared with the worker, so that it is free when the worker ends.
         return {name: np.array(x) for name, x in item.items()} if self._workers else item
@@ -190,7 +194,10 @@ class BatchIterator:
 
     def close(self) -> None:
         """End the threads and worker processes."""
-        getattr(self._items, "close", lambda: None)()
+        if self._workers and self._items is not None:
+            close_workers(self._items)
+        else:
+            getattr(self._items, "close", lambda: None)()
         self._items = None
 
 
@@ -224,8 +231,7 @@ def first_batch(dataset: Any) -> Batch:
     """Return the first batch of a dataset from `train_batches`."""
     if hasattr(dataset, "__getitem__"):
         return dataset[0]
-    with contextlib.closing(iterate(dataset)) as batches:
-        return next(batches)
+    return dataset.first()
 
 
 def _items_of(
@@ -240,8 +246,9 @@ def _items_of(
         # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
         items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
         if workers:
-            prepare_workers()
-            items = items.mp_prefetch(grain.MultiprocessingOptions(workers))
+            iterator = read_in_workers(items, workers)
+            start_workers(iterator)
+            return iterator
         return iter(items)
 
     return items_from

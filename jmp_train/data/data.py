@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -17,8 +18,9 @@ from jmp_train.data.examples import (
     Rows,
     Subset,
     check_example,
+    checked_batch_transform,
+    expected_labels,
     takes_generator,
-    with_generator,
 )
 from jmp_train.data.streams import Stream, check_leading_axes
 from jmp_train.fields import check_fields
@@ -56,8 +58,9 @@ def Data(
       eval_share: fraction of the examples to hold out, the same examples in every run, if the data are
         no pair.
       transform: `transform(example)` or `transform(example, rng)` returns a changed example. `rng`, a
-        `numpy.random.Generator`, is a pure function of the seed and the position. A transform that
-        takes `rng` is left out of evaluation.
+        `numpy.random.Generator`, is a pure function of the seed and the position. It is given to an
+        argument named `rng`, with a default or without, or else to a second required argument. A
+        transform that takes it is left out of evaluation.
       batch_transform: the same for a batch.
       classes: number of classes; None: found from an integer array `label` in memory.
       workers: number of processes that read training examples; 0 reads them in a thread.
@@ -171,7 +174,9 @@ class _OwnData(Configured):
                     raise DataError(
                         f"{error}; the transform of the data was applied to it"
                     ) from error
-            return arrays if batch_transform is None else batch_transform(arrays)
+            if batch_transform is None:
+                return arrays
+            return checked_batch_transform(batch_transform)(arrays, rng)
 
         return apply
 
@@ -186,13 +191,13 @@ class _OwnData(Configured):
         label = np.concatenate([np.ravel(array) for array in labels])
         if label.dtype.kind not in "iu":
             return self.classes
+        bad = (label < 0) | (label >= (self.classes or 2**31))
+        if bad.any():
+            raise DataError(
+                f"{int(bad.sum())} labels are out of range, the first {label[bad.argmax()]}; "
+                f"{expected_labels(self.classes)}"
+            )
         if self.classes is not None:
-            bad = (label < 0) | (label >= self.classes)
-            if bad.any():
-                raise DataError(
-                    f"{int(bad.sum())} labels are out of range, the first {label[bad.argmax()]}; "
-                    f"expected 0 to {self.classes - 1}, for classes is {self.classes}"
-                )
             return self.classes
         found = np.unique(label)
         return (
@@ -206,6 +211,8 @@ class _Form:
 
     made: Any
     held_out: bool = False
+    numbers: np.ndarray | None = None
+    """Indices of the examples before they were split; None: they were not."""
 
     @classmethod
     def of(cls, made: Any, name: str) -> _Form:
@@ -268,8 +275,9 @@ class _Form:
         order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(self.count)
         parts = order[held_out:], order[:held_out]
         if isinstance(self.made, Mapping):
-            return [_Form({k: v[rows] for k, v in self.made.items()}) for rows in parts]
-        return [_Form(Subset(self.made, rows)) for rows in parts]
+            arrays = [{k: v[rows] for k, v in self.made.items()} for rows in parts]
+            return [_Form(a, numbers=rows) for a, rows in zip(arrays, parts, strict=True)]
+        return [_Form(Subset(self.made, rows), numbers=rows) for rows in parts]
 
     def source(self, config: _OwnData) -> Any:
         """Return a source, a stream, or the arrays to evaluate on."""
@@ -282,14 +290,17 @@ class _Form:
                 raise DataError(
                     "transform is for examples, and the data are batches; expected batch_transform"
                 )
-            return Stream(self.made, transform, batch_transform, config.workers)
-        if not isinstance(self.made, Mapping):
-            return Examples(self.made, transform, batch_transform)
-        if transform is not None:
-            return Examples(Rows(self.made), transform, batch_transform)
+            return Stream(
+                self.made, transform, batch_transform, config.workers, classes=config.classes
+            )
+        in_memory = isinstance(self.made, Mapping)
+        if transform is not None or not in_memory:
+            items = Rows(self.made) if in_memory else self.made
+            options = {"numbers": self.numbers, "classes": config.classes}
+            return Examples(items, transform, batch_transform, **options)
         if self.held_out and batch_transform is None:
             return self.made
-        return Arrays(self.made, batch_transform and with_generator(batch_transform))
+        return Arrays(self.made, batch_transform and checked_batch_transform(batch_transform))
 
 
 def _with_purpose(parts: list[_Form]) -> list[_Form]:
@@ -315,7 +326,9 @@ def _first(train: Any) -> Any:
 
 
 def _is_function(value: Any) -> bool:
-    return callable(value) and not (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
+    """Return whether a value makes data; a class does, though its instances may be data."""
+    readable = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    return callable(value) and (inspect.isclass(value) or not readable)
 
 
 def _article(noun: str) -> str:

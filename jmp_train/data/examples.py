@@ -21,6 +21,9 @@ class Examples:
       transform: `transform(example)` or `transform(example, rng)` returns a changed example; None
         changes nothing. Each example of each batch has its own random numbers.
       batch_transform: the same for a batch.
+      numbers: the number of each item in messages, such as its index in a larger source; None: its
+        index.
+      classes: number of classes of an integer array `label`; None: its numbers have no upper bound.
 
     >>> source = Examples([{"x": 1}, {"x": 2}], transform=lambda example: {"x": example["x"] * 10})
     >>> source.draw(np.array([1, 0]), np.random.default_rng(0))
@@ -32,10 +35,16 @@ class Examples:
         items: Any,
         transform: Function | None = None,
         batch_transform: Function | None = None,
+        *,
+        numbers: np.ndarray | None = None,
+        classes: int | None = None,
     ):
         self._items = items
         self._transform = transform
-        self._augment = batch_transform and with_generator(batch_transform)
+        self._augment = batch_transform and checked_batch_transform(batch_transform)
+        self._numbers = numbers
+        self._classes = classes
+        self._first: tuple[Batch, str] | None = None  # the first example drawn, and its name
 
     def __len__(self) -> int:
         return len(self._items)
@@ -44,18 +53,25 @@ class Examples:
         """Return the examples with these indices as a batch.
 
         Raises:
-          DataError: if an example cannot be read, or has other names, shapes or dtypes than the first
-            of the batch; names its index.
+          DataError: if an example cannot be read, has other names, shapes or dtypes than the first one
+            drawn, or a label out of range; names its index.
         """
         indices = [int(row) for row in rows]
         seeded = self._transform is not None and takes_generator(self._transform)
         generators = rng.spawn(len(indices)) if seeded else [rng] * len(indices)
         examples = [self._one(i, g) for i, g in zip(indices, generators, strict=True)]
-        batch = stack(examples, [f"example {i}" for i in indices])
+        names = [self._name(i) for i in indices]
+        if self._first is None:
+            self._first = examples[0], names[0]
+        batch = stack(examples, names, like=self._first)
+        check_labels(batch, self._classes, names)
         return batch if self._augment is None else self._augment(batch, rng)
 
+    def _name(self, index: int) -> str:
+        return f"example {index if self._numbers is None else self._numbers[index]}"
+
     def _one(self, index: int, rng: np.random.Generator) -> Batch:
-        name = f"example {index}"
+        name = self._name(index)
         try:
             example = self._items[index]
             if example is not None and self._transform is not None:
@@ -74,7 +90,7 @@ class Examples:
 class Rows:
     """The examples of a dict of arrays, one at a time."""
 
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
+    def __init__(self, arrays: Mapping[str, Any]):
         self._arrays = arrays
 
     def __len__(self) -> int:
@@ -94,31 +110,88 @@ class Subset:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Any:
-        original = int(self._indices[index])
-        try:
-            return self._items[original]
-        except Exception as error:  # of the user's source
-            raise DataError(f"example {original} cannot be read: {_what(error)}") from error
+        return self._items[int(self._indices[index])]
 
 
 def takes_generator(function: Function) -> bool:
-    """Return whether a transform has a second required argument, for a random number generator.
+    """Return whether a transform takes a random number generator: as an argument named `rng`, with a
+    default or without, or as a second required argument.
 
     >>> takes_generator(lambda example: example), takes_generator(lambda example, rng: example)
     (False, True)
+    >>> takes_generator(lambda example, rng=None: example), takes_generator(lambda x, scale=2: x)
+    (True, False)
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a function of C
-        return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return len(required) > 1
+    return _generator_argument(function) is not None
 
 
 def with_generator(function: Function) -> Callable[[Any, np.random.Generator], Any]:
     """Return a transform as a function of two arguments."""
-    return function if takes_generator(function) else lambda value, rng: function(value)
+    argument = _generator_argument(function)
+    if argument is None:
+        return lambda value, rng: function(value)
+    return (lambda value, rng: function(value, rng=rng)) if argument == "rng" else function
+
+
+def _generator_argument(function: Function) -> str | None:
+    """Return "rng" for an argument of that name, "second" for a second required one; else None."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a function of C
+        return None
+    if any(
+        p.name == "rng" and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters
+    ):
+        return "rng"
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return "second" if len(required) > 1 else None
+
+
+def checked_batch_transform(function: Function) -> Callable[[Batch, np.random.Generator], Batch]:
+    """Return the transform of a batch as a function of a batch and a generator.
+
+    It raises DataError where the transform raises, or returns no dict of arrays.
+    """
+    call = with_generator(function)
+
+    def checked(batch: Batch, rng: np.random.Generator) -> Batch:
+        try:
+            changed = call(batch, rng)
+        except DataError:
+            raise
+        except Exception as error:  # of the user's code
+            raise DataError(f"batch_transform failed: {_what(error)}") from error
+        return check_example(changed, "the batch that batch_transform returned")
+
+    return checked
+
+
+def check_labels(batch: Batch, classes: int | None, names: list[str]) -> None:
+    """Raise DataError for an integer array `label` with a number that is not a class.
+
+    Args:
+      batch: arrays whose leading axis counts examples.
+      classes: number of classes; None: there is no upper bound.
+      names: the name of each example.
+    """
+    label = batch.get("label")
+    if label is None or label.dtype.kind not in "iu" or not label.size:
+        return
+    if label.min() >= 0 and (classes is None or label.max() < classes):
+        return
+    bad = (label < 0) | (label >= (2**31 if classes is None else classes))
+    first = np.unravel_index(int(bad.argmax()), bad.shape)
+    raise DataError(
+        f"{names[int(first[0])]}: 'label' is {label[first]}; {expected_labels(classes)}"
+    )
+
+
+def expected_labels(classes: int | None) -> str:
+    """Return what the numbers of an integer array `label` are expected to be."""
+    if classes is None:
+        return "expected integers from 0, or another name than 'label' if they are not classes"
+    return f"expected 0 to {classes - 1}, for classes is {classes}"
 
 
 def check_example(example: Any, name: str, what: str = "a dict of arrays by name") -> Batch:
@@ -168,27 +241,39 @@ def _in_32_bits(array: np.ndarray, name: str, key: str) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def stack(examples: list[Batch], names: list[str]) -> Batch:
+def stack(
+    examples: list[Batch], names: list[str], *, like: tuple[Batch, str] | None = None
+) -> Batch:
     """Return examples as a batch.
 
+    Args:
+      examples: dicts of arrays.
+      names: the name of each in messages.
+      like: an example that they are expected to be like, and its name; None: the first of them.
+
     Raises:
-      DataError: if an example differs from the first one in names, shapes or dtypes.
+      DataError: if an example differs from that in names, shapes or dtypes.
     """
-    first = examples[0]
+    first, first_name = like or (examples[0], names[0])
     for example, name in zip(examples, names, strict=True):
-        if example.keys() != first.keys():
-            raise DataError(
-                f"{name} has {', '.join(example)}; expected {', '.join(first)}, as in {names[0]}"
-            )
-        for key, array in example.items():
-            for attribute in ("shape", "dtype"):
-                given, expected = getattr(array, attribute), getattr(first[key], attribute)
-                if given != expected:
-                    raise DataError(
-                        f"{name}: {key!r} has the {attribute} {given}; expected {expected}, as in "
-                        f"{names[0]}"
-                    )
+        check_like(example, name, first, first_name)
     return {key: np.stack([example[key] for example in examples]) for key in first}
+
+
+def check_like(example: Batch, name: str, first: Batch, first_name: str) -> None:
+    """Raise DataError for an example that differs from the first one in names, shapes or dtypes."""
+    if example.keys() != first.keys():
+        raise DataError(
+            f"{name} has {', '.join(example)}; expected {', '.join(first)}, as in {first_name}"
+        )
+    for key, array in example.items():
+        for attribute in ("shape", "dtype"):
+            given, expected = getattr(array, attribute), getattr(first[key], attribute)
+            if given != expected:
+                raise DataError(
+                    f"{name}: {key!r} has the {attribute} {given}; expected {expected}, as in "
+                    f"{first_name}"
+                )
 
 
 def regroup(batches: Iterable[Batch], size: int) -> Iterator[Batch]:

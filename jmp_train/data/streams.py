@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import cloudpickle  # with which Grain sends a dataset to its workers
 import grain
 import numpy as np
-from absl import flags
 
 from jmp_train.data.dataset import DataError
-from jmp_train.data.examples import check_example, regroup, stack, takes_generator, with_generator
+from jmp_train.data.examples import (
+    check_example,
+    check_labels,
+    check_like,
+    checked_batch_transform,
+    regroup,
+    takes_generator,
+)
+from jmp_train.data.passes import PassIterator, stack_examples
 from jmp_train.types import Batch, Function, Json
 
-_EXAMPLE, _BATCH = 2, 3  # purposes of streams of random numbers, beside those of data.batches
+_BATCH = 3  # purpose of a stream of random numbers, beside those of data.batches and data.passes
 
 
 class Stream:
     """Batches in the order of a Grain `IterDataset`, or of the iterators of a function.
 
     The stream starts again at its end, so it is endless. Examples at its end that do not fill a batch
-    are left out of that pass.
+    are left out of that pass, of each worker; so is a shorter last batch of a function.
 
     Args:
       source: an `IterDataset` of examples, dicts of arrays; or a function that returns an iterator of
@@ -33,6 +39,7 @@ class Stream:
       transform: as for `Examples`; for an `IterDataset` alone.
       batch_transform: as for `Examples`.
       workers: number of processes that read an `IterDataset`; 0 reads in a thread.
+      classes: as for `Examples`.
     """
 
     def __init__(
@@ -41,33 +48,39 @@ class Stream:
         transform: Function | None = None,
         batch_transform: Function | None = None,
         workers: int = 0,
+        *,
+        classes: int | None = None,
     ):
         self._source = source
         self._transform = transform
-        self._augment = batch_transform
+        self._augment = batch_transform and checked_batch_transform(batch_transform)
+        self._random = batch_transform is not None and takes_generator(batch_transform)
+        self._classes = classes
         self.workers = workers
 
-    def open(self, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
-        """Return an iterator over one pass."""
+    def open(
+        self, batch_size: int, *, seed: int, index: int, workers: int | None = None
+    ) -> Iterator[Batch]:
+        """Return an iterator over the pass with an index; `workers` None is that of the stream."""
         if not isinstance(self._source, grain.IterDataset):
-            return self._call(batch_size=batch_size, seed=seed, epoch=epoch)
-        source = self._source
-        if self._transform is not None:
-            seed_of_pass = _seed(seed, epoch, _EXAMPLE)
-            source = source.random_map(with_generator(self._transform), seed=seed_of_pass)
-        source = source.batch(batch_size, drop_remainder=True, batch_fn=_stack)
-        if self.workers:
-            prepare_workers()
-            return iter(source.mp_prefetch(grain.MultiprocessingOptions(self.workers)))
-        return iter(source)
+            return self._call(batch_size=batch_size, seed=seed, epoch=index)
+        workers = self.workers if workers is None else workers
+        return PassIterator(
+            self._source, self._transform, batch_size, seed=seed, workers=workers, index=index
+        )
 
     def batches(self, batch_size: int, *, seed: int) -> StreamBatches:
         """Return the endless batches of a run."""
         return StreamBatches(self, batch_size, seed)
 
-    def augment(self, batch: Batch, rng: np.random.Generator) -> Batch:
-        """Return a batch with the changes of the batch's transform."""
-        return batch if self._augment is None else with_generator(self._augment)(batch, rng)
+    def augment(self, batch: Batch, name: str, rng: np.random.Generator) -> Batch:
+        """Return a batch with the changes of the batch's transform.
+
+        Raises:
+          DataError: if it cannot be transformed, or has a label out of range.
+        """
+        self._check_labels(batch, name)
+        return batch if self._augment is None else self._augment(batch, rng)
 
     def held_out(self, batch_size: int) -> Iterator[Batch]:
         """Yield every example of one pass once, without random transforms; the last batch may have
@@ -76,14 +89,18 @@ class Stream:
             source = self._source
             if self._transform is not None and not takes_generator(self._transform):
                 source = source.map(self._transform)
-            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=_stack)
+            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=stack_examples)
         else:
             passed = self._call(batch_size=batch_size, seed=0, epoch=0)
             batches = (check_batch(batch, f"batch {i}") for i, batch in enumerate(passed))
-        for batch in regroup(batches, batch_size):
-            if self._augment is not None and not takes_generator(self._augment):
-                batch = self._augment(batch)
-            yield batch
+        unused = np.random.Generator(np.random.Philox(0))
+        for i, batch in enumerate(regroup(batches, batch_size)):
+            self._check_labels(batch, f"held-out batch {i}")
+            skipped = self._augment is None or self._random
+            yield batch if skipped else self._augment(batch, unused)  # pyright: ignore
+
+    def _check_labels(self, batch: Batch, name: str) -> None:
+        check_labels(batch, self._classes, [name] * _size(batch))
 
     def first(self, batch_size: int = 1) -> Batch:
         """Return the first batch, for its spec.
@@ -91,13 +108,13 @@ class Stream:
         Raises:
           DataError: if there is none.
         """
-        passed = self.open(batch_size, seed=0, epoch=0)
+        passed = self.open(batch_size, seed=0, index=0, workers=0)
         batch = next(passed, None)
         getattr(passed, "close", lambda: None)()
         if batch is None:
             raise DataError("the data are empty; expected at least one example")
         batch = check_batch(batch, "batch 0")
-        return self.augment(batch, np.random.default_rng(0))
+        return self.augment(batch, "batch 0", np.random.default_rng(0))
 
     def _call(self, **values: int) -> Iterator[Batch]:
         taken = _arguments(self._source)
@@ -113,9 +130,9 @@ class Stream:
 class StreamBatches:
     """The endless batches of a stream for a run."""
 
-    def __init__(self, stream: Stream, batch_size: int, seed: int):
-        self._stream, self._batch_size, self._seed = stream, batch_size, seed
-        self.workers = stream.workers
+    def __init__(self, stream: Stream, batch_size: int, seed: int, workers: int | None = None):
+        self._stream, self.size, self._seed = stream, batch_size, seed
+        self.workers = stream.workers if workers is None else workers
 
     def iterate(self, steps_per_call: int = 1) -> StreamIterator:
         """Return an iterator over items of so many batches."""
@@ -123,18 +140,19 @@ class StreamBatches:
 
     def open(self, epoch: int) -> Iterator[Batch]:
         """Return an iterator over one pass."""
-        return self._stream.open(self._batch_size, seed=self._seed, epoch=epoch)
+        return self._stream.open(self.size, seed=self._seed, index=epoch, workers=self.workers)
+
+    def first(self) -> Batch:
+        """Return the first batch, for its shapes; no worker is started for it."""
+        alone = StreamBatches(self._stream, self.size, self._seed, workers=0)
+        with contextlib.closing(alone.iterate()) as batches:
+            return next(batches)
 
     def finish(self, batch: Batch, index: int) -> Batch:
-        """Return a batch checked and transformed."""
-        batch = check_batch(batch, f"batch {index}")
-        size = len(next(iter(batch.values())))
-        if size != self._batch_size:
-            raise DataError(
-                f"batch {index} has {size} examples; expected {self._batch_size}, the batch_size"
-            )
+        """Return a batch transformed."""
         seeds = np.random.SeedSequence([self._seed, index, _BATCH])
-        return self._stream.augment(batch, np.random.Generator(np.random.Philox(seeds)))
+        rng = np.random.Generator(np.random.Philox(seeds))
+        return self._stream.augment(batch, f"batch {index}", rng)
 
 
 class StreamIterator:
@@ -152,12 +170,27 @@ class StreamIterator:
         self._pass: Iterator[Batch] | None = None
         self._read = 0  # batches of this pass
         self.replayed = 0  # batches that were read again to resume
+        self._first: tuple[Batch, str] | None = None  # the first batch, and its name
+        self._known: Json | None = None  # the last state that was returned or given
+        self._failed: Json | None = None  # the state before an item that could not be read
 
     def __iter__(self) -> StreamIterator:
         return self
 
     def __next__(self) -> Batch:
-        items = [self._one() for _ in range(self._steps_per_call)]
+        if self._known is None:
+            self.get_state()
+        before = {"next_batch": self._next, "epoch": self._epoch, "read": self._read}
+        try:
+            names = [f"batch {self._next + i}" for i in range(self._steps_per_call)]
+            items = [self._one() for _ in names]
+            if self._first is None:
+                self._first = items[0], names[0]
+            for item, name in zip(items, names, strict=True):
+                check_like(item, name, *self._first)
+        except DataError:
+            self._failed = {**before, "from": self._known} if self.can_seek else before
+            raise
         if self._steps_per_call == 1:
             return items[0]
         first = self._next - len(items)
@@ -170,7 +203,9 @@ class StreamIterator:
         return hasattr(passed, "get_state") and hasattr(passed, "set_state")
 
     def get_state(self) -> Json:
-        """Return the position."""
+        """Return the position; that before an item that could not be read, if there was one."""
+        if self._failed is not None:
+            return self._failed
         state: Json = {"next_batch": self._next, "epoch": self._epoch, "read": self._read}
         if self.can_seek:
             inner: Any = self._opened().get_state()  # pyright: ignore
@@ -179,12 +214,18 @@ class StreamIterator:
                 json.dumps(state)
             except TypeError as error:
                 raise DataError(f"the state of the data is not JSON: {error}") from error
+        self._known = state
         return state
 
     def set_state(self, state: Json) -> None:
         """Resume from a position that `get_state` or `state_at` returned."""
         self.close()
         self._next, self._epoch, self._read = 0, 0, 0
+        self._known, self._failed = state, None
+        if self.can_seek and "from" in state:
+            self.set_state(state["from"])
+            self.skip(state["next_batch"] - self._next)
+            return
         if self.can_seek and "stream" in state:
             self._next, self._epoch = state["next_batch"], state["epoch"]
             self._read = state["read"]
@@ -204,27 +245,46 @@ class StreamIterator:
         return self._batches.finish(self._raw(), index)
 
     def _raw(self) -> Batch:
+        """Return the next whole batch, of the next pass if this one has no more."""
         while True:
-            try:
-                batch = next(self._opened())
-            except StopIteration:
-                if not self._read:
-                    raise DataError(
-                        f"pass {self._epoch} over the data has no whole batch; expected a smaller "
-                        "--batch-size, or more examples"
-                    ) from None
-                self.close()
-                self._epoch, self._read = self._epoch + 1, 0
-                continue
-            except (DataError, KeyboardInterrupt):
-                raise
-            except Exception as error:  # of the user's code
-                what = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise DataError(f"batch {self._next} cannot be read: {what}") from error
-            self._next, self._read = self._next + 1, self._read + 1
-            # Out of the memory that worker processes share, as in `BatchIterator`.
-            own = isinstance(batch, dict) and self._batches.workers
-            return {name: np.array(x) for name, x in batch.items()} if own else batch
+            batch = self._next_of_pass()
+            size = 0 if batch is None else _size(batch)
+            if batch is not None and size == self._batches.size:
+                self._next, self._read = self._next + 1, self._read + 1
+                # Out of the memory that worker processes share, as in `BatchIterator`.
+                own = self._batches.workers
+                return {name: np.array(x) for name, x in batch.items()} if own else batch
+            if size > self._batches.size or (size and self._next_of_pass() is not None):
+                raise DataError(
+                    f"batch {self._next} has {size} examples; expected {self._batches.size}, the "
+                    "batch_size, or fewer in the last batch of a pass, which is left out"
+                )
+            if not self._read:
+                raise DataError(
+                    f"pass {self._epoch} over the data has no whole batch; expected a smaller "
+                    "--batch-size, or more examples"
+                )
+            self._start_pass(self._epoch + 1)
+
+    def _next_of_pass(self) -> Batch | None:
+        """Return the next batch of the pass, checked; None at its end."""
+        try:
+            batch = next(self._opened())
+        except StopIteration:
+            return None
+        except (DataError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # of the user's code
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"batch {self._next} cannot be read: {what}") from error
+        return check_batch(batch, f"batch {self._next}")
+
+    def _start_pass(self, index: int) -> None:
+        self._epoch, self._read = index, 0
+        if isinstance(self._pass, PassIterator):
+            self._pass.start_pass(index)  # keeps its workers
+        else:
+            self.close()
 
     def _opened(self) -> Iterator[Batch]:
         if self._pass is None:
@@ -236,18 +296,6 @@ class StreamIterator:
         close: Callable[[], None] = getattr(self._pass, "close", lambda: None)
         close()
         self._pass = None
-
-
-def prepare_workers() -> None:
-    """Prepare what Grain's worker processes need.
-
-    They cannot import experiment files, so their functions are sent. Grain reads flags of absl, which
-    are parsed only in a program of absl.
-    """
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-    if "experiments" in sys.modules:
-        cloudpickle.register_pickle_by_value(sys.modules["experiments"])
 
 
 def check_batch(batch: Any, name: str) -> Batch:
@@ -274,13 +322,8 @@ def check_leading_axes(arrays: Batch, name: str) -> None:
         raise DataError(f"{name}: {shown} examples; expected the same number in every array")
 
 
-def _stack(examples: Sequence[Any]) -> Batch:
-    names = [f"example {i} of a batch" for i in range(len(examples))]
-    return stack([check_example(e, n) for e, n in zip(examples, names, strict=True)], names)
-
-
-def _seed(*values: int) -> int:
-    return int(np.random.SeedSequence(values).generate_state(1)[0])
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
 
 
 def _arguments(function: Function) -> set[str]:

@@ -39,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except UsageError:
+    except UsageError:  # it is one line
         raise
     except Exception as error:
         metric = next((n for n in getattr(error, "__notes__", ()) if n.startswith(NOTE)), "")

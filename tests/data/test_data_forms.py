@@ -221,3 +221,182 @@ def test_a_dataset_is_taken_as_it_is():
     dataset = jt.Data(arrays).load()
     assert isinstance(dataset, Dataset)
     assert jt.Data(lambda: dataset).load().spec is dataset.spec
+
+
+def marked(bad, **changed):
+    """Examples of which one is changed."""
+    return [{**item, **(changed if i == bad else {})} for i, item in enumerate(items())]
+
+
+def one_pass(data):
+    """Read every example that is trained on, and every held-out one."""
+    dataset = data.load()
+    take(dataset, 6)
+    list(eval_batches(dataset.eval, 3))
+
+
+def refuses_infinity(example):
+    if not np.isfinite(example["x"]).all():
+        raise ValueError("a bad picture")
+    return example
+
+
+@pytest.mark.parametrize("bad", [3, 17, 28])
+@pytest.mark.parametrize(
+    "load,options,what",
+    [
+        (lambda i: marked(i, x=np.ones(5)), {}, r"'x' has the shape|expected \(5,\), as in"),
+        (lambda i: marked(i, x="a"), {}, "dtype <U1"),
+        (lambda i: marked(i, x=np.inf), {"transform": refuses_infinity}, "a bad picture"),
+        (
+            lambda i: {**arrays(), "x": np.where(np.arange(COUNT) == i, np.inf, 0.0)},
+            {"transform": refuses_infinity},
+            "a bad picture",
+        ),
+        (lambda i: marked(i, label=7), {"classes": 3}, "'label' is 7; expected 0 to 2"),
+        (lambda i: marked(i, label=-1), {}, "'label' is -1; expected integers from 0"),
+    ],
+    ids=["shape", "string", "transform", "arrays", "label", "negative"],
+)
+def test_a_bad_example_is_named_by_its_index_before_the_split(load, options, what, bad):
+    made = load(bad)
+    if isinstance(made, list) and "label" in made[bad]:
+        made = [{"label": 0, **item} for item in made]
+    with pytest.raises(DataError, match=what) as error:
+        one_pass(jt.Data(lambda: made, **options))
+    assert f"example {bad}" in str(error.value)
+
+
+def test_negative_labels_in_memory_are_refused_without_classes():
+    labels = np.where(np.arange(COUNT) == 3, -1, 1)
+    with pytest.raises(DataError, match="1 labels are out of range, the first -1; expected integ"):
+        jt.Data({**arrays(), "label": labels}).load()
+    assert jt.Data({**arrays(), "target": labels}).load()
+
+
+def test_labels_of_a_stream_are_checked_against_classes():
+    def batches():
+        for last in (2, 3):
+            yield {"label": np.array([0, 1, 2, last])}
+
+    dataset = jt.Data(lambda: (batches, [{"label": 0}]), classes=3).load()
+    with pytest.raises(DataError, match="batch 1: 'label' is 3; expected 0 to 2, for classes is 3"):
+        take(dataset, 2)
+
+
+class Augment:
+    def __call__(self, example, *, rng):
+        return with_noise(example, rng)
+
+
+def with_noise(example, rng=None):
+    return {**example, "own": np.float32(0.0 if rng is None else rng.normal())}
+
+
+@pytest.mark.parametrize("transform", [with_noise, Augment()], ids=["default", "keyword"])
+@pytest.mark.parametrize("kind", ["transform", "batch_transform"])
+def test_an_argument_named_rng_is_given_and_left_out_of_evaluation(transform, kind):
+    dataset = loaded("list", **{kind: transform})
+    drawn = [batch["own"] for batch in take(dataset, 3)]
+    assert len(set(np.ravel(drawn).tolist())) > 1
+    for a, b in zip(drawn, take(dataset, 3), strict=True):
+        np.testing.assert_array_equal(a, b["own"])
+    assert "own" not in next(eval_batches(dataset.eval, 3))
+
+
+class Source:
+    def __init__(self, n: int = 10):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        return {"x": np.float32(index)}
+
+
+def test_a_class_makes_the_data_and_its_arguments_are_settings():
+    data = jt.Data(Source, n=30)
+    assert data.n == 30 and len(data.load().train) == 24
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "transform,line",
+    [
+        (lambda batch: 1 / 0, "^batch_transform failed: ZeroDivisionError: division by zero$"),
+        (lambda batch: None, "^the batch that batch_transform returned is None; expected a dict"),
+    ],
+)
+def test_a_batch_transform_that_fails_is_one_line(form, transform, line):
+    with pytest.raises(DataError, match=line):
+        loaded(form, batch_transform=transform)
+
+
+def test_batches_of_one_example_have_one_shape():
+    ragged = marked(17, x=np.ones(5))
+    made = train_batches(jt.Data(lambda: (ragged, items())).load().train, 1, seed=0)
+    for steps_per_call in (1, 5):
+        iterator = iterate(made, steps_per_call)
+        with pytest.raises(DataError, match=r"example 17: 'x' has the shape \(5,\); expected \(3,"):
+            for _ in range(COUNT):
+                next(iterator)
+
+
+def short(sizes):
+    def batches():
+        for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+            yield {"id": np.arange(start, start + size)}
+
+    return jt.Data(lambda: (batches, [{"id": 0}])).load()
+
+
+def test_a_shorter_last_batch_is_left_out_of_its_pass():
+    taken = take(short([4, 4, 2]), 5)
+    assert [batch["id"][0] for batch in taken] == [0, 4, 0, 4, 0]
+    made = train_batches(short([4, 4, 2]).train, BATCH, seed=0)
+    for at in range(1, 5):
+        first, second = iterate(made), iterate(made)
+        for _ in range(at):
+            next(first)
+        second.set_state(first.get_state())
+        assert next(first)["id"][0] == next(second)["id"][0]
+
+
+@pytest.mark.parametrize(
+    "sizes,line",
+    [
+        ([4, 2, 4], "batch 1 has 2 examples; expected 4, the batch_size, or fewer in the last"),
+        ([4, 5], "batch 1 has 5 examples; expected 4"),
+        ([2], "pass 0 over the data has no whole batch"),
+    ],
+)
+def test_other_sizes_of_batches_are_refused(sizes, line):
+    with pytest.raises(DataError, match=line):
+        take(short(sizes), 2)
+
+
+@pytest.mark.parametrize("form", ["iter dataset", "functions"])
+def test_the_position_after_an_error_is_before_the_item_that_failed(form):
+    bad = []
+
+    def fails(batch):
+        if bad and batch["id"][0] == bad[0]:
+            raise ValueError("bad")
+        return batch
+
+    made = train_batches(loaded(form, batch_transform=fails).train, BATCH, seed=0)
+    expected = iterate(made, 3)
+    items_ = [next(expected) for _ in range(3)]
+    first = iterate(made, 3)
+    next(first)
+    bad.append(items_[1]["id"][1, 0])
+    with pytest.raises(DataError):
+        next(first)
+    bad.clear()
+    state = first.get_state()
+    assert state["next_batch"] == 3
+    resumed = iterate(made, 3)
+    resumed.set_state(state)
+    for item in items_[1:]:
+        np.testing.assert_array_equal(next(resumed)["id"], item["id"])

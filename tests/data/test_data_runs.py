@@ -131,7 +131,7 @@ def test_an_unreadable_example_ends_the_run_with_its_index(folder, workers):
     ended = call(folder, folder / "a", "--data.form", "bad", "--data.workers", workers)
     assert ended.returncode == 2
     line = "jmp-train: example 5 cannot be read: OSError: unreadable\n"
-    assert ended.stderr.startswith(line), ended.stderr
+    assert ended.stderr == line
 
 
 def test_an_unknown_field_of_the_function_is_named(folder):
