@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import reprlib
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -76,8 +77,8 @@ def functional(
       takes_dtype: whether the network computes in the `dtype` that `make` is called with.
 
     Raises:
-      ValueError: for a rule that matches no module, and for rules on a pair of functions.
-      TypeError: for a network of another kind.
+      ValueError: for a rule that matches no module, for rules on a pair of functions, and for a
+        network of another kind.
 
     >>> from jmp_train.policy.precision import get_precision
     >>> make = lambda dtype, param_dtype, rngs: nnx.BatchNorm(3, rngs=rngs)
@@ -111,10 +112,14 @@ def functional(
                 "expected a policy alone"
             )
         return _of_functions(*network, casts)
-    raise TypeError(
-        f"the network is {type(network)}; expected an nnx.Module, a linen.Module, or a pair of "
-        "functions (init, apply)"
+    raise ValueError(
+        f"the model made {_quoted(network)}; expected an nnx.Module, a linen.Module, or a pair of "
+        "functions (init, apply) (docs/models.md)"
     )
+
+
+def _quoted(value: Any) -> str:
+    return " ".join(reprlib.repr(value).split())
 
 
 def _of_nnx(make: Make, precision: Precision) -> Functional:

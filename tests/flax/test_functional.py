@@ -162,5 +162,5 @@ def test_a_flag_of_any_usual_name_says_whether_it_trains(name, in_training):
 
 
 def test_another_object_is_refused():
-    with pytest.raises(TypeError, match="the network is <class 'int'>; expected an nnx.Module"):
+    with pytest.raises(ValueError, match="the model made 3; expected an nnx.Module"):
         functional(lambda dtype, param_dtype, rngs: 3, jt.get_precision("float32"))
