@@ -87,7 +87,7 @@ def _same(one: Any, two: Any) -> bool:
         if isinstance(one, types.FunctionType):  # a lambda is a new object each time its line runs
             return _same_items(_contents(one), _contents(two))
         return bool(np.all(one == two))
-    except Exception:  # `==` is that of a user's class; a closure may contain itself
+    except Exception:  # noqa: BLE001  (`==` is that of a user's class; a closure may contain itself)
         return False
 
 

@@ -187,7 +187,7 @@ def test_an_argument_may_have_any_name(name):
         assert len(own_of(data).load().train) == 3  # and one held out
     expected = 3 if name.startswith("__") else 4
     assert construct(model, DataSpec({}, 2), rngs=nnx.Rngs(0)) == (expected, 2)
-    assert model == model and hash(model) is not None
+    assert dataclasses.replace(model) == model and hash(model) is not None
     assert own_of(data).name == "load" and own_of(data).transformed is None
 
 

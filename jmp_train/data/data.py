@@ -70,9 +70,9 @@ def Data(
       classes: number of classes; None: found from an integer array `label` in memory.
       workers: number of processes that read training examples; 0 reads them in a thread.
       name: name for summary.json; None: the name of the function.
-      **fields: values of the function's arguments. If the function has a parameter `name`,
-        `transform` or `batch_transform`, the argument above is the function's alone; `eval_share`,
-        `classes` and `workers` are its too.
+      **fields: values of the function's arguments. A function with a parameter `name`,
+        `transform` or `batch_transform` gets the argument of that name above, which then has no other
+        use; one with `eval_share`, `classes` or `workers` gets it too.
 
     Returns:
       A frozen dataclass whose fields are settings of an experiment.
@@ -179,18 +179,17 @@ class _OwnData(Configured):
         The batch is a dict of arrays whose leading axis counts examples, as the function of the data
         returns them.
         """
-        kept = [_without_generator(f) for f in _transforms(self)]
-        if kept == [None, None]:
+        transform, batch_transform = map(_without_generator, _transforms(self))
+        if transform is None and batch_transform is None:
             return None
 
         def apply(batch: Any) -> Batch:
-            arrays = check_example(batch, "the input", "a dict of arrays")
+            arrays: Any = check_example(batch, "the input", "a dict of arrays")
             check_leading_axes(arrays, "the input")
             count = len(next(iter(arrays.values())))
             if count == 0:
                 return arrays
             rng = np.random.Generator(np.random.Philox(0))  # of no use to them
-            transform, batch_transform = kept
             if transform is not None:
                 try:
                     arrays = Examples(Rows(arrays), transform).draw(np.arange(count), rng)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen, nnx
 
 from jmp_train._autocast.transform import autocast
-from jmp_train.flax import _linen, _nnx
+from jmp_train.flax import _linen, _nnx, _sown
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision
 from jmp_train.tree import cast_floating
@@ -33,7 +33,7 @@ class Functional(NamedTuple):
 
     init: Callable[[jax.Array], tuple[Any, Any]]
     """`init(key) -> (params, state)`: trees of arrays. The parameters have the precision's parameter
-    dtypes; the state is that of batch statistics and caches, or None."""
+    dtypes; the state is that of batch statistics and caches, or None. Sown values are not part of it."""
     apply: Function
     """`apply(params, state, *args, train=False, key=None, method="__call__", **kwargs)` calls a method
     and returns `(outputs, state)`."""
@@ -66,7 +66,7 @@ def functional(
     Each call gets what the method has parameters for: `train`, `training` or `is_training`;
     `deterministic`, `use_running_average` or `inference`; `rngs` (of NNX) or `key`, in training. An
     NNX module is also set by `train()` or `eval()`, and its random streams are seeded from the key
-    of the step.
+    of the step. In evaluation, the streams of both libraries are those of a constant key.
 
     Args:
       make: `make(dtype=, param_dtype=, rngs=)` constructs the network: an `nnx.Module`, a
@@ -119,7 +119,7 @@ def functional(
 
 
 def _quoted(value: Any) -> str:
-    return " ".join(reprlib.repr(value).split())
+    return "an array" if isinstance(value, jax.Array) else " ".join(reprlib.repr(value).split())
 
 
 def _of_nnx(make: Make, precision: Precision) -> Functional:
@@ -192,8 +192,9 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
 
     def init(key: jax.Array) -> Any:
         net = _FirstCall(module, key)
-        first_call(net)
-        variables = dict(net.variables)
+        with _sown.sown_paths() as sown:
+            first_call(net)
+        variables = dict(_sown.without(net.variables, sown))
         params = precision.cast_to_param(variables.pop("params", {}))
         return params, variables or None
 
@@ -207,13 +208,17 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
         **kwargs: Any,
     ) -> Any:
         # Streams of other names than dropout are drawn from that of the name params.
-        rngs = {"params": key, "dropout": key} if train and key is not None else None
-        options = {"rngs": rngs, "method": method}
+        rngs = {"params": key, "dropout": key} if key is not None else None
+        options = {"rngs": rngs if train else {"params": jax.random.key(0)}, "method": method}
         options |= _flags(getattr(module, method), train, {"key": key}, kwargs)
         variables = {"params": params, **(state or {})}
-        if not state or not train:
+        if not train:
+            with _sown.no_dropout():
+                return module.apply(variables, *args, **options), state
+        if not state:
             return module.apply(variables, *args, **options), state
-        return module.apply(variables, *args, mutable=list(state), **options)
+        out, changed = module.apply(variables, *args, mutable=list(state), **options)
+        return out, _with_structure_of(state, changed)
 
     def network(params: PyTree, state: PyTree) -> Any:
         return module, {"params": params, **(state or {})}

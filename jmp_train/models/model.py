@@ -63,7 +63,7 @@ def Model(network: Callable[..., Any], /, **arguments: Any) -> Configured:
     what = f"Model({described(network)})"
     if isinstance(network, nnx.Module):
         kind = type(network).__name__
-        raise ValueError(
+        raise ValueError(  # noqa: TRY004  (a value in an experiment, like any other)
             f"the model is a module {kind} with its values; expected the class, as in "
             f"jmp_train.Model({kind}, ...), because a run makes the values from its seed "
             "(docs/models.md)"
