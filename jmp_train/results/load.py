@@ -327,9 +327,10 @@ def _restore(
     """Restore what predictions need of a checkpoint: parameters, or their average, and model state."""
     params, state = shapes
     averaged = experiment.ema_decay is not None
-    like: Json = {"ema": widen_to_full(params)} if averaged else {"params": params}
+    wide_params, wide_state = jax.eval_shape(widen_to_full, shapes)
+    like: Json = {"ema": wide_params} if averaged else {"params": params}
     if state is not None:
-        like["model_state"] = widen_to_full(state)
+        like["model_state"] = wide_state
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
