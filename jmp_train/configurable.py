@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import keyword
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 from jmp_train.errors import nearest
 from jmp_train.fields import check_fields
@@ -17,17 +20,27 @@ from jmp_train.fields import check_fields
 _SIMPLE = (bool, int, float, str)
 
 
+class Own(NamedTuple):
+    """What a configuration has beside its settings."""
+
+    function: Callable[..., Any]
+    """The function that the settings are arguments of."""
+    fixed: Mapping[str, Any]
+    """The given arguments that are not settings, such as functions."""
+    about: Mapping[str, Any]
+    """What else was given, such as the transforms of data."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Configured:
     """Base of the dataclasses that `configured` makes: a function with its settings as fields.
 
-    Two are equal if their functions have the same name and all settings are equal.
+    Two are equal if their functions have the same name and all that was given is equal. Fields may
+    have any name, also those of the attributes here: code of this package reads `__configured__` and
+    `settings_of`, which no field can replace.
     """
 
-    function: ClassVar[Callable[..., Any]]
-    """The function that the settings are arguments of."""
-    fixed: ClassVar[Mapping[str, Any]]
-    """The given arguments that are not settings, such as functions."""
+    __configured__: ClassVar[Own]
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -35,17 +48,56 @@ class Configured:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields and their values."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return settings_of(self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Configured) and self._identity() == other._identity()
+        if not isinstance(other, Configured):
+            return NotImplemented
+        one, two = self.__configured__, other.__configured__
+        return (
+            _identity(self) == _identity(other)
+            and _same_items(one.fixed, two.fixed)
+            and _same_items(one.about, two.about)
+        )
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(_identity(self))
 
-    def _identity(self) -> Any:
-        name = getattr(self.function, "__qualname__", "")
-        return name, getattr(self.function, "__module__", ""), tuple(self.settings.items())
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass and their values."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _identity(config: Configured) -> Any:
+    function = config.__configured__.function
+    names = getattr(function, "__qualname__", ""), getattr(function, "__module__", "")
+    return *names, tuple(settings_of(config).items())
+
+
+def _same_items(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    return one.keys() == two.keys() and all(_same(one[name], two[name]) for name in one)
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Return whether two values are equal; functions are if they are one, or do the same."""
+    if one is two or type(one) is not type(two):
+        return one is two
+    try:
+        if isinstance(one, types.FunctionType):  # a lambda is a new object each time its line runs
+            return _same_items(_contents(one), _contents(two))
+        return bool(np.all(one == two))
+    except Exception:  # noqa: BLE001  (`==` is that of a user's class; a closure may contain itself)
+        return False
+
+
+def _contents(function: types.FunctionType) -> dict[Any, Any]:
+    """Return what determines what a function does, but for the globals of its module."""
+    names = ("__module__", "__code__", "__defaults__", "__kwdefaults__")
+    cells = enumerate(function.__closure__ or ())
+    return {name: getattr(function, name) for name in names} | {
+        i: cell.cell_contents for i, cell in cells
+    }
 
 
 def configured(
@@ -54,6 +106,7 @@ def configured(
     *,
     base: type[Configured] = Configured,
     supplied: Collection[str] = (),
+    about: Mapping[str, Any] = types.MappingProxyType({}),
     what: str,
 ) -> Any:
     """Return a frozen dataclass whose fields are the simple arguments of a function.
@@ -67,6 +120,7 @@ def configured(
       values: arguments by name.
       base: base class of the dataclass.
       supplied: names of arguments that are supplied later, and so are no settings unless given.
+      about: what else was given, to be compared with the arguments.
       what: the call of the user, for messages, such as "Model(Net)".
 
     Raises:
@@ -102,7 +156,7 @@ def configured(
             value = named[name].default
         value = tuple(value) if isinstance(value, list) else value
         kind = _kind(value, hints.get(name))
-        if kind is not None:
+        if kind is not None and _names_a_field(name):
             fields.append((name, kind, dataclasses.field(default=value)))
         elif name in values:
             fixed[name] = values[name]
@@ -110,11 +164,37 @@ def configured(
         getattr(function, "__name__", type(function).__name__),
         fields,
         bases=(base,),
-        namespace={"function": staticmethod(function), "fixed": types.MappingProxyType(fixed)},
+        namespace={
+            "__configured__": Own(
+                function, types.MappingProxyType(fixed), types.MappingProxyType(dict(about))
+            )
+        },
         frozen=True,
         eq=False,
     )
     return made()
+
+
+def _names_a_field(name: str) -> bool:
+    """Return whether an argument can be a field; of `**rest`, a name may be any text."""
+    special = name.startswith("__") and name.endswith("__")
+    return name.isidentifier() and not keyword.iskeyword(name) and not special
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a function with arguments by name, also with those that it takes by position alone.
+
+    >>> def net(width, /, depth): return width, depth
+    >>> call(net, {"depth": 2, "width": 8})
+    (8, 2)
+    """
+    rest, first = dict(arguments), []
+    for name, parameter in parameters_of(function).items():
+        absent = name not in rest and parameter.default is parameter.empty
+        if parameter.kind is not parameter.POSITIONAL_ONLY or absent:
+            break
+        first.append(rest.pop(name, parameter.default))
+    return function(*first, **rest)
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -179,4 +259,4 @@ def _simple(hint: Any) -> bool:
 
 def described(function: Any) -> str:
     """Return the name of a function for a message."""
-    return getattr(function, "__name__", None) or reprlib.repr(function)
+    return getattr(function, "__name__", None) or " ".join(reprlib.repr(function).split())

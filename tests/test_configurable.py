@@ -2,14 +2,22 @@
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from typing import Literal, Optional
 
+import numpy as np
 import pytest
+from flax import nnx
 
+import jmp_train as jt
 from jmp_train.cli.help import help_texts
-from jmp_train.configurable import configured
+from jmp_train.config.settings import settings_in
+from jmp_train.configurable import call, configured
+from jmp_train.data.data import own_of
+from jmp_train.models.model import construct
+from jmp_train.spec import DataSpec
 
 
 def make(function, **values):
@@ -106,9 +114,10 @@ def test_arguments_of_a_function_of_any_keyword_are_settings():
 
 def test_functions_and_arrays_are_fixed():
     config = make(annotated, c=lambda spec: 3)
-    assert "c" not in config.settings and callable(config.fixed["c"])
+    fixed = config.__configured__.fixed
+    assert "c" not in config.settings and callable(fixed["c"])
     with pytest.raises(TypeError):
-        config.fixed["c"] = 1
+        fixed["c"] = 1
 
 
 @pytest.mark.parametrize(
@@ -142,6 +151,75 @@ def test_equality_and_hash_are_of_function_and_settings():
     one, two = make(other), make(other, a=1)
     assert one == two and hash(one) == hash(two) and one != make(other, a=2)
     assert one != make(same) and one != 1
+
+
+def test_equality_is_of_the_fixed_arguments_too():
+    def net(act=None, table=None): ...
+
+    def factor(x, by):
+        return make(net, act=lambda y: by * y, table=x)
+
+    ones = np.ones(2)
+    assert make(net, act=math.sin) == make(net, act=math.sin) != make(net, act=math.cos)
+    assert factor(ones, 2) == factor(np.ones(2), 2), "a lambda is a new object in each call"
+    assert factor(ones, 2) != factor(ones, 3) and factor(ones, 2) != factor(np.zeros(2), 2)
+    assert factor(ones, 2) != factor(np.ones(3), 2) and factor(ones, 2) != factor([1.0], 2)
+    assert hash(factor(ones, 2)) == hash(factor(ones, 2))
+
+
+NAMES = [
+    *("function", "fixed", "settings", "about", "name", "load", "transform", "batch_transform"),
+    *("self", "cls", "kind", "model", "obj", "config", "values", "what", "base", "transformed"),
+    *("_identity", "_class_count", "__configured__", "__init__", "_hidden", "network", "arguments"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_argument_may_have_any_name(name):
+    net = module_of(f"def net({name}: int = 1, other: int = 2): return {name}, other").net
+    model = jt.Model(net, **{name: 3})
+    data = jt.Data(module_of(f"def load({name}: int = 1): return {{'x': [0.0] * {name}}}").load)
+    if not name.startswith("__"):
+        assert model.__configured__.fixed == {}
+        model = dataclasses.replace(model, **{name: 4})
+        data = dataclasses.replace(data, **{name: 4})
+        assert settings_in(data)[name] == 4 and help_texts(type(data)) is not None
+        assert len(own_of(data).load().train) == 3  # and one held out
+    expected = 3 if name.startswith("__") else 4
+    assert construct(model, DataSpec({}, 2), rngs=nnx.Rngs(0)) == (expected, 2)
+    assert dataclasses.replace(model) == model and hash(model) is not None
+    assert own_of(data).name == "load" and own_of(data).transformed is None
+
+
+@pytest.mark.parametrize("name", ["name", "transform", "batch_transform", "load", "settings"])
+def test_an_argument_of_data_that_the_function_has_is_its_own(name):
+    load = module_of(f"def load({name}=None): return {{'x': [{name}(1)] * 5}}").load
+    data = jt.Data(load, **{name: lambda x: 7.0})
+    dataset = own_of(data).load()
+    assert dataset.eval["x"].tolist() == [7.0]
+    assert own_of(data).name == "load" and own_of(data).transformed is None
+
+
+def test_names_that_no_field_can_have_are_fixed():
+    config = make(lambda **rest: rest, **{"class": 3, "a b": 4, "c": 5})
+    assert config.settings == {"c": 5}
+    assert call(config.__configured__.function, config.__configured__.fixed) == {
+        "class": 3,
+        "a b": 4,
+    }
+
+
+def test_arguments_by_position_alone_are_settings():
+    def net(width, act=abs, depth=2, /, *, rate: float = 0.5):
+        return width, act, depth, rate
+
+    model = dataclasses.replace(jt.Model(net, width=8), depth=3)
+    assert construct(model, DataSpec({}, 2), rngs=nnx.Rngs(0)) == (8, abs, 3, 0.5)
+
+    def load(rows, /):
+        return {"x": np.arange(rows)}
+
+    assert len(jt.Data(load, rows=10).load().train) == 8
 
 
 class Documented:

@@ -90,7 +90,7 @@ def _field_specs(default: Any) -> Iterator[StructFieldSpec]:
             kind = Annotated[kind, tyro.conf.FlagConversionOff]
         text = texts.get(field.name)
         if isinstance(value, Configured):
-            text = _summary(value.function)
+            text = _summary(value.__configured__.function)
         yield StructFieldSpec(field.name, kind, value, helptext=text)
 
 
@@ -132,7 +132,7 @@ def help_texts(kind: type) -> dict[str, str]:
                 ):
                     texts[name] = " ".join(text.split())
     if issubclass(kind, Configured):
-        texts |= _argument_texts(kind.function)
+        texts |= _argument_texts(kind.__configured__.function)
     return texts
 
 

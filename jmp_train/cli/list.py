@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jmp_train.config.find import experiment_files, find_experiment
+from jmp_train.data.data import own_of
 from jmp_train.errors import UsageError
 
 
@@ -21,7 +22,7 @@ def command(arguments: list[str]) -> None:
         except UsageError as error:
             broken[name] = error
             continue
-        table.add_row(name, experiment.policy, experiment.data.name, experiment.metric)
+        table.add_row(name, experiment.policy, own_of(experiment.data).name, experiment.metric)
     console = Console()
     console.print(table)
     for name, error in broken.items():

@@ -15,6 +15,7 @@ from rich.console import Console
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import choose_run, take_run
+from jmp_train.data.data import own_of
 from jmp_train.data.files import check_file
 from jmp_train.data.inputs import read_inputs
 from jmp_train.errors import UsageError
@@ -108,7 +109,7 @@ def _predict(run: Run, options: PredictOptions, console: Console) -> None:
         check_ending(options.output)
         check_free([options.output], force=options.force)
     try:
-        transformed = getattr(run.experiment.data, "transformed", None) is not None
+        transformed = getattr(own_of(run.experiment.data), "transformed", None) is not None
         inputs = read_inputs(Path(options.input), run.inputs, run.spec, transformed=transformed)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -128,7 +129,7 @@ def _predict(run: Run, options: PredictOptions, console: Console) -> None:
 def _generate(run: Run, options: PredictOptions, console: Console) -> None:
     """Print a text with its continuation, and write it."""
     if run.functions.generate is None:
-        data = getattr(run.experiment.data, "name", "its data")
+        data = getattr(own_of(run.experiment.data), "name", "its data")
         raise UsageError(
             f"{run.directory} holds a run on {data}, whose model does not continue texts; expected "
             f"INPUT: a .npz or .npy file, or a folder, with {' and '.join(run.inputs)}"

@@ -6,12 +6,19 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import grain
 import numpy as np
 
-from jmp_train.configurable import Configured, configured, described, parameters_of
+from jmp_train.configurable import (
+    Configured,
+    call,
+    configured,
+    described,
+    parameters_of,
+    settings_of,
+)
 from jmp_train.data.dataset import Arrays, DataError, Dataset
 from jmp_train.data.examples import (
     Examples,
@@ -37,6 +44,7 @@ _FORMS = (
 
 def Data(
     load: Any,
+    /,
     *,
     eval_share: float = 0.2,
     transform: Function | None = None,
@@ -65,7 +73,9 @@ def Data(
       classes: number of classes; None: found from an integer array `label` in memory.
       workers: number of processes that read training examples; 0 reads them in a thread.
       name: name for summary.json; None: the name of the function.
-      **fields: values of the function's arguments.
+      **fields: values of the function's arguments. A function with a parameter `name`,
+        `transform` or `batch_transform` gets the argument of that name above, which then has no other
+        use; one with `eval_share`, `classes` or `workers` gets it too.
 
     Returns:
       A frozen dataclass whose fields are settings of an experiment.
@@ -83,23 +93,34 @@ def Data(
     """
     given = {"eval_share": eval_share, "classes": classes, "workers": workers}
     function = load if _is_function(load) else (lambda: load)
-    called = name or (described(load) if _is_function(load) else "arrays")
-    own = {key: value for key, value in given.items() if key in parameters_of(function)}
-    config = configured(function, {**own, **fields}, base=_OwnData, what=f"Data({called})")
-    kind: Any = type(config)
-    kind.name, kind.__name__ = called, called
-    kind.transform = None if transform is None else staticmethod(transform)
-    kind.batch_transform = None if batch_transform is None else staticmethod(batch_transform)
+    takes = parameters_of(function)
+    about = {"transform": transform, "batch_transform": batch_transform}
+    for key, value in {"name": name, **about}.items():
+        if key in takes and value is not None:
+            fields[key] = value
+    about = {key: None if key in takes else value for key, value in about.items()}
+    called = name if name and "name" not in takes else None
+    called = called or (described(load) if _is_function(load) else "arrays")
+    own = {key: value for key, value in given.items() if key in takes}
+    config = configured(
+        function,
+        {**own, **fields},
+        base=_OwnData,
+        about={"name": called, **about},
+        what=f"Data({called})",
+    )
+    type(config).__name__ = called
     return dataclasses.replace(config, **given)
+
+
+def own_of(config: Any) -> Any:
+    """Return the attributes of data, such as `load`, which a setting of that name hides."""
+    return super(type(config), config) if isinstance(config, _OwnData) else config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _OwnData(Configured):
     """Configuration of data that a function loads."""
-
-    name: ClassVar[str]
-    transform: ClassVar[Function | None]
-    batch_transform: ClassVar[Function | None]
 
     eval_share: float = 0.2
     """Fraction of the examples to hold out, the same examples in every run."""
@@ -117,6 +138,11 @@ class _OwnData(Configured):
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; expected 0 or more")
 
+    @property
+    def name(self) -> str:
+        """Name for summary.json."""
+        return self.__configured__.about["name"]
+
     def load(self) -> Dataset:
         """Load the data.
 
@@ -124,27 +150,28 @@ class _OwnData(Configured):
           ValueError: for a function that raises ValueError or OSError, which it names; for data of no
             accepted form, and for examples that differ in shape.
         """
-        takes = parameters_of(self.function)
+        own, name = self.__configured__, own_of(self).name
+        takes = parameters_of(own.function)
         common = {field.name for field in dataclasses.fields(_OwnData)}
-        settings = {k: v for k, v in self.settings.items() if k in takes or k not in common}
+        settings = {k: v for k, v in settings_of(self).items() if k in takes or k not in common}
         try:
-            made = self.function(**settings, **self.fixed)
+            made = call(own.function, {**settings, **own.fixed})
         except (ValueError, OSError) as error:  # wrong input; other errors keep their traceback
             what = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise DataError(f"{self.name} failed: {what}") from error
+            raise DataError(f"{name} failed: {what}") from error
         if isinstance(made, Dataset):
-            if self.transform or self.batch_transform:
-                raise DataError(f"{self.name} returned a Dataset; expected no transform beside it")
+            if any(_transforms(self)):
+                raise DataError(f"{name} returned a Dataset; expected no transform beside it")
             return made._replace(workers=self.workers)
         paired = isinstance(made, tuple) and len(made) == 2
-        forms = [_Form.of(part, self.name) for part in (made if paired else (made,))]
+        forms = [_Form.of(part, name) for part in (made if paired else (made,))]
         parts = forms if paired else forms[0].split(self.eval_share)
         train, held_out = (part.source(self) for part in _with_purpose(parts))
         first = _first(train)
         return Dataset(
             train=train,
             eval=held_out,
-            spec=DataSpec.of(first, self._class_count(parts)),
+            spec=DataSpec.of(first, own_of(self)._class_count(parts)),
             workers=self.workers,
         )
 
@@ -155,8 +182,8 @@ class _OwnData(Configured):
         The batch is a dict of arrays whose leading axis counts examples, as the function of the data
         returns them.
         """
-        kept = _without_generator(self.transform), _without_generator(self.batch_transform)
-        if kept == (None, None):
+        transform, batch_transform = map(_without_generator, _transforms(self))
+        if transform is None and batch_transform is None:
             return None
 
         def apply(batch: Any) -> Batch:
@@ -166,7 +193,6 @@ class _OwnData(Configured):
             if count == 0:
                 return arrays
             rng = np.random.Generator(np.random.Philox(0))  # of no use to them
-            transform, batch_transform = kept
             if transform is not None:
                 try:
                     arrays = Examples(Rows(arrays), transform).draw(np.arange(count), rng)
@@ -186,7 +212,7 @@ class _OwnData(Configured):
             for part in parts
             if isinstance(part.made, Mapping) and "label" in part.made
         ]
-        if self.transform is not None or not labels:
+        if _transforms(self)[0] is not None or not labels:
             return self.classes
         label = np.concatenate([np.ravel(array) for array in labels])
         if label.dtype.kind not in "iu":
@@ -203,6 +229,12 @@ class _OwnData(Configured):
         return (
             len(found) if len(found) > 1 and found[0] == 0 and found[-1] == len(found) - 1 else None
         )
+
+
+def _transforms(config: _OwnData) -> list[Function | None]:
+    """Return the transform of examples and that of batches."""
+    about = config.__configured__.about
+    return [about["transform"], about["batch_transform"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +313,7 @@ class _Form:
 
     def source(self, config: _OwnData) -> Any:
         """Return a source, a stream, or the arrays to evaluate on."""
-        kept = [config.transform, config.batch_transform]
+        kept = _transforms(config)
         if self.held_out:
             kept = [_without_generator(f) for f in kept]
         transform, batch_transform = kept

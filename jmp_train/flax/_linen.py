@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import linen as nn
@@ -45,10 +45,13 @@ def apply_policy(module: M, rules: Rules) -> M:
 
 
 def _as(kind: Callable[..., M], module: nn.Module) -> M:
-    """Construct a module of another class with the fields of the given one."""
-    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
-    fields.pop("parent", None)
-    return kind(**fields)
+    """Return the module as one of another class, without a call of its `__post_init__`.
+
+    That may change a field (`self.width *= 2`), and has done so already.
+    """
+    same = copy.copy(module)
+    object.__setattr__(same, "__class__", kind)
+    return cast(M, same)
 
 
 @functools.lru_cache(maxsize=256)

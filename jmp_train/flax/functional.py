@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import reprlib
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from flax import linen, nnx
 
 from jmp_train._autocast.transform import autocast
-from jmp_train.flax import _linen, _nnx
+from jmp_train.flax import _linen, _nnx, _sown
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision
 from jmp_train.tree import cast_floating
@@ -32,7 +33,7 @@ class Functional(NamedTuple):
 
     init: Callable[[jax.Array], tuple[Any, Any]]
     """`init(key) -> (params, state)`: trees of arrays. The parameters have the precision's parameter
-    dtypes; the state is that of batch statistics and caches, or None."""
+    dtypes; the state is that of batch statistics and caches, or None. Sown values are not part of it."""
     apply: Function
     """`apply(params, state, *args, train=False, key=None, method="__call__", **kwargs)` calls a method
     and returns `(outputs, state)`."""
@@ -65,7 +66,7 @@ def functional(
     Each call gets what the method has parameters for: `train`, `training` or `is_training`;
     `deterministic`, `use_running_average` or `inference`; `rngs` (of NNX) or `key`, in training. An
     NNX module is also set by `train()` or `eval()`, and its random streams are seeded from the key
-    of the step.
+    of the step. In evaluation, the streams of both libraries are those of a constant key.
 
     Args:
       make: `make(dtype=, param_dtype=, rngs=)` constructs the network: an `nnx.Module`, a
@@ -76,8 +77,8 @@ def functional(
       takes_dtype: whether the network computes in the `dtype` that `make` is called with.
 
     Raises:
-      ValueError: for a rule that matches no module, and for rules on a pair of functions.
-      TypeError: for a network of another kind.
+      ValueError: for a rule that matches no module, for rules on a pair of functions, and for a
+        network of another kind.
 
     >>> from jmp_train.policy.precision import get_precision
     >>> make = lambda dtype, param_dtype, rngs: nnx.BatchNorm(3, rngs=rngs)
@@ -111,10 +112,14 @@ def functional(
                 "expected a policy alone"
             )
         return _of_functions(*network, casts)
-    raise TypeError(
-        f"the network is {type(network)}; expected an nnx.Module, a linen.Module, or a pair of "
-        "functions (init, apply)"
+    raise ValueError(
+        f"the model made {_quoted(network)}; expected an nnx.Module, a linen.Module, or a pair of "
+        "functions (init, apply) (docs/models.md)"
     )
+
+
+def _quoted(value: Any) -> str:
+    return "an array" if isinstance(value, jax.Array) else " ".join(reprlib.repr(value).split())
 
 
 def _of_nnx(make: Make, precision: Precision) -> Functional:
@@ -187,8 +192,9 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
 
     def init(key: jax.Array) -> Any:
         net = _FirstCall(module, key)
-        first_call(net)
-        variables = dict(net.variables)
+        with _sown.sown_paths() as sown:
+            first_call(net)
+        variables = dict(_sown.without(net.variables, sown))
         params = precision.cast_to_param(variables.pop("params", {}))
         return params, variables or None
 
@@ -202,13 +208,17 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
         **kwargs: Any,
     ) -> Any:
         # Streams of other names than dropout are drawn from that of the name params.
-        rngs = {"params": key, "dropout": key} if train and key is not None else None
-        options = {"rngs": rngs, "method": method}
+        rngs = {"params": key, "dropout": key} if key is not None else None
+        options = {"rngs": rngs if train else {"params": jax.random.key(0)}, "method": method}
         options |= _flags(getattr(module, method), train, {"key": key}, kwargs)
         variables = {"params": params, **(state or {})}
-        if not state or not train:
+        if not train:
+            with _sown.no_dropout():
+                return module.apply(variables, *args, **options), state
+        if not state:
             return module.apply(variables, *args, **options), state
-        return module.apply(variables, *args, mutable=list(state), **options)
+        out, changed = module.apply(variables, *args, mutable=list(state), **options)
+        return out, _with_structure_of(state, changed)
 
     def network(params: PyTree, state: PyTree) -> Any:
         return module, {"params": params, **(state or {})}

@@ -19,6 +19,7 @@ from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.settings import with_settings
 from jmp_train.config.warmup import fit_warmup
+from jmp_train.data.data import own_of
 from jmp_train.data.dataset import DataError
 from jmp_train.errors import UsageError, nearest
 from jmp_train.policy.precision import get_precision
@@ -174,7 +175,7 @@ class Run:
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}; expected a number of 0 or more")
         if self.functions.generate is None:
-            data = getattr(self.experiment.data, "name", "its data")
+            data = getattr(own_of(self.experiment.data), "name", "its data")
             raise UsageError(
                 f"{self.directory} holds a run on {data}, whose model does not continue texts; "
                 "expected a run of a language model, such as gpt_bf16"
@@ -207,7 +208,7 @@ class Run:
 
     def _transformed(self, batch: Any) -> Any:
         """Return a batch after the transforms of evaluation."""
-        transformed = getattr(self.experiment.data, "transformed", None)
+        transformed = getattr(own_of(self.experiment.data), "transformed", None)
         if transformed is None:
             return batch
         if not isinstance(batch, Mapping):
@@ -326,9 +327,10 @@ def _restore(
     """Restore what predictions need of a checkpoint: parameters, or their average, and model state."""
     params, state = shapes
     averaged = experiment.ema_decay is not None
-    like: Json = {"ema": widen_to_full(params)} if averaged else {"params": params}
+    wide_params, wide_state = jax.eval_shape(widen_to_full, shapes)
+    like: Json = {"ema": wide_params} if averaged else {"params": params}
     if state is not None:
-        like["model_state"] = widen_to_full(state)
+        like["model_state"] = wide_state
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),

@@ -10,7 +10,7 @@ import jax
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.batches import eval_batch_size, eval_batches, train_batches
-from jmp_train.data.data import own_shard
+from jmp_train.data.data import own_of, own_shard
 from jmp_train.data.dataset import Dataset
 from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
@@ -71,7 +71,7 @@ def load_dataset(experiment: AnyExperiment) -> Dataset:
       UsageError: if they cannot be read, or are no dataset.
     """
     try:
-        dataset = experiment.data.load()
+        dataset = own_of(experiment.data).load()
     except (OSError, ValueError) as error:  # a missing or damaged file
         raise UsageError(str(error)) from None
     if not isinstance(dataset.train, Stream) and not hasattr(dataset.train, "draw"):

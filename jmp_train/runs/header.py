@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jmp_train.data.data import own_of
 from jmp_train.data.streams import Stream
 from jmp_train.reports.progress import print_header
 from jmp_train.runs.context import RunContext
@@ -26,7 +27,7 @@ def show_header(context: RunContext, params: PyTree) -> None:
         "device": _device(),
         "precision": "\n".join([experiment.policy, *experiment.rules]),
         "parameters": _size(params),
-        "data": f"{experiment.data.name}: {_count(dataset.train)} training examples, "
+        "data": f"{own_of(experiment.data).name}: {_count(dataset.train)} training examples, "
         f"{_count(dataset.eval)} held out",
         "run": str(context.run_dir),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jmp_train.data.data import own_of
 from jmp_train.records.checkpoints import NotSaved
 from jmp_train.records.metrics import read_metrics, write_json
 from jmp_train.records.provenance import device_and_versions
@@ -60,7 +61,7 @@ def summarize(
         "stopped_early": ended,
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),
         "peak_memory_bytes": _peak_memory(calls.memory),
-        "data": {"name": experiment.data.name, **context.parts.dataset.facts()},
+        "data": {"name": own_of(experiment.data).name, **context.parts.dataset.facts()},
         **device_and_versions(),
     }
 

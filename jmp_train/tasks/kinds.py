@@ -92,7 +92,7 @@ def make_task(
     )
     if task.call is None and not net.has("__call__"):
         raise ValueError(
-            f"the network {described(model.function)} has no method '__call__', with which {name} "
+            f"the network {described(model.__configured__.function)} has no method '__call__', with which {name} "
             "calls it; expected one, or a task with a function `call` (docs/models.md)"
         )
     return TaskFunctions(

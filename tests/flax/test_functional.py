@@ -1,6 +1,7 @@
 """A network as functions: NNX and Linen alike, with dropout keys, flags and model state."""
 
 import chex
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,5 +163,136 @@ def test_a_flag_of_any_usual_name_says_whether_it_trains(name, in_training):
 
 
 def test_another_object_is_refused():
-    with pytest.raises(TypeError, match="the network is <class 'int'>; expected an nnx.Module"):
+    with pytest.raises(ValueError, match="the model made 3; expected an nnx.Module"):
         functional(lambda dtype, param_dtype, rngs: 3, jt.get_precision("float32"))
+
+
+class Sowing(linen.Module):
+    """Sows in collections of its own, in one that persists, and adds up."""
+
+    @linen.compact
+    def __call__(self, x, train: bool):
+        x = linen.BatchNorm(use_running_average=not train)(linen.Dense(3)(x))
+        self.sow("losses", "aux", (x**2).mean())
+        self.sow("batch_stats", "seen", x)
+        self.sow("sums", "total", x.sum(), init_fn=lambda: 0.0, reduce_fn=lambda a, b: a + b)
+        steps = self.variable("count", "steps", lambda: jnp.zeros((), jnp.int32))
+        if train:
+            steps.value += 1
+        self.sow("count", "value", 1.0)
+        return x
+
+
+class SowingNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.dense, self.norm = nnx.Linear(3, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+        self.steps = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, x):
+        x = self.norm(self.dense(x))
+        self.steps[...] += 1
+        self.sow(nnx.Intermediate, "aux", (x**2).mean())
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", [Sowing, SowingNnx])
+def test_sown_values_are_not_part_of_the_state(kind, policy):
+    make = lambda dtype, param_dtype, rngs: kind(**({} if kind is Sowing else {"rngs": rngs}))
+    net = functional(make, jt.get_precision(policy), lambda net: net(X))
+    params, state = net.init(jax.random.key(0))
+    shapes = lambda tree: sorted(x.shape for x in jax.tree.leaves(tree))
+    assert shapes(state) == [(), (3,), (3,)]
+    for _ in range(2):
+        _, state = net.apply(params, state, X, train=True, key=jax.random.key(1))
+    assert shapes(state) == [(), (3,), (3,)]
+    assert 2 in [int(x) for x in jax.tree.leaves(state) if x.shape == ()]
+    _, unchanged = net.apply(params, state, X)
+    chex.assert_trees_all_equal(state, unchanged)
+
+
+def test_only_sown_values_are_no_state():
+    class OnlySows(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            self.sow("losses", "aux", x.mean())
+            return linen.Dense(2)(x)
+
+    net = functional(lambda **_: OnlySows(), jt.get_precision("float32"), lambda net: net(X))
+    assert net.init(jax.random.key(0))[1] is None
+
+
+class Sampling(linen.Module):
+    rate: float = 0.0
+
+    @linen.compact
+    def __call__(self, x):
+        x = x + jax.random.normal(self.make_rng("sample"), x.shape)
+        return linen.Dropout(self.rate, deterministic=False)(x) if self.rate else x
+
+
+class SamplingNnx(nnx.Module):
+    def __init__(self, rngs):
+        self.rngs = rngs
+
+    def __call__(self, x):
+        return x + jax.random.normal(self.rngs.sample(), x.shape)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("kind", [Sampling, SamplingNnx])
+def test_random_streams_of_evaluation_are_fixed(kind, policy):
+    make = lambda dtype, param_dtype, rngs: kind(**({} if kind is Sampling else {"rngs": rngs}))
+    net = functional(make, jt.get_precision(policy), lambda net: net(X))
+    draw = lambda **options: np.asarray(net.apply({}, None, X, **options)[0])
+    assert (draw() == draw()).all() and (draw() != X).all()
+    trained = [draw(train=True, key=jax.random.key(n)) for n in (1, 2)]
+    assert (trained[0] != trained[1]).any() and (trained[0] != draw()).any()
+
+
+class OwnDropout(linen.Module):
+    """Draws for dropout in evaluation too, which is a mistake."""
+
+    stream: str
+
+    @linen.compact
+    def __call__(self, x):
+        if self.stream == "own":
+            return x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+        return linen.Dropout(0.5, deterministic=False, rng_collection=self.stream)(x)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("stream", ["dropout", "other", "own"])
+def test_dropout_that_is_active_in_evaluation_is_an_error(stream, policy):
+    make = lambda **_: OwnDropout(stream)
+    net = functional(make, jt.get_precision(policy), lambda net: net(X))
+    net.apply({}, None, X, train=True, key=jax.random.key(0))
+    with pytest.raises(flax.errors.InvalidRngError, match='needs PRNG for "(dropout|other)"'):
+        net.apply({}, None, X)
+    OwnDropout(stream).apply({}, X, rngs={"params": jax.random.key(0)})  # by Flax alone, as ever
+
+
+class Doubles(linen.Module):
+    width: int = 1
+    dtype: object = None
+
+    def __post_init__(self):
+        self.width *= 2
+        super().__post_init__()
+
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(self.width)(x)
+
+
+@pytest.mark.parametrize("policy", ["float32", [("**", "mixed_bfloat16")]])
+def test_a_module_is_used_as_it_is(policy):
+    """Flax copies a module for each call, and calls `__post_init__` for the copy."""
+    module = Doubles(1)
+    flaxs = module.init(jax.random.key(0), X)["params"]["Dense_0"]["kernel"].shape
+    net = functional(lambda **_: module, jt.get_precision(policy), lambda net: net(X))
+    params, _ = net.init(jax.random.key(0))
+    assert params["Dense_0"]["kernel"].shape == flaxs == (3, 4)
+    assert net.apply(params, None, X)[0].shape == (4, 4)

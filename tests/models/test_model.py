@@ -67,6 +67,27 @@ def test_an_instance_of_linen_gives_its_values_as_settings():
     assert (network.classes, network.width, network.activation) == (3, 6, jnp.tanh)
 
 
+class Doubles(linen.Module):
+    width: int = 1
+    dtype: object = None
+
+    def __post_init__(self):
+        self.width *= 2
+        super().__post_init__()
+
+
+def test_an_instance_of_linen_is_used_unless_a_field_is_changed():
+    module = Doubles(3)
+    model = Model(module)
+    assert model.settings == {"width": 6} and made(model) is module
+    assert made(dataclasses.replace(model, width=6)) is module
+    with_dtype = made(model, dtype=jnp.bfloat16)
+    assert (with_dtype.width, with_dtype.dtype, module.dtype) == (6, jnp.bfloat16, None)
+    assert made(dataclasses.replace(model, width=5)).width == 10
+    assert made(Model(module, width=5)).width == 10
+    assert made(Model(LinenNet(classes=lambda spec: spec.classes))).classes == 7  # pyright: ignore[reportArgumentType]
+
+
 def test_a_published_layer_of_flax_is_a_model():
     model = Model(nnx.Linear, in_features=4, out_features=lambda spec: spec.classes)
     assert model.settings == {"in_features": 4, "use_bias": True}
@@ -102,6 +123,10 @@ def test_a_given_dtype_is_the_networks_and_not_the_policys():
         (lambda: Model(LinenNet, clases=3), "no argument 'clases'; did you mean 'classes'"),
         (lambda: Model(NnxNet, classes=3, width="wide"), "width is 'wide'; expected an integer"),
         (lambda: Model(3), "expected an nnx.Module or a linen.Module class, or a function"),  # pyright: ignore[reportArgumentType]
+        (
+            lambda: Model(nnx.Linear(4, 3, rngs=nnx.Rngs(0))),
+            r"a module Linear with its values; .*models.md",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(make, message):
@@ -143,6 +168,13 @@ def test_an_impossible_size_is_named_as_its_option(model, message):
     own = jt.Experiment(model, DigitsConfig(), task=task or "language_modelling")
     with pytest.raises(UsageError, match=f"^{message}"):
         make_task_of(own, data.spec)
+
+
+def test_a_function_that_makes_no_network_is_one_line():
+    own = jt.Experiment(Model(lambda: jnp.ones((9, 9))), DigitsConfig())
+    with pytest.raises(UsageError, match=r"the model made an array; expected .*models.md") as error:
+        make_task_of(own, DigitsConfig().load().spec)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def test_other_errors_of_a_constructor_are_not_renamed():

@@ -1,7 +1,9 @@
 """A user's network as an experiment: NNX, Linen, a published one, plain functions; state and flags."""
 
+import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -318,3 +320,50 @@ def test_a_network_that_does_not_fit_the_data_is_one_line(tmp_path, model, messa
     with pytest.raises(UsageError, match=message) as error:
         run(tmp_path, model)
     assert len(str(error.value).splitlines()) == 1
+
+
+class Sows(linen.Module):
+    """An auxiliary value as Linen users sow it, and a sample in every call."""
+
+    @linen.compact
+    def __call__(self, x, train: bool):
+        x = linen.Dense(8)(x.reshape(len(x), -1))
+        x = linen.BatchNorm(use_running_average=not train)(x)
+        self.sow("losses", "aux", (x**2).mean())
+        return linen.Dense(10)(x + jax.random.normal(self.make_rng("sample"), x.shape))
+
+
+def test_a_network_that_sows_and_samples_trains_resumes_and_predicts(tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(record, state):
+        if record["step"] == 3:
+            raise Interrupted
+
+    settings = {"steps": 4, "eval_every": 2, "checkpoint_every": 2, "steps_per_call": 1}
+    own = experiment(Sows, **settings, checkpoint_wait=True)
+    whole = train(own, tmp_path / "whole", name="own")
+    with pytest.raises(Interrupted):
+        train(dataclasses.replace(own, on_record=interrupt), tmp_path / "run", name="own")
+    resumed = train(own, tmp_path / "run", name="own")
+    assert resumed["eval"] == whole["eval"]
+    loaded = jt.load_run(tmp_path / "run", experiment=own)
+    x = np.zeros((3, 8, 8), np.float32)
+    chex.assert_trees_all_equal(loaded.predict(x), loaded.predict(x))
+
+
+class HalfState(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.layer = nnx.Linear(64, 10, rngs=rngs)
+        self.seen = nnx.Variable(jnp.zeros((), jnp.bfloat16))
+
+    def __call__(self, x):
+        self.seen[...] += 1
+        return self.layer(x.reshape(len(x), -1))
+
+
+def test_state_that_the_network_makes_in_half_precision_is_loaded(tmp_path):
+    run(tmp_path, HalfState, steps=2, eval_every=2)
+    loaded = jt.load_run(tmp_path / "run", experiment=experiment(HalfState, steps=2, eval_every=2))
+    assert loaded.model_state["seen"].dtype == jnp.float32 and loaded.model_state["seen"] == 2
