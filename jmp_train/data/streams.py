@@ -18,6 +18,7 @@ from jmp_train.data.examples import (
     check_like,
     checked_batch_transform,
     regroup,
+    stack,
     takes_generator,
 )
 from jmp_train.data.passes import PassIterator, stack_examples
