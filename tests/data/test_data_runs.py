@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 
+from jmp_train.data import DataError
+from jmp_train.runs.user_code import one_line_errors
+
 ROOT = Path(__file__).resolve().parents[2]
 FILE = """
 import time
@@ -137,3 +140,8 @@ def test_an_unreadable_example_ends_the_run_with_its_index(folder, workers):
 def test_an_unknown_field_of_the_function_is_named(folder):
     ended = call(folder, folder / "a", "--data.fom", "list")
     assert ended.returncode == 2 and "--data.form" in ended.stderr
+
+
+def test_an_error_of_the_data_is_not_taken_for_one_of_the_network():
+    with pytest.raises(DataError, match=r"^example 5 is 3; expected a dict$"), one_line_errors():
+        raise DataError("example 5 is 3; expected a dict")
