@@ -25,6 +25,7 @@ _LIBRARIES = tuple(
         Path(sysconfig.get_path("stdlib")).resolve(),
     )
 )
+_NETWORKS = str(_PACKAGE / "models")  # the bundled ones are as a user's
 _TASKS = str(_PACKAGE / "tasks")
 _EVALUATION = str(_PACKAGE / "step" / "evaluation.py")  # its errors name the metric
 
@@ -90,9 +91,10 @@ def check_schedule(schedule: Callable[[Any], Any]) -> None:
 
 
 def _frames(error: Exception) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
-    """Return the frames of an error, and those of the user's own files."""
+    """Return the frames of an error, and those of networks and the user's own files."""
     frames = traceback.extract_tb(error.__traceback__)
-    return frames, [f for f in frames if not f.filename.startswith((*_LIBRARIES, "<"))]
+    own = lambda name: name.startswith(_NETWORKS) or not name.startswith((*_LIBRARIES, "<"))
+    return frames, [f for f in frames if own(f.filename)]
 
 
 def _first_line(error: Exception) -> str:

@@ -153,7 +153,7 @@ NAMES = [
     (["train", "mlp_bf16", "--model.dropout", "1"], r"model.dropout is 1.0; expected 0 <= dropout"),
     (
         ["train", "gpt_classifies"],
-        r"the network Gpt has no method '__call__', with which classification calls it",
+        r"the network and the data do not fit: .* must be an integer",
     ),
     (["train", "no_task"], r"the task is 'clasification'; did you mean 'classification'"),
     (

@@ -97,9 +97,7 @@ def test_scanned_blocks_give_the_logits_and_losses_of_the_float64_model(params, 
 
 
 def test_the_float64_reference_of_the_assertions_is_that_of_numpy(model, params):
-    traced = TracedFunction(
-        lambda p, tokens: nnx.merge(model, p).logits(tokens), (params, TOKENS), {}
-    )
+    traced = TracedFunction(lambda p, tokens: nnx.merge(model, p)(tokens), (params, TOKENS), {})
     exact = logits_in_float64(params, TOKENS)
     # The program's constants, such as the base of the rotary frequencies, are in float32.
     np.testing.assert_allclose(results_in_float64(traced), exact, atol=1e-7 * np.abs(exact).max())

@@ -75,7 +75,7 @@ def call_elsewhere(tmp_path, program, batches):
 @pytest.mark.parametrize(
     "network,settings",
     [
-        ("linen", {}),
+        pytest.param("linen", {}, marks=pytest.mark.slow),
         pytest.param("nnx", {}, marks=pytest.mark.slow),
         pytest.param("plain", {}, marks=pytest.mark.slow),
         ("linen", {"policy": "mixed_bfloat16"}),

@@ -157,6 +157,7 @@ def test_a_step_without_a_checkpoint_is_refused_with_the_steps(trained):
     assert jt.load_run(folder, 12, experiment=own).step == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [KAHAN, pytest.param({"policy": "mixed_float16", **EMA}, marks=pytest.mark.slow)]
 )

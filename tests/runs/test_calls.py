@@ -19,7 +19,8 @@ from jmp_train.step.donation import Donating
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
-@pytest.mark.parametrize("noise", [0.0, pytest.param(0.2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_steps_per_call_may_change_on_resume(tmp_path, monkeypatch, noise):
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
     experiment = small("mlp_fp16", steps_per_call=1, **fields)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
 
@@ -107,10 +108,10 @@ def replace_by_a_folder(file):
     "damage",
     [
         flip,
-        lambda file: os.truncate(file, file.stat().st_size // 2),
-        lambda file: os.truncate(file, 0),
+        slow(lambda file: os.truncate(file, file.stat().st_size // 2)),
+        slow(lambda file: os.truncate(file, 0)),
         Path.unlink,
-        replace_by_a_folder,
+        slow(replace_by_a_folder),
     ],
     ids=["flipped", "truncated", "emptied", "missing", "a folder"],
 )
