@@ -1,5 +1,6 @@
 """What every test needs."""
 
+import gc
 import os
 
 import jax
@@ -15,6 +16,10 @@ collect_ignore = [
     for file, count in NEED_DEVICES.items()
     if f"device_count={count}" not in os.environ.get("XLA_FLAGS", "")
 ]
+
+
+# A session has millions of live objects, which full collections would go through again and again.
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,15 @@ PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
 
 SLOW = {
     f"docs/{name}.md"
-    for name in ("accumulation", "gpt", "loss-scaling", "parameters", "skipped-steps")
+    for name in (
+        "accumulation",
+        "flax",
+        "gpt",
+        "training",
+        "loss-scaling",
+        "parameters",
+        "skipped-steps",
+    )
 }
 
 # What must hold after a page's last line.

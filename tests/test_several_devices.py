@@ -9,7 +9,7 @@ import pytest
 from helpers.simulated_devices import NEED_DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = ["optim/sharded_state.py"]
+SLOW = ["optim/sharded_state.py", "step/sharded_steps.py"]
 
 
 @pytest.mark.parametrize(

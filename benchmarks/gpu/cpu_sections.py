@@ -126,6 +126,24 @@ def _start(rows: Any) -> str:
     return "Medians: " + ", ".join(f"{what} {number(s)} s" for what, s in seconds.items()) + "."
 
 
+def _batches(rows: Any) -> str:
+    ratios = [row["ratio"] for row in rows if row["batches"] == "train_batches"]
+    low, high = number(min(ratios)), number(max(ratios))
+    return (
+        f"`train_batches` makes batches of arrays {low} to {high} times as fast as Grain's pipeline of "
+        "single examples; for arrays on the device, only row numbers are made."
+    )
+
+
+def _loop(rows: Any) -> str:
+    ratios = {row["case"]: row["ratio"] for row in rows if row["loop"] == "train"}
+    return (
+        "`train` over a hand-written loop: "
+        + ", ".join(f"{case} {number(ratio)}" for case, ratio in ratios.items())
+        + "."
+    )
+
+
 def _comparison(rows: Any) -> str:
     says = []
     for name, row in rows.items():
@@ -162,6 +180,8 @@ QUESTIONS = {
         ("loss_scale", "flushed_gradients"),
     ),
     "start": Question("How long does it take to start?", _start),
+    "batches": Question("How fast are batches of arrays made?", _batches),
+    "loop": Question("How fast is the loop of `train`?", _loop),
     "compare_mlp": Question(
         "Do fp16 and bf16 reach fp32's accuracy on digits?", _comparison, ("compare_mlp",)
     ),

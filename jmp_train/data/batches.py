@@ -2,7 +2,7 @@
 
 The order of a whole epoch is drawn at once, and a batch is gathered in one indexing operation, so
 that Grain handles one record per batch. With Grain's per-example shuffle and collation, a batch of
-128 digits takes about twenty times as long (4.1 ms instead of 0.2 ms on two CPU cores).
+128 digits takes about twenty times as long (benchmarks/bench_batches.py).
 """
 
 from __future__ import annotations

@@ -168,6 +168,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("solver", ["tsit5", pytest.param("kvaerno3", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_gradient_through_diffrax_default_adjoint(solver):
     """Each of the two steps rounds seven products at most, so 16 roundings bound the error."""
     value, grad = jax.jit(jax.value_and_grad(jt.autocast(decay(SOLVERS[solver]))))(RATE)

@@ -147,6 +147,7 @@ def test_a_diverging_run_has_status_3(capsys, tmp_path):
     assert (tmp_path / "run" / "diverged.txt").read_text() in err.removeprefix("jmp-train: ")
 
 
+@pytest.mark.slow
 def test_too_many_skips_have_status_3_and_a_report(capsys, tmp_path):
     small = (
         "--model.hidden",

@@ -19,7 +19,7 @@ def here(tmp_path, monkeypatch):
     "options,library,policy",
     [
         ([], "nnx", "mixed_bfloat16"),
-        (["--linen"], "linen", "mixed_float16"),
+        slow(["--linen"], "linen", "mixed_float16"),
         slow([], "nnx", "float32"),
         slow([], "nnx", "mixed_float16"),
         slow(["--linen"], "linen", "float32"),

@@ -48,6 +48,7 @@ def test_compare_refuses_a_group_too(capsys):
 
 
 @pytest.mark.parametrize("words", [["--lr", "0.25"], slow(["--lr=0.25"])])
+@pytest.mark.slow
 def test_lr_sets_the_learning_rate(capsys, tmp_path, words):
     run_dir = tmp_path / "run"
     status, _, err = run(capsys, "train", "mlp_bf16", *SHORT, *words, "--run-dir", str(run_dir))

@@ -111,6 +111,7 @@ def call(folder, run, *options):
     ],
     ids=lambda options: options[1],
 )
+@pytest.mark.slow
 def test_a_killed_run_on_own_data_resumes_bitwise(folder, options):
     undisturbed = call(folder, folder / "a", *options)
     assert undisturbed.returncode == 0, undisturbed.stderr

@@ -63,6 +63,7 @@ def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
 
 
 @pytest.mark.parametrize("policy", ONE_QUICK)
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_float32_but_for_rounding(policy):
     net, under = Net(), apply_policy(Net(), policy)
     variables = net.init(KEY, TOKENS)
@@ -92,6 +93,7 @@ def test_rules_give_each_module_its_dtype():
     assert counts == {"float32": 1, "float16": per_block, "bfloat16": per_block}
 
 
+@pytest.mark.slow
 def test_parameters_are_stored_in_their_dtype_under_the_same_names_and_shapes():
     plain = Net().init(KEY, TOKENS)
     under = apply_policy(Net(), [("**/norm*", "float32"), ("**", "bf16")])
@@ -218,6 +220,7 @@ def test_an_nnx_module_inside_by_the_bridge():
     assert_contractions_in(under.apply, variables, jnp.ones((2, 4)))
 
 
+@pytest.mark.slow
 def test_it_trains_with_make_step():
     under = apply_policy(Net(), "mixed_float16")
     variables = under.init(KEY, TOKENS)

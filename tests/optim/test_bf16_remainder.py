@@ -68,6 +68,7 @@ def data(steps):
 @pytest.mark.parametrize(
     "name", ["adamw", *(pytest.param(n, marks=pytest.mark.slow) for n in list(OPTIMIZERS)[1:])]
 )
+@pytest.mark.slow
 def test_a_thousand_steps_are_those_of_float32_parameters_bit_for_bit(name, way):
     steps = 1000
     master, inner, ties = by_hand(name, steps)
@@ -109,6 +110,7 @@ def test_equal_gradients_give_the_bits_of_the_float32_optimizer(name):
     assert_same_bits((joined, our_carry[1].inner), carry)
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16_differs_first_where_a_cast_breaks_a_tie():
     """Its cast takes ties to even. The two trainings agree in every bit until a float32 parameter lies
     halfway between an even bfloat16 and a larger odd one; at that step the losses' weights differ."""

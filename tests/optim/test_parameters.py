@@ -81,6 +81,7 @@ def raw(tree):
 
 
 @slow_but_adamw
+@pytest.mark.slow
 def test_bfloat16_stalls_and_each_of_the_four_ways_does_not(name):
     """Every parameter is to move by 0.25, up or down, in 800 steps of 1e-3 or less, below half of
     bfloat16's spacing near 1, 2^-9. The loss falls from 12.75 to, measured:

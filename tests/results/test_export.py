@@ -106,6 +106,7 @@ def test_a_program_predicts_as_the_run_in_a_fresh_process(loaded, tmp_path, netw
     assert values["platforms"] == ["cpu", "cuda", "tpu"]
 
 
+@pytest.mark.slow
 def test_a_program_uses_the_stored_statistics(loaded, tmp_path):
     """The prediction of an example does not depend on the others, against float64."""
     run = loaded("linen")

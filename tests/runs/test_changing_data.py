@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
+from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 
 import jmp_train as jt
@@ -96,7 +97,7 @@ def test_a_batch_unlike_others_of_its_call_is_one_line(tmp_path, change):
     assert (tmp_path / "checkpoints" / "4").is_dir()
 
 
-@pytest.mark.parametrize("per_call", [1, 4])
+@pytest.mark.parametrize("per_call", [4, slow(1)])
 @pytest.mark.parametrize(
     "form", [batches_with, lambda change: lambda: Seekable(change)], ids=["read again", "seekable"]
 )

@@ -134,6 +134,7 @@ def test_stopped_run_resumes_bitwise_to_the_same_early_stop(tmp_path):
     assert steps_in(tmp_path / "cut", "eval") == steps_in(tmp_path / "whole", "eval")
 
 
+@pytest.mark.slow
 def test_early_stopped_run_is_finished_until_its_settings_change(tmp_path):
     experiment = small(early_stop=NEVER_BETTER)
     first = run(tmp_path, experiment)
@@ -194,6 +195,7 @@ def test_on_record_ends_the_run_with_checkpoint_and_metrics(tmp_path):
     assert run(tmp_path, small(), force=True)["steps"] == 100
 
 
+@pytest.mark.slow
 def test_exception_in_on_record_is_raised_after_saving(tmp_path):
     def on_record(record, state):
         if record["step"] == 20 and record["split"] == "train":

@@ -212,6 +212,7 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
     assert train(dataclasses.replace(experiment, steps=20), run, name=NAME)["steps"] == 20
 
 
+@pytest.mark.slow
 def test_forced_policy_resumes_only_with_the_same_state(run):
     assert train(small(policy="float32", steps=14), run, name=NAME, force=True)["steps"] == 14
     before = files_of(run)

@@ -118,7 +118,7 @@ def run(tmp_path, model, name="run", **settings):
     return summary, [record for record in map(json.loads, lines) if record["split"] == "train"]
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", slow("mixed_bfloat16")])
+@pytest.mark.parametrize("policy", ["float32", slow("mixed_float16"), slow("mixed_bfloat16")])
 def test_linen_and_nnx_with_the_same_weights_train_alike(tmp_path, policy):
     """Same losses for 20 steps within 1e-5 in float32: the order of sums in the statistics may differ.
     In half precision, the same accuracy within four of the 359 held-out images, a seed's noise."""
@@ -145,7 +145,7 @@ def test_half_precision_trains_within_the_noise_of_seeds(tmp_path, net, policy):
     assert_equivalent_training(accuracy, ("float32", policy), seeds=5, margin=0.02)
 
 
-@pytest.mark.parametrize("net", [LinenNet, NnxNet])
+@pytest.mark.parametrize("net", [NnxNet, slow(LinenNet)])
 def test_batch_statistics_are_float32_and_used_in_evaluation(net):
     functions = experiment(net, policy="mixed_bfloat16").functions(DigitsConfig().load().spec)
     params, state = functions.init(jax.random.key(0))
@@ -224,6 +224,7 @@ def test_constructor_arguments_are_settings_of_the_run(tmp_path):
         with_settings(own, {"model.widht": 3})
 
 
+@pytest.mark.slow
 def test_a_published_linen_model_trains_from_its_constructor(tmp_path):
     import jax_resnet
 
@@ -243,7 +244,7 @@ def test_a_published_linen_model_trains_from_its_constructor(tmp_path):
 @pytest.mark.parametrize(
     "net,policy",
     [
-        (NnxNet, "float32"),
+        slow(NnxNet, "float32"),
         (LinenNet, "mixed_float16"),
         slow(LinenNet, "float32"),
         slow(NnxNet, "mixed_float16"),

@@ -120,6 +120,7 @@ def test_more_steps_take_up_the_longer_runs_schedule(tmp_path):
 
 
 @pytest.mark.parametrize("first,then", [(5, 100), slow(100, 5)])
+@pytest.mark.slow
 def test_another_warmup_of_a_run_is_refused(tmp_path, first, then):
     def warming(steps):
         optimizer = dataclasses.replace(small(200).optimizer, warmup_steps=steps)
