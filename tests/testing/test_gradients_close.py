@@ -131,6 +131,19 @@ def test_a_small_gradient_of_the_wrong_sign_fails(factor, bounds):
     assert found["small"][:2] == pytest.approx((-1, 2), rel=0.05)
 
 
+def test_rounding_errors_of_larger_gradients_are_no_fault():
+    def loss(params, one):  # the small gradient cancels: it has an error of up to 2^-24 / 3e-5
+        small = params["small"] * ((one + 3e-5) - one)
+        return params["w"].sum() + small.sum()
+
+    params = {"w": np.ones(8, np.float32), "small": np.ones(8, np.float32)}
+    one = np.ones((), np.float32)
+    assert_gradients_close(loss, params, one, policy="float32")
+    alone = {"small": params["small"], "w": params["w"][:0]}
+    found = failure(loss, alone, one, policy="float32")
+    assert rows(found)["small"][1] > 32 * 2.0**-24
+
+
 def test_a_loss_without_parameters_fails():
     message = failure(lambda p, x: x.sum(), {"empty": X[:0]}, X, policy="float32")
     assert "found no parameter with an element" in message
