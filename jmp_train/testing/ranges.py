@@ -212,7 +212,9 @@ def _infinite_number(eqn: Equation) -> float | None:
     """Return an infinite number in the code that an operation calculates with, None if there is none."""
     if eqn.primitive.name not in _ARITHMETIC:
         return None
-    literals = (v for v in eqn.invars if isinstance(v, Literal) and is_floating(v.aval.dtype))
+    literals = (
+        v for v in eqn.invars if isinstance(v, Literal) and is_floating(np.asarray(v.val).dtype)
+    )
     return next((x for x in (float(v.val) for v in literals) if math.isinf(x)), None)
 
 
