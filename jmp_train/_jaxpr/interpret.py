@@ -19,9 +19,13 @@ from jmp_train._jaxpr.walk import walk
 
 TOP = Place()
 
+#: Primitives that run one body on all their operands, beside those of `bodies.CONSTRUCTS`: autocast
+#: leaves these as they were written, an evaluation enters them.
+_CALLS = {"composite": "jaxpr", "custom_vmap_call": "call", "linear_call": "callee"}
+
 
 class Interpreter:
-    """Evaluates bodies. `shard_map` is evaluated as one operation.
+    """Evaluates bodies. Step by step, `shard_map` is one operation.
 
     Args:
       operation: `operation(eqn, operands, place) -> results` of an equation without a body to enter.
@@ -38,11 +42,12 @@ class Interpreter:
     ):
         self._operation = operation
         self._given = given
-        self._enter = (
+        loops = (
             {"cond": self._branch, "scan": self._scan_steps, "while": self._while_steps}
             if stepwise
             else {"cond": self._switch, "scan": self._scan, "while": self._while}
         )
+        self._enter = loops if stepwise else {**loops, "shard_map": self.shard_map}
 
     def run(self, body: Body, args: Sequence[Operand], place: Place = TOP) -> list[Operand]:
         """Return the results of a body."""
@@ -62,7 +67,38 @@ class Interpreter:
             return self.run(compat.body_of(body), operands, place.inside(eqn, name))
         if construct and construct.name in self._enter:
             return self._enter[construct.name](eqn, operands, place)
+        if eqn.primitive.name in _CALLS:
+            return self._call(eqn, operands, place)
+        if eqn.primitive.name == "custom_linear_solve":
+            return self._solve(eqn, operands, place)
         return self._operation(eqn, operands, place)
+
+    def _call(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
+        name = eqn.primitive.name
+        inner = f"{name}:{eqn.params['name']}" if name == "composite" else name
+        body = compat.body_of(eqn.params[_CALLS[name]])
+        return self.run(body, operands, place.inside(eqn, inner))
+
+    def _solve(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
+        """Solve a linear system: the operands are constants of four functions, then right-hand sides."""
+        lengths, solve = eqn.params["const_lengths"], eqn.params["jaxprs"].solve
+        start = lengths.matvec + lengths.vecmat
+        constants = operands[start : start + lengths.solve]
+        inner = place.inside(eqn, eqn.primitive.name)
+        return self.run(compat.body_of(solve), [*constants, *operands[sum(lengths) :]], inner)
+
+    def shard_map(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
+        """Evaluate a `shard_map` on its devices."""
+        body, params = self._body(eqn, 0, place), eqn.params
+        run = jax.shard_map(
+            lambda *parts: tuple(body(*parts)),
+            mesh=params["mesh"],
+            in_specs=params["in_specs"],
+            out_specs=params["out_specs"],
+            axis_names=frozenset(params["newly_manual_axes"]),
+            check_vma=params["check_vma"],
+        )
+        return list(run(*operands))
 
     def _body(self, eqn: Equation, n: int, place: Place) -> Callable[..., list[Operand]]:
         body = compat.body_of(bodies_of(eqn)[n])
@@ -122,10 +158,26 @@ class Interpreter:
         return continues, once, operands[end:]
 
     def _while(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
-        return jax.lax.while_loop(*self._while_parts(eqn, operands, place))
+        continues, once, carry = self._while_parts(eqn, operands, place)
+        return jax.lax.while_loop(
+            lambda carry: jax.numpy.any(continues(carry)),
+            lambda carry: _where_continuing(continues(carry), once(carry), carry),
+            carry,
+        )
 
     def _while_steps(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
         continues, once, carry = self._while_parts(eqn, operands, place)
-        while continues(carry):
-            carry = once(carry)
+        while np.any(condition := continues(carry)):
+            carry = _where_continuing(condition, once(carry), carry)
         return carry
+
+
+def _where_continuing(condition: Operand, new: list[Operand], old: list[Operand]) -> list[Operand]:
+    """Return the carries of a loop; the condition of a loop under `vmap` has one value a row."""
+    if not condition.ndim:
+        return new
+    rows = tuple(range(condition.ndim))
+    return [
+        jax.lax.select(jax.lax.broadcast_in_dim(condition, x.shape, rows), x, y)
+        for x, y in zip(new, old, strict=True)
+    ]

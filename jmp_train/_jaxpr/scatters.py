@@ -19,13 +19,28 @@ SCATTERS = {
 }
 
 
-def scatter(eqn: Equation, operand: Operand, indices: Operand, updates: Operand) -> Operand:
-    """Scatter in another dtype: the equation's parameters have a computation in the traced one."""
+def scatter(
+    eqn: Equation,
+    operand: Operand,
+    indices: Operand,
+    updates: Operand,
+    function: Callable[[Operand], Operand] | None = None,
+) -> Operand:
+    """Scatter in another dtype: the equation's parameters have a computation in the traced one.
+
+    Args:
+      eqn: the equation.
+      operand: its operands.
+      indices:
+      updates:
+      function: replaces the function of `x.at[i].apply(function)`, which runs in the dtype that it
+        was traced in.
+    """
     names = ("indices_are_sorted", "unique_indices", "mode")
     options = {name: eqn.params[name] for name in names}
     dimensions = eqn.params["dimension_numbers"]
     if applies_function(eqn):
-        function = _function_of(eqn)
+        function = function or _function_of(eqn)
         shape = updates.shape
         return lax.scatter_apply(
             operand, indices, function, dimensions, update_shape=shape, **options

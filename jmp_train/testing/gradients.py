@@ -13,7 +13,7 @@ from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.step.gradients import GradResult, value_and_grad
-from jmp_train.testing.float64 import unit_roundoff
+from jmp_train.testing.float64 import check_bound, unit_roundoff
 from jmp_train.testing.wide import as_numpy, results_in_float64, widen
 from jmp_train.tree import path_names
 from jmp_train.types import Function, PyTree
@@ -21,6 +21,8 @@ from jmp_train.types import Function, PyTree
 #: The default bound of the relative error, in unit roundoffs of the compute dtype.
 UNITS = 32
 _ROWS = 10
+#: The largest relative error that is put down to rounding errors of larger gradients.
+_OWN = 0.25
 
 
 def assert_gradients_close(
@@ -48,9 +50,11 @@ def assert_gradients_close(
     | `rtol`: 32 u | 0.125 | 0.0156 | 1.9e-6 |
     | `cosine`: sqrt(1 - rtol^2), which that `rtol` implies | 0.9922 | 0.99988 | 1 - 1.8e-12 |
 
-    If one of the two is given, only that one is tested. Where the exact gradient is zero (a bias
-    before a normalisation), the computed one is rounding errors. So a leaf also passes if the root
-    mean square of g - r is at most 4 u, or `rtol` if that is less, times that of all gradients.
+    If one of the two is given, only that one is tested. A gradient that is small next to others has
+    their rounding errors. So a leaf also passes if the root mean square of g - r is at most 4 u, or
+    `rtol` if that is less, times that of all gradients, and |g - r| is at most |r| / 4. The last is not
+    asked where the exact gradient is zero (a bias before a normalisation): where the root mean square
+    of r is at most u^2 times that of all gradients.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args)`, as `value_and_grad` takes it.
@@ -63,8 +67,9 @@ def assert_gradients_close(
       has_aux: whether `loss_fn` returns `(loss, aux)`.
 
     Raises:
-      AssertionError: with a table of the leaves that fail, worst first.
-      ValueError: for an unknown policy.
+      AssertionError: with a table of the leaves that fail, worst first; if `params` has no element.
+      ValueError: for an unknown policy, or a bound that is NaN or out of its range: `cosine` is at
+        most 1, `rtol` finite and not negative.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
@@ -77,15 +82,22 @@ def assert_gradients_close(
     AssertionError: ...
     """
     precision = get_precision(policy)
+    check_bound("rtol", rtol)
+    if cosine is not None and not -1 <= cosine <= 1:
+        raise ValueError(f"cosine is {cosine}; expected a number from -1 to 1, such as 0.99")
     unit = max((unit_roundoff(p.compute_dtype) for p in precision.policies), default=2.0**-24)
     if cosine is None and rtol is None:
         rtol = UNITS * unit
         cosine = math.sqrt(1 - rtol**2)
+    if not any(np.size(leaf) for leaf in jax.tree.leaves(params)):
+        raise AssertionError(
+            "assert_gradients_close: found no parameter with an element; expected a pytree of arrays"
+        )
     result = _gradients_of_step(loss_fn, params, batch_args, precision, has_aux)
     plain = value_and_grad(loss_fn, None, has_aux=has_aux)
     traced = TracedFunction(lambda *args: plain(*args).grads, (params, *batch_args), {})
     floor = min(4 * unit, *_errors_allowed(cosine, rtol))
-    leaves = _leaves(result.grads, results_in_float64(traced), floor)
+    leaves = _leaves(result.grads, results_in_float64(traced), floor, unit**2)
     failing = [leaf for leaf in leaves if not leaf.passes(cosine, rtol)]
     if failing:
         raise AssertionError(_table(failing, len(leaves), cosine, rtol, result))
@@ -126,7 +138,8 @@ def _errors_allowed(cosine: float | None, rtol: float | None) -> list[float]:
     return [*from_cosine, *([] if rtol is None else [rtol])]
 
 
-def _leaves(grads: PyTree, references: PyTree, floor: float) -> list[LeafGradient]:
+def _leaves(grads: PyTree, references: PyTree, floor: float, zero: float) -> list[LeafGradient]:
+    """Compare leaves; `floor` and `zero` are the errors and gradients to neglect, relative to all."""
     pairs = [
         (np.asarray(widen(g)).ravel(), np.ravel(as_numpy(r)))
         for g, r in zip(jax.tree.leaves(grads), jax.tree.leaves(references), strict=True)
@@ -135,18 +148,20 @@ def _leaves(grads: PyTree, references: PyTree, floor: float) -> list[LeafGradien
     rms = math.sqrt(sum(_norm(r) ** 2 for _, r in pairs) / max(count, 1))
     names = path_names(grads)
     return [
-        _leaf(name or "params", g, r, floor * rms)
+        _leaf(name or "params", g, r, floor * rms, zero * rms)
         for name, (g, r) in zip(names, pairs, strict=True)
     ]
 
 
-def _leaf(path: str, g: np.ndarray, r: np.ndarray, floor: float) -> LeafGradient:
+def _leaf(path: str, g: np.ndarray, r: np.ndarray, floor: float, zero: float) -> LeafGradient:
     if not np.isfinite(g).all():
         return LeafGradient(path, math.nan, math.inf, _norm(r), False)
     difference, norms = _norm(g - r), _norm(g) * _norm(r)
     error = difference / _norm(r) if _norm(r) else math.inf if difference else 0.0
     cosine = float(np.vdot(r, g).real) / norms if norms else 1.0 if not difference else 0.0
-    negligible = difference <= floor * math.sqrt(max(g.size, 1))
+    root = math.sqrt(max(g.size, 1))
+    own = difference <= _OWN * _norm(r) or _norm(r) <= zero * root
+    negligible = own and difference <= floor * root
     return LeafGradient(path, min(cosine, 1.0), error, _norm(r), negligible)
 
 

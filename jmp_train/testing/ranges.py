@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._autocast.transform import autocast
 from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train._jaxpr.equations import Place
-from jmp_train.numerics.dtypes import parse_dtype
-from jmp_train.testing.wide import widen
+from jmp_train._jaxpr.source import own_line
+from jmp_train.numerics.dtypes import is_floating, parse_dtype
+from jmp_train.testing.wide import is_foreign, widen
 from jmp_train.testing.worst import describe, observe, wide_results
 from jmp_train.types import DTypeLike, Function
+
+_ARITHMETIC = frozenset({"add", "add_any", "sub", "mul", "div"})
 
 
 def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -> None:
@@ -27,6 +32,15 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -
     casts to `dtype` count. An infinity that the function was given or wrote, such as a mask, is
     passed over, and an overflow is found even if nothing reads it.
 
+    `shard_map`, `pmap`, the function of `x.at[i].apply`, and `reduce` and `reduce_window` with a
+    computation count as one operation: an overflow within is found where it reaches the result.
+    Pallas kernels, callbacks and foreign functions have no float64: they fail if a result is infinite
+    or NaN where all operands are finite.
+
+    A Python number above the limit becomes an infinity as JAX reads it: `x + 1e6` is `x + inf` for x in
+    float16. Infinite numbers in the code fail in sums, differences, products and quotients; elsewhere
+    (`where(mask, x, -1e9)`) they are masks and pass.
+
     Args:
       fn: a function of arrays; `jax.grad` of a loss to test the backward pass too.
       *args: its arguments, pytrees; leaves that are not arrays reach it unchanged.
@@ -34,7 +48,8 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -
 
     Raises:
       AssertionError: with the first operation that overflows, its place and the magnitude that it
-        reaches in float64.
+        reaches in float64; if no operation has a result in `dtype`, since autocast lowers matrix
+        products alone, and what reads them: then pass arguments in `dtype`.
       ValueError: for another format.
 
     >>> import jax.numpy as jnp
@@ -47,21 +62,35 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -
     """
     dtype = parse_dtype(dtype)
 
-    def check(
-        low: np.ndarray, wide: Callable[[], np.ndarray], operation: Callable[[], str]
-    ) -> None:
-        bad = ~np.isfinite(low)
+    expected = (
+        f"assert_no_overflow: expected values within {dtype.name} "
+        f"(largest {float(jnp.finfo(dtype).max):.5g})"
+    )
+
+    def check(result: Result) -> None:
+        number = _infinite_number(result.eqn)
+        if number is not None:
+            raise AssertionError(
+                f"{expected}; found the number {number} in the code (a larger number than that becomes "
+                f"infinite) in {result.describe()}"
+            )
+        bad = ~np.isfinite(result.low)
         if not bad.any():
             return
-        lost = bad & np.isfinite(wide())
-        if lost.any():
-            largest, limit = float(np.abs(wide()[lost]).max()), float(jnp.finfo(dtype).max)
+        if is_foreign(result.eqn) and all(map(_all_finite, result.operands)):
             raise AssertionError(
-                f"assert_no_overflow: expected values within {dtype.name} (largest {limit:.5g}); "
-                f"found {largest:.4g} ({int(lost.sum())} of {low.size} values overflow) in {operation()}"
+                f"{expected}; found {int(bad.sum())} of {bad.size} values infinite or NaN, from finite "
+                f"operands, in {result.describe()}"
+            )
+        lost = bad & np.isfinite(result.wide())
+        if lost.any():
+            largest = float(np.abs(result.wide()[lost]).max())
+            raise AssertionError(
+                f"{expected}; found {largest:.4g} ({int(lost.sum())} of {bad.size} values overflow) "
+                f"in {result.describe()}"
             )
 
-    _check_each(fn, args, dtype, check)
+    _check_each("assert_no_overflow", fn, args, dtype, check)
 
 
 def assert_no_underflow(
@@ -74,16 +103,21 @@ def assert_no_underflow(
     magnitudes of at most 2^-25, about 3e-8. Subnormal numbers do not count, unless the device flushes
     them to zero. To test gradients, multiply the loss by the loss scale first.
 
+    Pallas kernels, callbacks and foreign functions have no float64 and are passed over. So are numbers
+    in the code that are zero in `dtype`, such as the 1e-8 of `x / (y + 1e-8)` with y in float16: JAX
+    has made them zeros before they can be read.
+
     Args:
       fn: a function of arrays.
       *args: its arguments, pytrees; leaves that are not arrays reach it unchanged.
       dtype: `"float16"`, `"bfloat16"`, or `"float32"` for the function as it stands.
       share: largest share of underflowing values among the values of one array that are not zero in
-        float64.
+        float64; at least 0 and below 1.
 
     Raises:
-      AssertionError: with the first operation that loses more than that share, and its share.
-      ValueError: for another format.
+      AssertionError: with the first operation that loses more than that share, and its share; if no
+        operation has a result in `dtype`, as in `assert_no_overflow`.
+      ValueError: for another format or share.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(w, x, scale):
@@ -95,41 +129,94 @@ def assert_no_underflow(
     AssertionError: ...
     """
     dtype = parse_dtype(dtype)
+    if not 0 <= share < 1:
+        raise ValueError(f"share is {share}; expected a number from 0 to below 1, such as 0.001")
 
-    def check(
-        low: np.ndarray, wide: Callable[[], np.ndarray], operation: Callable[[], str]
-    ) -> None:
-        if low.all():
+    def check(result: Result) -> None:
+        if result.low.all():
             return
-        nonzero = wide() != 0
-        lost = nonzero & (low == 0)
+        magnitudes = np.abs(result.wide())
+        nonzero = magnitudes != 0
+        lost = nonzero & (result.low == 0) & (magnitudes < float(jnp.finfo(dtype).smallest_normal))
         found = lost.sum() / max(nonzero.sum(), 1)
         if found > share:
-            largest = float(np.abs(wide()[lost]).max())
+            largest = float(magnitudes[lost].max())
             raise AssertionError(
                 f"assert_no_underflow: expected at most {share:.3g} of the values to fall to zero in "
                 f"{dtype.name}; found {found:.3g} ({int(lost.sum())} of {int(nonzero.sum())}, up to "
-                f"{largest:.3g}) in {operation()}"
+                f"{largest:.3g}) in {result.describe()}"
             )
 
-    _check_each(fn, args, dtype, check)
+    _check_each("assert_no_underflow", fn, args, dtype, check)
+
+
+class Result(NamedTuple):
+    """A result of an operation in the format to check.
+
+    Attributes:
+      low: the result, exactly, in float64.
+      wide: `wide()` is the result of the same operation in float64.
+      eqn: the operation.
+      operands: its operands.
+      describe: `describe()` names the operation, its place and line.
+    """
+
+    low: np.ndarray
+    wide: Callable[[], np.ndarray]
+    eqn: Equation
+    operands: Sequence[Operand]
+    describe: Callable[[], str]
 
 
 def _check_each(
-    fn: Function, args: Any, dtype: np.dtype, check: Callable[[np.ndarray, Any, Any], None]
+    name: str, fn: Function, args: Any, dtype: np.dtype, check: Callable[[Result], None]
 ) -> None:
-    """Call `check(result, wide, operation)` for each result in a format.
-
-    `wide()` is the operation's result in float64, `operation()` its description.
-    """
+    """Call `check` for each result in a format; fail if there is none."""
+    sources: dict[Any, tuple[Equation, Place]] = {}  # the operation that each variable is from
+    found = False
 
     def hook(eqn: Equation, operands: list[Operand], outs: list[Operand], place: Place) -> None:
+        nonlocal found
+        sources.update((v, (eqn, place)) for v in eqn.outvars)
         for n, out in enumerate(outs):
-            if out.dtype == dtype:
-                check(
-                    np.asarray(widen(out)),
-                    lambda n=n: wide_results(eqn, operands)[n],
-                    lambda: describe(eqn, place, dtype.name),
-                )
+            if out.dtype == dtype and out.size:
+                found = True
+                low, wide = np.asarray(widen(out)), lambda n=n: wide_results(eqn, operands)[n]
+                describe_it = lambda: _description(eqn, place, dtype.name, sources)
+                check(Result(low, wide, eqn, operands, describe_it))
 
     observe(TracedFunction(autocast(fn, dtype), args, {}), hook)
+    if not found:
+        raise AssertionError(
+            f"{name}: found no operation with a result in {dtype.name}: autocast lowers matrix products "
+            f"and what reads them; pass arguments in {dtype.name}, or a function that casts"
+        )
+
+
+def _description(
+    eqn: Equation, place: Place, dtype: str, sources: Mapping[Any, tuple[Equation, Place]]
+) -> str:
+    """Describe an operation; for a cast that autocast added to a result, the operation before it too."""
+    description, source = describe(eqn, place, dtype), eqn
+    while source.primitive.name == "convert_element_type" and not own_line(source):
+        atom = source.invars[0]
+        if isinstance(atom, Literal) or atom not in sources:
+            return description
+        source, place = sources[atom]
+    if source is eqn:
+        return description
+    return f"{description} of the result of {describe(source, place, source.outvars[0].aval.dtype.name)}"
+
+
+def _infinite_number(eqn: Equation) -> float | None:
+    """Return an infinite number in the code that an operation calculates with, None if there is none."""
+    if eqn.primitive.name not in _ARITHMETIC:
+        return None
+    literals = (
+        v for v in eqn.invars if isinstance(v, Literal) and is_floating(np.asarray(v.val).dtype)
+    )
+    return next((x for x in (float(v.val) for v in literals) if math.isinf(x)), None)
+
+
+def _all_finite(x: Operand) -> bool:
+    return not is_floating(x.dtype) or bool(np.isfinite(np.asarray(widen(x))).all())

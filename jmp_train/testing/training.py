@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,8 @@ def equivalence(ours: Sequence[float], reference: Sequence[float], *, margin: fl
       margin: the difference that does not matter; set it before the first run.
 
     Raises:
-      ValueError: for fewer than two pairs, or sequences of unequal lengths.
+      ValueError: for fewer than two pairs, sequences of unequal lengths, values that are not finite,
+        or a margin that is not positive and finite.
 
     >>> found = equivalence([0.91, 0.92, 0.90], [0.90, 0.92, 0.91], margin=0.02)
     >>> round(found.low, 4), round(found.high, 4), found.equivalent
@@ -40,6 +42,11 @@ def equivalence(ours: Sequence[float], reference: Sequence[float], *, margin: fl
 
     if len(ours) != len(reference) or len(ours) < 2:
         raise ValueError(f"{len(ours)} and {len(reference)} values; expected at least two pairs")
+    _check_margin(margin)
+    if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
+        raise ValueError(
+            f"the values are {list(ours)} and {list(reference)}; expected finite numbers"
+        )
     difference = np.subtract(ours, reference)
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     reach = float(stdtrit(len(difference) - 1, 0.95)) * error
@@ -51,7 +58,7 @@ def equivalence(ours: Sequence[float], reference: Sequence[float], *, margin: fl
 def assert_equivalent_training(
     make_run: Callable[[str, int], float],
     policies: Sequence[str] = ("float32", "mixed_bfloat16"),
-    seeds: int | Sequence[int] = 5,
+    seeds: int | Iterable[int] = 5,
     *,
     margin: float,
 ) -> None:
@@ -65,13 +72,14 @@ def assert_equivalent_training(
     Args:
       make_run: `make_run(policy, seed)` trains and returns one number, such as an accuracy.
       policies: the reference and the policy to test.
-      seeds: the seeds, or how many from 0.
+      seeds: the seeds, all different, or how many from 0.
       margin: the difference that does not matter; set it before the first run.
 
     Raises:
       AssertionError: with means, difference, interval, margin and pairs, or the run whose number is
-        not finite.
-      ValueError: for other than two policies, fewer than two seeds, or a margin that is not positive.
+        not finite; if all runs of each policy give the same number, which is one pair and no evidence.
+      ValueError: for other than two policies, fewer than two seeds, a seed that occurs twice, or a
+        margin that is not positive and finite.
 
     >>> def make_run(policy, seed):
     ...     return 0.9 + 0.001 * seed + (0.0005 * (-1) ** seed if policy == "float32" else 0)
@@ -82,14 +90,20 @@ def assert_equivalent_training(
 
     Source: Schuirmann 1987; see `equivalence`.
     """
-    seeds = range(seeds) if isinstance(seeds, int) else seeds
-    if len(policies) != 2 or len(seeds) < 2 or not margin > 0:
+    seeds = _seeds(seeds)
+    if isinstance(policies, str) or len(policies) != 2:
         raise ValueError(
-            f"{len(policies)} policies, {len(seeds)} seeds and a margin of {margin}; expected two "
-            "policies, at least two seeds and a positive margin"
+            f"policies is {policies!r}; expected two policies, such as ('float32', 'fp16')"
         )
+    _check_margin(margin)
     reference, ours = ([_run(make_run, p, seed) for seed in seeds] for p in policies)
     found = equivalence(ours, reference, margin=margin)
+    if found.equivalent and len(set(reference)) == len(set(ours)) == 1:
+        raise AssertionError(
+            "assert_equivalent_training: expected results that depend on the seed; found "
+            f"{reference[0]:.5g} with {policies[0]} and {ours[0]:.5g} with {policies[1]} for each of "
+            f"{len(seeds)} seeds"
+        )
     if found.equivalent:
         return
     pairs = ", ".join(f"{a:.5g} and {b:.5g}" for a, b in zip(reference, ours, strict=True))
@@ -99,6 +113,18 @@ def assert_equivalent_training(
         f"{found.difference:+.3g} with the 90 % confidence interval "
         f"[{found.low:+.3g}, {found.high:+.3g}]; pairs of {policies[0]} and {policies[1]}: {pairs}"
     )
+
+
+def _seeds(seeds: int | Iterable[int]) -> list[int]:
+    found = list(map(operator.index, seeds if isinstance(seeds, Iterable) else range(seeds)))
+    if len(found) < 2 or len(set(found)) < len(found):
+        raise ValueError(f"the seeds are {found}; expected at least two seeds, all different")
+    return found
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 < margin < math.inf:
+        raise ValueError(f"margin is {margin}; expected a positive, finite number, such as 0.01")
 
 
 def _run(make_run: Callable[[str, int], float], policy: str, seed: int) -> float:

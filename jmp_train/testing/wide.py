@@ -7,39 +7,40 @@ numbers therefore stay those of the program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._jaxpr import compat
-from jmp_train._jaxpr.compat import Equation, Operand
-from jmp_train._jaxpr.interpret import Interpreter
+from jmp_train._jaxpr.bodies import construct_of
+from jmp_train._jaxpr.compat import Body, Equation, Operand
+from jmp_train._jaxpr.interpret import TOP, Interpreter
 from jmp_train._jaxpr.scatters import SCATTERS, applies_function, scatter
 from jmp_train.types import PyTree
 
 _DTYPE_PARAMETERS = ("dtype", "new_dtype", "preferred_element_type")
 
-#: Operations on the bits of a format, random numbers that depend on the dtype, and code that was
-#: compiled for the dtypes that it receives.
-_AS_WRITTEN = frozenset(
+#: Code that was compiled for the dtypes that it receives.
+_FOREIGN = frozenset(
     {
-        "bitcast_convert_type",
+        "call_exported",
         "ffi_call",
         "io_callback",
-        "nextafter",
         "pallas_call",
         "pure_callback",
-        "random_gamma",
-        "rng_uniform",
         "tpu_custom_call",
         "triton_kernel_call",
     }
 )
+
+#: Operations on the bits of a format, and random numbers that depend on the dtype.
+_OF_THE_FORMAT = frozenset({"bitcast_convert_type", "nextafter", "random_gamma", "rng_uniform"})
 
 
 def results_in_float64(traced: TracedFunction) -> PyTree:
@@ -61,11 +62,13 @@ def bind_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
     with compat.context_of(eqn):
         if name == "reduce_precision":
             return list(operands)
-        if name in SCATTERS and not applies_function(eqn):
-            return [scatter(eqn, *operands)]
-        if name == "custom_linear_solve":
-            return _solve_wide(params, operands)
-        if name in _AS_WRITTEN or _has_body(params):
+        if name in SCATTERS:
+            return [scatter(eqn, *operands, function=_applied_wide(eqn))]
+        if name in _REDUCTIONS:
+            return _REDUCTIONS[name](eqn, operands)
+        if _is_shard_map(eqn):
+            return _interpreter().shard_map(eqn, list(operands), TOP)
+        if name in _OF_THE_FORMAT or is_foreign(eqn):
             narrow = [_as_traced(x, v.aval) for x, v in zip(operands, eqn.invars, strict=True)]
             return [widen(out) for out in compat.bind(eqn.primitive, narrow, params)]
         wide = {key: _wide_parameter(key, value) for key, value in params.items()}
@@ -76,13 +79,49 @@ def _interpreter() -> Interpreter:
     return Interpreter(lambda eqn, operands, _: bind_wide(eqn, operands), widen, stepwise=False)
 
 
-def _solve_wide(params: dict[str, Any], operands: Sequence[Operand]) -> list[Operand]:
-    """Solve a linear system: the operands are constants of four functions, then right-hand sides."""
-    lengths, solve = params["const_lengths"], params["jaxprs"].solve
-    start = lengths.matvec + lengths.vecmat
-    right = operands[sum(lengths) :]
-    constants = operands[start : start + lengths.solve]
-    return _interpreter().run(compat.body_of(solve), [*constants, *right])
+def is_foreign(eqn: Equation) -> bool:
+    """Return whether an operation runs as it was written in the reference too: a Pallas kernel, a
+    callback, a foreign or exported function, or a primitive with a body of unknown meaning."""
+    name = eqn.primitive.name
+    known = name in SCATTERS or name in _REDUCTIONS or _is_shard_map(eqn)
+    return name in _FOREIGN or (_has_body(eqn.params) and not known)
+
+
+def _is_shard_map(eqn: Equation) -> bool:
+    construct = construct_of(eqn)
+    return construct is not None and construct.name == "shard_map"
+
+
+def _applied_wide(eqn: Equation) -> Callable[[Operand], Operand] | None:
+    """Return the function of `x.at[i].apply(function)` in float64; None for any other scatter."""
+    if not applies_function(eqn):
+        return None
+    body = Body(eqn.params["update_jaxpr"], tuple(eqn.params["update_consts"]))
+    unused = np.zeros((), wide_dtype(eqn.invars[0].aval.dtype) or eqn.invars[0].aval.dtype)
+    return lambda x: _interpreter().run(body, [x, unused])[0]
+
+
+def _combined_wide(body: Body) -> Callable[..., list[Operand]]:
+    return lambda before, x: _interpreter().run(body, [*before, *x])
+
+
+def _reduce_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
+    """Reduce with a computation in float64: the operands are arrays, then their initial values."""
+    count = len(operands) // 2
+    arrays, initial = list(operands[:count]), list(operands[count:])
+    combine = _combined_wide(compat.body_of(eqn.params["jaxpr"]))
+    return list(lax.reduce(arrays, initial, combine, eqn.params["dimensions"]))
+
+
+def _reduce_window_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
+    count, params = len(operands) // 2, eqn.params
+    arrays, initial = list(operands[:count]), list(operands[count:])
+    combine = _combined_wide(Body(params["jaxpr"], tuple(params["consts"])))
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
+    return list(lax.reduce_window(arrays, initial, combine, *(params[name] for name in names)))
+
+
+_REDUCTIONS = {"reduce": _reduce_wide, "reduce_window": _reduce_window_wide}
 
 
 def widen(x: Operand) -> Operand:

@@ -37,9 +37,19 @@ def run(noise, shift=0.0):
 
 def test_training_within_the_margin_passes():
     assert_equivalent_training(run(0.001), margin=0.01)
-    assert_equivalent_training(run(0.0, 0.0099), margin=0.01)
-    assert_equivalent_training(
-        lambda *_: 1, ("float32", "mixed_float16"), seeds=[3, 4], margin=1e-9
+    by_seed = lambda _, seed: seed
+    assert_equivalent_training(lambda p, n: n + 0.0099 * (p != "float32"), margin=0.01)
+    for seeds in ([3, 4], np.arange(3), np.int64(3), (n for n in (3, 4)), range(2)):
+        assert_equivalent_training(by_seed, ("float32", "mixed_float16"), seeds, margin=1e-9)
+
+
+def test_results_that_ignore_the_seed_are_refused():
+    ignores = lambda policy, seed: 0.9 if policy == "float32" else 0.91
+    with pytest.raises(AssertionError) as error:
+        assert_equivalent_training(ignores, margin=0.02)
+    assert str(error.value) == (
+        "assert_equivalent_training: expected results that depend on the seed; found 0.9 with float32 "
+        "and 0.91 with mixed_bfloat16 for each of 5 seeds"
     )
 
 
@@ -73,14 +83,18 @@ def test_a_run_that_diverged_is_named():
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"policies": ("float32",)}, {"seeds": 1}, {"margin": 0}, {"margin": math.nan}],
+    "arguments, message",
+    [
+        ({"policies": ("float32",)}, "expected two policies"),
+        ({"policies": "ab"}, "policies is 'ab'; expected two policies"),
+        ({"seeds": 1}, r"the seeds are \[0\]; expected at least two seeds, all different"),
+        ({"seeds": [3, 3, 4]}, r"the seeds are \[3, 3, 4\]; expected .* all different"),
+        *(({"margin": m}, "expected a positive, finite") for m in (0, -1, math.nan, math.inf)),
+    ],
 )
-def test_wrong_arguments_are_named(arguments):
-    with pytest.raises(
-        ValueError, match="expected two policies, at least two seeds and a positive"
-    ):
-        assert_equivalent_training(lambda *_: 1.0, **{"margin": 1, **arguments})
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        assert_equivalent_training(lambda _, seed: seed, **{"margin": 1, **arguments})
 
 
 def test_sequences_must_be_pairs():
@@ -88,3 +102,7 @@ def test_sequences_must_be_pairs():
         equivalence([1], [1], margin=1)
     with pytest.raises(ValueError, match="3 and 2 values"):
         equivalence([1, 2, 3], [1, 2], margin=1)
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        equivalence([1, math.nan], [1, 2], margin=1)
+    with pytest.raises(ValueError, match="margin is -1; expected a positive"):
+        equivalence([1, 2], [1, 2], margin=-1)

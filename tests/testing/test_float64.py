@@ -19,6 +19,12 @@ def failure(*args, **kwargs):
     return str(error.value)
 
 
+def scales(exact):
+    """Return the magnitudes that errors are relative to."""
+    magnitudes = np.sort(np.abs(exact[exact != 0]))
+    return np.maximum(np.abs(exact), magnitudes[: -(len(magnitudes) // 4) or None][-1])
+
+
 def units(message):
     return float(message.split("found ")[1].split(" u")[0])
 
@@ -30,8 +36,7 @@ def test_one_rounding_is_within_one_unit_roundoff(dtype, unit):
     scaled = lambda x: x * factor
     exact = x.astype(np.float64) * np.float64(factor)
     error = np.abs((x * factor).astype(np.float64) - exact)
-    scale = np.maximum(np.abs(exact), np.sqrt(np.mean(exact**2)))
-    expected = (error / scale).max() * 2.0**unit
+    expected = (error / scales(exact)).max() * 2.0**unit
     assert 0.3 < expected <= 1
     assert_close_to_float64(scaled, x, ulps=1)
     assert_close_to_float64(scaled, x, ulps=expected * 1.001)
@@ -48,16 +53,16 @@ def test_the_worst_element_is_named():
     x[1, 2] = 1 + 2.0**-9
     message = failure(fn, x, ulps=2)
     assert ": 1.0 instead of 1.001953125 at b/1[1, 2]. " in message
-    rms = np.sqrt(np.mean(np.float64(x) ** 2))
-    assert units(message) == pytest.approx(2.0**15 / max(1 + 2.0**-9, rms), rel=1e-2)
+    assert units(message) == pytest.approx(2.0**15 / scales(np.float64(x))[1, 2], rel=1e-2)
 
 
 def test_a_product_in_bfloat16_is_judged_by_bfloat16():
     product = lambda x, w: x @ w
     low = np.float32(X.astype(ml_dtypes.bfloat16)) @ np.float32(W.astype(ml_dtypes.bfloat16))
     exact = X.astype(np.float64) @ W.astype(np.float64)
-    scale = np.maximum(np.abs(exact), np.sqrt(np.mean(exact**2)))
-    expected = (np.abs(low - exact) / scale).max() + 2.0**-8  # of the result, which XLA may skip
+    expected = (
+        np.abs(low - exact) / scales(exact)
+    ).max() + 2.0**-8  # of the result, which XLA may skip
     assert_close_to_float64(product, X, W, policy="mixed_bfloat16", ulps=expected * 2**8)
     assert_close_to_float64(product, X, W, policy="mixed_bfloat16", rtol=expected)
     message = failure(product, X, W, policy="mixed_bfloat16", ulps=0.5 * (expected * 2**8 - 1))
@@ -75,6 +80,34 @@ def test_small_elements_are_judged_by_the_size_of_their_leaf():
     assert_close_to_float64(residual, x, ulps=1)
     message = failure(lambda x: residual(x)[0], x, ulps=1)
     assert "found 1.68e+07 u: 0.0 instead of 2.99" in message
+
+
+def test_the_size_of_a_leaf_is_that_without_its_largest_quarter():
+    low = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+    x = np.array([0, 1 + 2.0**-9, 2, 4, 0, 100, 200, 300, 400], np.float32)  # seven are not zero
+    message = failure(low, x, ulps=1)  # 300 and 400 are exact in bfloat16, and 100 and 200
+    assert units(message) == pytest.approx(2.0**15 / 300, rel=1e-2)
+    assert units(failure(low, x[:3], ulps=1)) == pytest.approx(2.0**15 / 2, rel=1e-2)
+    assert_close_to_float64(low, np.zeros(3, np.float32), ulps=0)
+
+
+@pytest.mark.parametrize("outlier", [1e9, -1e30])
+def test_one_huge_element_hides_no_errors(outlier):
+    x = np.linspace(0.1, 2, 64, dtype=np.float32)
+    low = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32).at[3].set(outlier)
+    assert units(failure(low, x, ulps=4)) > 2**14
+    assert_close_to_float64(lambda x: (x * 1.1).at[3].set(outlier), x, ulps=1)
+
+
+def test_sparse_results_are_judged_by_what_is_not_zero():
+    fn = lambda x: jnp.zeros(1000).at[7:11].set((x[0] + x[1:5]) - x[0])
+    x = np.array([1, 3e-8, 1, 1, 1], np.float32)
+    assert_close_to_float64(fn, x, ulps=1)
+
+
+@pytest.mark.parametrize("fn", [lambda x: 3, lambda x: x[:0], lambda x: None])
+def test_a_function_that_returns_nothing_to_compare_fails(fn):
+    assert "found no array with an element among the results" in failure(fn, X, ulps=1)
 
 
 def test_an_outlier_hides_no_errors_of_other_elements():
@@ -173,6 +206,8 @@ def test_arguments_that_are_no_arrays_reach_the_function():
     [
         ({}, "ulps is None and rtol is None; expected one of the two"),
         ({"ulps": 1, "rtol": 1}, "ulps is 1 and rtol is 1; expected one of the two"),
+        *(({"ulps": x}, f"ulps is {x}; expected a finite") for x in (-1, np.nan, np.inf)),
+        *(({"rtol": x}, f"rtol is {x}; expected a finite") for x in (-1, np.nan, np.inf)),
         ({"ulps": 1, "policy": "bfloat17"}, "did you mean 'bfloat16'"),
         ({"ulps": 1, "policy": [("**", "bf16")]}, "expected one policy, such as 'mixed_bfloat16'"),
     ],

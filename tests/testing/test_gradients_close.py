@@ -111,6 +111,58 @@ def test_a_bias_before_a_normalisation_passes():
     assert np.abs(result.grads["b"]).max() > 0  # rounding errors of a gradient that is zero
 
 
+@pytest.mark.parametrize("bounds", [{}, {"cosine": 0.99}, {"rtol": 0.02}])
+@pytest.mark.parametrize("factor", [0.004, 0.001])
+def test_a_small_gradient_of_the_wrong_sign_fails(factor, bounds):
+    @jax.custom_vjp
+    def reversed_in_bfloat16(x):
+        return x
+
+    backward = lambda _, g: (-g if g.dtype == jnp.bfloat16 else g,)
+    reversed_in_bfloat16.defvjp(lambda x: (x, None), backward)
+
+    def loss(params, x):
+        small = x @ reversed_in_bfloat16(params["small"])
+        return jnp.mean((x @ params["w"] + factor * small).astype(jnp.float32))
+
+    params = {"w": np.full(8, 1.3, np.float32), "small": np.full(8, 0.7, np.float32)}
+    x = np.linspace(0.1, 2, 64, dtype=np.float32).reshape(8, 8)
+    found = rows(failure(loss, params, x, policy="mixed_bfloat16", **bounds))
+    assert found["small"][:2] == pytest.approx((-1, 2), rel=0.05)
+
+
+def test_rounding_errors_of_larger_gradients_are_no_fault():
+    def loss(params, one):  # the small gradient cancels: it has an error of up to 2^-24 / 3e-5
+        small = params["small"] * ((one + 3e-5) - one)
+        return params["w"].sum() + small.sum()
+
+    params = {"w": np.ones(8, np.float32), "small": np.ones(8, np.float32)}
+    one = np.ones((), np.float32)
+    assert_gradients_close(loss, params, one, policy="float32")
+    alone = {"small": params["small"], "w": params["w"][:0]}
+    found = failure(loss, alone, one, policy="float32")
+    assert rows(found)["small"][1] > 32 * 2.0**-24
+
+
+def test_a_loss_without_parameters_fails():
+    message = failure(lambda p, x: x.sum(), {"empty": X[:0]}, X, policy="float32")
+    assert "found no parameter with an element" in message
+
+
+@pytest.mark.parametrize(
+    "bounds, message",
+    [
+        ({"rtol": np.nan}, "rtol is nan; expected a finite number"),
+        ({"rtol": np.inf}, "rtol is inf; expected a finite number"),
+        ({"cosine": 2.0}, "cosine is 2.0; expected a number from -1 to 1"),
+        ({"cosine": np.nan}, "cosine is nan; expected a number from -1 to 1"),
+    ],
+)
+def test_wrong_bounds_are_named(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        assert_gradients_close(loss_fn, PARAMS, BATCH, policy="float32", **bounds)
+
+
 def test_the_loss_scale_falls_until_gradients_are_finite():
     large = lambda p, b: 100 * loss_fn(p, b)
     first = jax.jit(jt.value_and_grad(large, "mixed_float16"))(

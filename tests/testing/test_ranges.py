@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 from jmp_train.testing import assert_no_overflow, assert_no_underflow
 
@@ -137,4 +138,126 @@ def test_the_first_operation_is_named():
 def test_an_unknown_format_is_an_error(check):
     with pytest.raises(ValueError, match="did you mean 'float16'"):
         check(jnp.sum, EYE, dtype="float17")
-    check(lambda x, name: x if name else 1 / 0, EYE, "name")  # leaves that are not arrays
+    check(lambda x, name: x @ x if name else 1 / 0, EYE, "name")  # leaves that are not arrays
+
+
+@pytest.mark.parametrize("check", [assert_no_overflow, assert_no_underflow])
+def test_a_function_with_nothing_in_the_format_fails(check):
+    squares = lambda x: (x * x).sum()  # autocast leaves it in float32
+    with pytest.raises(
+        AssertionError, match="found no operation with a result in float16: autocast"
+    ):
+        check(squares, np.full(4, 100, np.float32))
+    check(squares, np.full(4, 10, np.float16))
+    assert "in mul in float16" in overflow(squares, np.full(4, 300, np.float16))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, np.nan, np.inf])
+def test_a_share_out_of_range_is_an_error(share):
+    with pytest.raises(ValueError, match=f"share is {share}; expected a number from 0 to below 1"):
+        assert_no_underflow(of_product(jnp.tanh), EYE, share=share)
+
+
+def square(x):
+    return x * x
+
+
+def applied(x):
+    return x.at[0].apply(square)
+
+
+def by_batch(x):
+    function = jax.custom_batching.custom_vmap(square)
+    function.def_vmap(lambda _, axes, x: (square(x), axes[0]))
+    return function(x)
+
+
+def linear_call(x):
+    double = lambda factor, x: x * factor
+    return jax.custom_derivatives.linear_call(double, double, x[0], x)
+
+
+def reduced(x):
+    return jax.lax.reduce(x, np.float16(0), lambda a, b: a + b * b, (0,))
+
+
+def in_windows(x):
+    return jax.lax.reduce_window(x, np.float16(0), lambda a, b: a + b * b, (2,), (1,), "VALID")
+
+
+def on_devices(x):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.shard_map(square, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))(x)
+
+
+def kernel(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    body = lambda x, out: out.__setitem__(..., x[...] * x[...])
+    return pallas.pallas_call(body, out_shape=shape, interpret=True)(x)
+
+
+def callback(x):
+    return jax.pure_callback(np.square, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def exported(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.export.export(jax.jit(square))(shape).call(x)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize(
+    "fn, found",
+    [
+        (applied, "9e+04 (1 of 4 values overflow) in scatter in float16"),
+        (by_batch, "9e+04 (4 of 4 values overflow) in mul in float16 (custom_vmap_call; "),
+        (jax.lax.composite(square, "my.square"), "in mul in float16 (composite:my.square; "),
+        (linear_call, "in mul in float16 (linear_call; "),
+        (reduced, "3.6e+05 (1 of 1 values overflow) in reduce in float16"),
+        (in_windows, "1.8e+05 (3 of 3 values overflow) in reduce_window in float16"),
+        (on_devices, "9e+04 (4 of 4 values overflow) in shard_map in float16"),
+        (lambda x: jax.pmap(square)(x[None]), "9e+04 (4 of 4 values overflow) in shard_map in"),
+        (kernel, "4 of 4 values infinite or NaN, from finite operands, in pallas_call in float16"),
+        (callback, "4 of 4 values infinite or NaN, from finite operands, in pure_callback in"),
+        (exported, "4 of 4 values infinite or NaN, from finite operands, in call_exported in"),
+    ],
+)
+def test_overflow_inside_constructs_is_found(fn, found):
+    x = np.full(4, 300, np.float16)
+    assert not np.isfinite(np.asarray(fn(jnp.asarray(x)), np.float32)).all()
+    assert found in overflow(fn, x)
+    assert_no_overflow(fn, x / np.float16(3))
+
+
+def test_underflow_inside_constructs_is_found():
+    tiny = np.full(4, 1e-5, np.float16)
+    for fn in (applied, reduced, on_devices):
+        assert "of the values to fall to zero in float16" in underflow(fn, tiny)
+        assert_no_underflow(fn, tiny + 1)
+
+
+def test_a_loop_under_vmap_is_entered():
+    grow = lambda r: jax.lax.while_loop(lambda r: r[0] < 10, lambda r: r * 200, r)
+    x = np.float16([[1, 300], [20, 1]])
+    assert_no_overflow(jax.vmap(grow), x)
+    message = overflow(jax.vmap(grow), x * np.float16(2))
+    assert "found 1.2e+05 (1 of 4 values overflow) in mul in float16 (while/body; " in message
+
+
+def test_a_cast_of_a_result_names_the_operation_before_it():
+    def model(x):
+        return jnp.exp(x)  # in float32 under autocast; its result is cast to float16
+
+    line = model.__code__.co_firstlineno + 1
+    message = overflow(model, np.float16([12]))
+    expected = "in convert_element_type in float16 of the result of exp in float32 ("
+    assert f"{expected}{__file__}:{line} (" in message
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+def test_numbers_in_the_code_above_the_limit_fail():
+    x = np.ones(4, np.float16)
+    for fn in (lambda x: x + 1e6, lambda x: -1e6 - x, lambda x: x * 1e6, lambda x: x / 1e6):
+        assert "; found the number " in overflow(fn, x)
+    for fn in (lambda x: jnp.where(x > 0, x, -1e9) * 2, lambda x: jnp.maximum(x, -jnp.inf) + 1):
+        assert_no_overflow(fn, x)

@@ -61,6 +61,18 @@ def test_floats_are_drawn_at_every_exponent(name):
     assert 0.3 < share < 0.7
 
 
+def test_no_exponent_is_drawn_much_more_often_than_another():
+    numbers = drawn(strategies.floats("float16"), 800)
+    found = collections.Counter(math.frexp(float(x))[1] for x in numbers)
+    mean = len(numbers) / 40
+    assert max(found.values()) < 2.5 * mean  # `integers` draws one of them ten times as often
+    assert min(found[e] for e in range(-23, 17)) > 0.3 * mean
+
+
+def test_arrays_of_a_length():
+    assert find(strategies.arrays("float16", 3), lambda x: True, settings=quiet).shape == (3,)
+
+
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
 def test_floats_reach_every_number_of_a_small_format(name):
     patterns = every_pattern(FORMATS[name]).view(FORMATS[name])

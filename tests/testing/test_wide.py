@@ -68,7 +68,67 @@ def windows(x):
     return sum(x[i : i + 5, j : j + 5] * x[i, j] for i in range(2) for j in range(2))
 
 
+def narrow_third(x):
+    return x.astype(jnp.bfloat16).astype(jnp.float32) / 3
+
+
+batched = jax.custom_batching.custom_vmap(narrow_third)
+batched.def_vmap(lambda _, axes, x: (narrow_third(x), axes[0]))
+
+
+def linear(x):
+    third = lambda factor, x: narrow_third(x) * factor
+    return jax.custom_derivatives.linear_call(third, third, np.float32(2), x)
+
+
+def solved(x):
+    third = lambda _, x: narrow_third(x)
+    return jax.lax.custom_linear_solve(lambda v: 3 * v, x, third, symmetric=True)
+
+
+def on_devices(function, **options):
+    mesh = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    options = {"in_specs": jax.P("i"), "out_specs": jax.P("i"), **options}
+    return jax.shard_map(function, mesh=mesh, **options)
+
+
+def summed_on_devices(x):
+    return on_devices(lambda x: jax.lax.psum(narrow_third(x), "i"), out_specs=jax.P())(x)
+
+
+def reduced(x):
+    combine = lambda a, b: a + narrow_third(b)
+    return jax.lax.reduce(x, np.float32(0), combine, (0,))
+
+
+def reduced_in_windows(x):
+    combine = lambda a, b: a + narrow_third(b)
+    return jax.lax.reduce_window(x, np.float32(0), combine, (2, 2), (1, 1), "VALID")
+
+
+def doubled_to_8(x):
+    """Double each row until its first element is 8 or more, under vmap."""
+    double = lambda r: (r * 2).astype(jnp.bfloat16).astype(jnp.float32)
+    return jax.vmap(lambda r: jax.lax.while_loop(lambda r: r[0] < 8, double, r))(jnp.abs(x) + 0.01)
+
+
+def rows_doubled_to_8():
+    x = np.abs(XW) + np.float64(np.float32(0.01))
+    return np.stack([r * 2 ** max(0, np.ceil(np.log2(8 / r[0]))) for r in x])
+
+
 PROGRAMS = {
+    "composite": (jax.lax.composite(narrow_third, "a.b"), XW / 3),
+    "custom_vmap": (batched, XW / 3),
+    "linear_call": (linear, XW * 2 / 3),
+    "custom_linear_solve": (solved, XW / 3),
+    "shard_map": (on_devices(narrow_third), XW / 3),
+    "psum in shard_map": (summed_on_devices, XW / 3),
+    "pmap": (lambda x: jax.pmap(narrow_third)(x[None])[0], XW / 3),
+    "reduce": (reduced, XW.sum(0) / 3),
+    "reduce_window": (reduced_in_windows,
+                      sum(XW[i : i + 5, j : j + 5] for i in range(2) for j in range(2)) / 3),
+    "while under vmap": (doubled_to_8, rows_doubled_to_8()),
     "cast": (lambda x: x.astype(jnp.float16).astype(jnp.float32) / 3, XW / 3),
     "preferred_element_type": (in_bfloat16, XW @ XW),
     "precision": (lambda x: jnp.dot(x, x, precision="BF16_BF16_F32"), XW @ XW),
@@ -164,10 +224,27 @@ def test_a_callback_receives_what_it_was_written_for():
     np.testing.assert_allclose(got, [2 / 3, 1], rtol=1e-15)
 
 
-def test_a_function_applied_to_elements_stays():
-    got = wide(lambda x: x.at[0].apply(jnp.sin), X)
-    np.testing.assert_allclose(got[0], np.sin(XW[0]), rtol=1e-6)  # it runs in float32
+def test_a_function_applied_to_elements_is_in_float64():
+    applied = lambda x: jnp.sin(x).astype(jnp.float16).astype(jnp.float32) * 0.1
+    got = wide(lambda x: x.at[0].apply(applied), X)
+    np.testing.assert_allclose(got[0], np.sin(XW[0]) * TENTH, rtol=1e-14)
     np.testing.assert_array_equal(got[1:], XW[1:])
+
+
+def test_an_exported_function_runs_as_it_was_written():
+    third = jax.jit(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))
+    exported = jax.export.export(third)(jax.ShapeDtypeStruct(X.shape, X.dtype))
+    got = wide(lambda x: exported.call(x) / 3, X)
+    np.testing.assert_allclose(got, np.float64(X.astype(jnp.bfloat16)) / 3, rtol=1e-15)
+
+
+@pytest.mark.slow
+def test_poisson_under_vmap_is_that_of_the_program():
+    keys = jax.random.split(jax.random.key(0), 3)
+    draw = jax.vmap(lambda key: jax.random.poisson(key, 3.0))
+    np.testing.assert_array_equal(wide(draw, keys), draw(keys))
+    traced = TracedFunction(draw, (keys,), {})
+    np.testing.assert_array_equal(traced.rebuild(observe(traced, lambda *_: None)), draw(keys))
 
 
 def test_subnormal_arguments_are_not_flushed():
