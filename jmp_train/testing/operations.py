@@ -76,7 +76,7 @@ class Operation(NamedTuple):
         return "  ".join([f"{self.name}{algorithm}", f"{read} -> {written}", *where])
 
 
-def stage_of(program: Program) -> jax.stages.Stage | None:
+def stage_of(program: Program) -> Any:
     """Return the program that JAX traced, lowered or compiled; None for a function.
 
     `nnx.jit` and `eqx.filter_jit` return it inside an object of their own.
@@ -105,18 +105,18 @@ def trace(fn: Program, args: Sequence[PyTree]) -> Any:
     if stage is not None:
         raise TypeError(f"expected a function or a traced program, got {type(fn).__name__}")
     jitted, args = (fn, args) if isinstance(fn, jax.stages.Wrapped) else jit(fn, args)
-    traced: Any = stage_of(jitted.trace(*args))
-    return traced.jaxpr
+    return stage_of(jitted.trace(*args)).jaxpr
 
 
 def lower(fn: Function, args: Sequence[PyTree]) -> jax.stages.Lowered:
     """Return the lowered program of a function, jitted or not, with its static and donated arguments."""
     is_jitted = isinstance(fn, jax.stages.Wrapped)
+    jitted: Any = fn
     if _is_of_equinox(fn):  # it lowers for arrays alone
         is_jitted = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args))
-    jitted, args = (fn, args) if is_jitted else jit(fn, args)
-    lowered: Any = stage_of(jitted.lower(*args))
-    return lowered
+    if not is_jitted:
+        jitted, args = jit(fn, args)
+    return stage_of(jitted.lower(*args))
 
 
 def jit(fn: Function, args: Sequence[PyTree]) -> tuple[Any, list[Any]]:

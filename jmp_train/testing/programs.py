@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jmp_train._jaxpr.source import is_installed, is_library, is_standard_library, own_frame
 from jmp_train.testing.operations import Program, lower, report, stage_of, traced_operations
@@ -116,7 +117,7 @@ def _noted_reads() -> Iterator[list[_Read]]:
             note("a text of the value")
         return repr(array)
 
-    tracer: Any = jax.core.Tracer
+    tracer: Any = Tracer
     methods = {"copy_to_host_async": copy, "block_until_ready": wait}
     methods |= {"__format__": show, "__str__": show}
     before = {name: vars(tracer)[name] for name in methods if name in vars(tracer)}

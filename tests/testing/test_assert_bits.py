@@ -94,7 +94,7 @@ class Pair:
     def __init__(self, second):
         self.second = second
 
-    def __eq__(self, other):
+    def __eq__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
         return np.array([True, self.second == other.second])
 
 
