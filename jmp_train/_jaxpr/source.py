@@ -10,6 +10,8 @@ import functools
 import importlib.util
 import os
 import sysconfig
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from jax.extend import source_info_util
 
@@ -30,17 +32,43 @@ def user_line(eqn: Equation) -> str:
     """Return `path/file.py:12 (function)` of the innermost frame that is the user's.
 
     Frames of Python's standard library, NumPy, JAX, Flax, Optax and this package's machinery are passed
-    over. Where no other frame exists, the line is that of `source_line`.
+    over, and so are those of every installed package where a frame outside exists. Where no other frame
+    exists, the line is that of `source_line`.
     """
     return own_line(eqn) or source_line(eqn)
 
 
 def own_line(eqn: Equation) -> str:
     """Return the user's line as `user_line` does, '' where no frame is the user's."""
-    for frame in getattr(eqn.source_info.traceback, "frames", ()):
-        if not is_library(frame.file_name):
-            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
-    return ""
+    frames = getattr(eqn.source_info.traceback, "frames", ())
+    frame = own_frame(frames, lambda frame: frame.file_name)
+    return f"{frame.file_name}:{frame.line_num} ({frame.function_name})" if frame else ""
+
+
+def own_frame(frames: Iterable[Any], file_of: Callable[[Any], str]) -> Any:
+    """Return the innermost frame that is the user's, None where there is none.
+
+    It is the first one outside installed packages, such as Equinox or Haiku. Where every frame is in
+    an installed package, as of a user's own that is installed, it is the first outside the libraries
+    that `is_library` knows.
+
+    Args:
+      frames: the innermost first.
+      file_of: returns the file of a frame.
+    """
+    own = [frame for frame in frames if not is_library(file_of(frame))]
+    outside = (frame for frame in own if not is_installed(file_of(frame)))
+    return next(outside, own[0] if own else None)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_installed(file: str) -> bool:
+    """Return whether a file was installed: it is in a package other than this one, or a command."""
+    if _parts_below(_PACKAGE, file):
+        return False
+    parts = os.path.normpath(file).split(os.sep)
+    is_command = bool(_parts_below(sysconfig.get_path("scripts"), file))
+    return is_command or any(part in _INSTALLED for part in parts)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -53,11 +81,18 @@ def is_library(file: str) -> bool:
         return inside[0] not in NETWORK_ROOMS
     if any(_parts_below(root, file) for root in _library_roots(*_LIBRARIES)):
         return True
+    return is_standard_library(file)
+
+
+@functools.lru_cache(maxsize=1024)
+def is_standard_library(file: str) -> bool:
+    """Return whether a file belongs to Python's standard library."""
     inside = _parts_below(_STANDARD_LIBRARY, file)
-    return bool(inside) and inside[0] not in ("site-packages", "dist-packages")
+    return bool(inside) and inside[0] not in _INSTALLED
 
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_INSTALLED = ("site-packages", "dist-packages")
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
@@ -91,4 +126,6 @@ def calling_classes(eqn: Equation) -> str:
 
 
 def _is_flax(file: str) -> bool:
-    return any(_parts_below(root, file) for root in _library_roots("flax"))
+    inside = [_parts_below(root, file) for root in _library_roots("flax")]
+    # The classes of `nnx.jit` and `nnx.grad` are not modules.
+    return any(parts and parts[:2] != ["nnx", "transforms"] for parts in inside)

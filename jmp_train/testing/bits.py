@@ -20,14 +20,15 @@ def assert_same_bits(a: PyTree, b: PyTree) -> None:
 
     -0.0 differs from 0.0, and a NaN equals a NaN with the same payload alone. PRNG keys are
     compared with their implementation. JAX and NumPy arrays and Python numbers are compared as
-    arrays; other leaves by `==`.
+    arrays; other leaves, Python integers above 64 bits and elements of object arrays by `==`.
 
     Args:
       a, b: pytrees of arrays.
 
     Raises:
       AssertionError: with the path of each leaf that differs, the first index, both values and bit
-        patterns, and how many elements differ; the first ten leaves are listed.
+        patterns, and how many elements differ; the first ten leaves are listed. Also if the trees have
+        no leaves, because then there is nothing to compare.
 
     >>> assert_same_bits({"w": np.float32([1, np.nan])}, {"w": np.float32([1, np.nan])})
     >>> assert_same_bits({"w": np.float16(0.0)}, {"w": np.float16(-0.0)})
@@ -39,6 +40,10 @@ def assert_same_bits(a: PyTree, b: PyTree) -> None:
     others = jax.tree_util.tree_leaves_with_path(b)
     if jax.tree.structure(a) != jax.tree.structure(b):
         raise _other_structure(a, b)
+    if not leaves:
+        raise AssertionError(
+            "assert_same_bits failed: found nothing to compare, no tree has a leaf"
+        )
     found = [
         f"{path_name(path) or 'the value'}: {difference}"
         for (path, x), (_, y) in zip(leaves, others, strict=True)
@@ -66,14 +71,22 @@ def _differences(x: Any, y: Any) -> Iterator[str]:
     if kinds[0] != kinds[1]:
         yield f"{kinds[0]} and {kinds[1]}"
     elif not _is_array(x):
-        if x != y:
+        if not _equal(x, y):
             yield f"{x!r} and {y!r}"
     else:
-        yield from _differing_bits(_array(x), _array(y))
+        arrays = _array(x), _array(y)
+        has_objects = arrays[0].dtype.hasobject
+        yield from _differing_objects(*arrays) if has_objects else _differing_bits(*arrays)
 
 
 def _is_array(x: Any) -> bool:
+    if isinstance(x, int) and not -(2**63) <= x < 2**64:  # no NumPy integer is as wide
+        return False
     return isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float, complex))
+
+
+def _equal(x: Any, y: Any) -> bool:
+    return bool(np.all(x == y))  # `==` of some types returns an array
 
 
 def _is_key(x: Any) -> bool:
@@ -90,6 +103,14 @@ def _kind(x: Any) -> str:
         return type(x).__name__
     x = x if _is_key(x) else np.asarray(x)
     return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+
+
+def _differing_objects(x: np.ndarray, y: np.ndarray) -> Iterator[str]:
+    differing = [i for i in np.ndindex(x.shape) if not _equal(x[i], y[i])]
+    if differing:
+        first = differing[0]
+        count = f"; {len(differing)} of {x.size} elements differ" if x.size > 1 else ""
+        yield f"[{', '.join(map(str, first))}] {x[first]!r} and {y[first]!r}{count}"
 
 
 def _differing_bits(x: np.ndarray, y: np.ndarray) -> Iterator[str]:

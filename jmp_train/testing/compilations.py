@@ -30,7 +30,8 @@ def assert_one_compilation(fn: Function) -> Iterator[Function]:
                 state, info = step(state, batch)
 
     Compilations are those that JAX records while the function runs, so the function may be jitted,
-    a `Stepper`'s step, or Python code around jitted functions.
+    a `Stepper`'s step, or Python code around jitted functions. A call that raises an error counts if
+    it compiled something before.
 
     Args:
       fn: the function.
@@ -79,9 +80,14 @@ class _Calls:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         types, values = _describe(self._fn, args, kwargs)  # before the call, which may donate them
+        returned = False
         with _compilations() as compiled:
-            out = self._fn(*args, **kwargs)
-        self._calls.append(_Call(types, values, compiled))
+            try:
+                out = self._fn(*args, **kwargs)
+                returned = True
+            finally:
+                if returned or compiled:
+                    self._calls.append(_Call(types, values, compiled))
         return out
 
     def check(self) -> None:

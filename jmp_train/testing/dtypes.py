@@ -7,13 +7,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jmp_train._autocast.op_rules import default_op_rules
 from jmp_train._jaxpr.compat import known_primitives
 from jmp_train.errors import nearest
 from jmp_train.numerics.dtypes import parse_dtype
 from jmp_train.testing.hlo import hlo_operations
-from jmp_train.testing.operations import Operation, Program, report, traced_operations
+from jmp_train.testing.operations import (
+    Operation,
+    Program,
+    refuse_arguments,
+    report,
+    stage_of,
+    traced_operations,
+)
 from jmp_train.types import DTypeLike, PyTree
 
 # Matrix products, convolutions and attention: primitives, HLO operations and libraries' calls.
@@ -31,7 +39,14 @@ REDUCTIONS = frozenset(
         "scatter-add", "scatter-mul", "scatter-sub", "select_and_scatter_add",
     }
 )  # fmt: skip
-_HLO_REDUCTIONS = frozenset({"reduce", "reduce-window", "scatter", "select-and-scatter"})
+# Those of any function, of JAX and of HLO, and the operations in it that accumulate.
+_GENERIC_REDUCTIONS = frozenset(
+    {
+        "reduce", "reduce_window", "select_and_scatter",
+        "reduce-window", "scatter", "select-and-scatter",
+    }
+)  # fmt: skip
+_ACCUMULATING = frozenset({"add", "add_any", "mul", "multiply", "sub", "subtract"})
 
 #: What only converts, names or moves arrays of a compiled program.
 _NOT_COMPUTED = frozenset(
@@ -55,12 +70,13 @@ def assert_contractions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "bfloa
     kernels of other custom calls cannot be read.
 
     A product runs in the dtypes of its two operands; the dtype that it accumulates in may be wider.
-    A `jax.lax.DotAlgorithmPreset` replaces them.
+    A `jax.lax.DotAlgorithmPreset` or `DotAlgorithm` replaces them.
 
     Args:
-      fn: a function, jitted or not; or a `jax.stages.Lowered` or `jax.stages.Compiled`.
-      *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`s in pytrees; none for a
-        lowered or compiled program.
+      fn: a function, jitted or not; or what `trace`, `lower` and `compile` of `jax.jit`, `nnx.jit` or
+        `eqx.filter_jit` return.
+      *args: arguments of the function, arrays or `jax.ShapeDtypeStruct`s in pytrees; other leaves,
+        such as functions, reach it as they are. None for a traced, lowered or compiled program.
       dtype: a floating dtype or its name.
 
     Raises:
@@ -88,8 +104,10 @@ def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32
     """Assert that every sum and product of many floating numbers is accumulated in a dtype.
 
     These are `reduce_sum`, `reduce_prod`, `cumsum`, `cumprod`, `cumlogsumexp`, `reduce_window_sum`,
-    `scatter-add`, `-sub` and `-mul` (the gradient of an embedding), and `select_and_scatter_add`
-    (that of max pooling). A maximum is exact in any dtype and is not checked. Sums between devices
+    `scatter-add`, `-sub` and `-mul` (the gradient of an embedding), `select_and_scatter_add` (that of
+    max pooling), and `lax.reduce` and `reduce_window` of a function that adds or multiplies. Where
+    that function converts, as XLA's does on a CPU, the coarsest of its dtypes counts, to which every
+    partial result is rounded. A maximum is exact in any dtype and is not checked. Sums between devices
     (`psum`) are not checked either, because their dtype is often chosen to be narrow, and neither
     are products, which accumulate in float32 on most devices; see `assert_contractions_in`.
 
@@ -109,7 +127,7 @@ def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32
     _assert_each(
         "assert_reductions_in",
         [op for op in _operations(fn, args) if _is_reduction(op)],
-        lambda op: _read(op) <= {expected},
+        lambda op: _accumulated_in(op) <= {expected},
         "reduction",
         expected,
     )
@@ -131,10 +149,12 @@ def assert_no_dtype(
       dtype: the floating dtype that is not expected, or its name.
       except_: names of the operations that may have it, as a printed jaxpr shows them (`"exp"`,
         `"reduce_sum"`). Of a compiled program, HLO names (`"exponential"`) match too.
-      only: names of the operations to check; none to check all.
+      only: names of the operations to check, each of which must occur with floating numbers; none to
+        check all.
 
     Raises:
-      AssertionError: if an operation has the dtype, and if there is none to check.
+      AssertionError: if an operation has the dtype, if there is none to check, and if a name of `only`
+        does not occur.
       ValueError: for an unknown name, with the nearest.
       TypeError, ValueError: as `assert_contractions_in`.
 
@@ -152,9 +172,10 @@ def assert_no_dtype(
         for op in operations
         if _read(op) | _written(op) and (not checked or checked & {op.name, op.primitive})
     ]
-    if not floating:
-        named = f"{' or '.join(sorted(checked))} of floating numbers"
-        raise _nothing("assert_no_dtype", named if checked else "operation on floating numbers")
+    absent = checked - {name for op in floating for name in (op.name, op.primitive)}
+    if absent or not floating:
+        named = " and no ".join(f"{name} of floating numbers" for name in sorted(absent))
+        raise _nothing("assert_no_dtype", named if absent else "operation on floating numbers")
     found = [
         op
         for op in floating
@@ -168,12 +189,10 @@ def assert_no_dtype(
 
 
 def _operations(program: Program, args: Sequence[PyTree]) -> list[Operation]:
-    if isinstance(program, (jax.stages.Lowered, jax.stages.Compiled)):
-        if args:
-            raise ValueError(
-                f"a lowered or compiled program has its arguments; expected none, got {len(args)}"
-            )
-        return hlo_operations(_text(program))
+    stage = stage_of(program)
+    if isinstance(stage, (jax.stages.Lowered, jax.stages.Compiled)):
+        refuse_arguments(args)
+        return hlo_operations(_text(stage))
     return traced_operations(program, args)
 
 
@@ -189,8 +208,9 @@ def _is_contraction(op: Operation) -> bool:
 
 
 def _is_reduction(op: Operation) -> bool:
+    applies_once = op.primitive == "scatter"  # `x.at[i].apply` and `set`
     accumulates = op.name in REDUCTIONS or (
-        op.name in _HLO_REDUCTIONS and bool(op.combines & {"add", "multiply"})
+        op.name in _GENERIC_REDUCTIONS and bool(op.combines & _ACCUMULATING) and not applies_once
     )
     return accumulates and bool(_read(op))
 
@@ -199,6 +219,13 @@ def _multiplied_in(op: Operation) -> set[str]:
     if op.algorithm:
         return {op.algorithm}
     return {x.dtype for x in op.operands[:2] if x.is_floating}
+
+
+def _accumulated_in(op: Operation) -> set[str]:
+    dtypes = _read(op) | op.combined
+    if op.combines & {"convert", "convert_element_type"}:
+        return {max(dtypes, key=lambda name: float(jnp.finfo(name).eps))}
+    return dtypes
 
 
 def _read(op: Operation) -> set[str]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 
 from jmp_train._autocast.regions import module_path
-from jmp_train._jaxpr.source import is_library
+from jmp_train._jaxpr.source import own_frame
 from jmp_train.testing.operations import ArrayType, Operation, algorithm_dtype
 
 #: Yields file, line and function of a stack frame, by its number, and of its callers.
@@ -17,11 +17,12 @@ _NAMES = {"bf16": "bfloat16", "pred": "bool", "c64": "complex64", "c128": "compl
 _KINDS = {"f": "float", "s": "int", "u": "uint"}
 
 _INSTRUCTION = re.compile(
-    r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
+    r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 _TYPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _APPLIED = re.compile(r"\b(?:to_apply|scatter|select)=%?([\w.\-]+)")
+_CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 # The names of transformations and of control flow that JAX puts among the modules.
 _JIT = re.compile(r"\bp?jit\([^()]*\)")
@@ -37,11 +38,13 @@ def hlo_operations(text: str) -> list[Operation]:
     """
     lines = list(_instructions(text))
     types = {line["name"]: _types(line["type"]) for _, line in lines}
-    roots = {computation: line["op"] for computation, line in lines if line["root"]}
+    bodies: dict[str, list[re.Match[str]]] = {}
+    for computation, line in lines:
+        bodies.setdefault(computation, []).append(line)
     applied = {name for _, line in lines if line["op"] != "call" for name in _applied(line)}
     frames = _frames(text)
     return [
-        _operation(line, types, roots, frames)
+        _operation(line, types, bodies, frames)
         for computation, line in lines
         if computation not in applied
     ]
@@ -64,13 +67,20 @@ def _applied(line: re.Match[str]) -> list[str]:
 def _operation(
     line: re.Match[str],
     types: dict[str, tuple[ArrayType, ...]],
-    roots: dict[str, str],
+    bodies: dict[str, list[re.Match[str]]],
     frames: Frames,
 ) -> Operation:
     operands, attributes = _split(line["rest"])
     read = re.findall(r"%([\w.\-]+)", operands) or re.findall(r"([\w.\-]+)(?:,|$)", operands)
     named = dict(re.findall(r'(op_name|custom_call_target)="([^"]*)"', attributes))
     *scopes, primitive = named.get("op_name", "").split("/")
+    combiner = {
+        (op["op"], t.dtype)
+        for name in (_applied(line) if line["op"] != "call" else ())
+        for op in _body(name, bodies)
+        for t in _types(op["type"])
+        if t.is_floating
+    }
     algorithm = re.search(r"algorithm=dot_(\w+)", attributes)
     return Operation(
         name=named.get("custom_call_target", line["op"]),
@@ -78,10 +88,19 @@ def _operation(
         results=types[line["name"]],
         primitive=primitive,
         algorithm=algorithm_dtype(algorithm[1]) if algorithm else "",
-        combines=frozenset(roots.get(name, "") for name in _applied(line)),
+        combines=frozenset(name for name, _ in combiner),
+        combined=frozenset(dtype for _, dtype in combiner),
         module=module_path(_BODIES.sub("", _JIT.sub("", "/".join(scopes)))),
         source=_source(attributes, frames),
     )
+
+
+def _body(name: str, bodies: dict[str, list[re.Match[str]]]) -> Iterator[re.Match[str]]:
+    """Yield the instructions of a computation and of those that it calls."""
+    for line in bodies.get(name, ()):
+        yield line
+        for called in _CALLED.findall(line["rest"]):
+            yield from _body(called, bodies)
 
 
 def _types(text: str) -> tuple[ArrayType, ...]:
@@ -148,5 +167,5 @@ def _source(attributes: str, frames: Frames) -> str:
     file = re.search(r'source_file="([^"]*)" source_line=(\d+)', attributes)
     if file and not found:
         return f"{file[1]}:{file[2]}"
-    users = [place for place in found if not is_library(place[0])]
-    return next((f"{f}:{line} ({function})" for f, line, function in (*users, *found)), "")
+    place = own_frame(found, lambda place: place[0]) or next(iter(found), None)
+    return f"{place[0]}:{place[1]} ({place[2]})" if place else ""

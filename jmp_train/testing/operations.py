@@ -6,17 +6,24 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jmp_train._autocast.regions import module_path
 from jmp_train._jaxpr.compat import Equation
 from jmp_train._jaxpr.equations import Place, has_bodies, placed_equations
 from jmp_train._jaxpr.source import calling_classes, user_line
-from jmp_train.types import PyTree
+from jmp_train.types import Function, PyTree
 
-#: A function, or a program that JAX lowered or compiled.
+#: A function, or a program that JAX traced, lowered or compiled, of Flax's and Equinox's `jit` too.
 Program = Any
 
+_STAGES = (jax.stages.Traced, jax.stages.Lowered, jax.stages.Compiled)
+
 SHOWN = 10
+
+# Primitives that accumulate with a function of the user's, and the parameter that contains it.
+_COMBINERS = {"reduce": "jaxpr", "reduce_window": "jaxpr", "select_and_scatter": "scatter_jaxpr"}
 
 
 class ArrayType(NamedTuple):
@@ -42,7 +49,8 @@ class Operation(NamedTuple):
       primitive: name of the primitive that it was traced from; `""` where a compiled program does
         not tell.
       algorithm: dtype that a product computes in whatever its operands are, `""` for none.
-      combines: names of what a reduction accumulates with: `"add"`, `"multiply"`.
+      combines: names of the floating operations that a reduction accumulates with: `"add"`.
+      combined: dtypes of their results.
       module: path of the module, as the name stack or, for NNX, the calls tell it.
       path: the bodies that contain it, such as `"jit:step/scan"`.
       source: file, line and function.
@@ -54,6 +62,7 @@ class Operation(NamedTuple):
     primitive: str = ""
     algorithm: str = ""
     combines: frozenset[str] = frozenset()
+    combined: frozenset[str] = frozenset()
     module: str = ""
     path: str = ""
     source: str = ""
@@ -67,13 +76,89 @@ class Operation(NamedTuple):
         return "  ".join([f"{self.name}{algorithm}", f"{read} -> {written}", *where])
 
 
-def trace(fn: Any, args: Sequence[PyTree]) -> Any:
-    """Return the jaxpr of a function, jitted or not, of arrays or `jax.ShapeDtypeStruct`s."""
+def stage_of(program: Program) -> Any:
+    """Return the program that JAX traced, lowered or compiled; None for a function.
+
+    `nnx.jit` and `eqx.filter_jit` return it inside an object of their own.
+    """
+    if isinstance(program, _STAGES):
+        return program
+    inner = [getattr(program, name, None) for name in ("traced", "lowered", "compiled")]
+    return next((stage for stage in inner if isinstance(stage, _STAGES)), None)
+
+
+def trace(fn: Program, args: Sequence[PyTree]) -> Any:
+    """Return the jaxpr of a function, jitted or not, of arrays or `jax.ShapeDtypeStruct`s.
+
+    Of the arguments of a function that is not jitted, arrays and Python's `int`, `float` and `complex`
+    are traced, as `jax.jit` does; other leaves, such as the functions and flags of an Equinox module,
+    reach it as they are.
+
+    Raises:
+      TypeError: for neither a function nor a traced program.
+      ValueError: for arguments of a traced program.
+    """
+    stage = stage_of(fn)
+    if isinstance(stage, jax.stages.Traced):
+        refuse_arguments(args)
+        return stage.jaxpr
+    if stage is not None:
+        raise TypeError(f"expected a function or a traced program, got {type(fn).__name__}")
+    jitted, args = (fn, args) if isinstance(fn, jax.stages.Wrapped) else jit(fn, args)
+    return stage_of(jitted.trace(*args)).jaxpr
+
+
+def lower(fn: Function, args: Sequence[PyTree]) -> jax.stages.Lowered:
+    """Return the lowered program of a function, jitted or not, with its static and donated arguments."""
+    is_jitted = isinstance(fn, jax.stages.Wrapped)
+    jitted: Any = fn
+    if _is_of_equinox(fn):  # it lowers for arrays alone
+        is_jitted = not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(args))
+    if not is_jitted:
+        jitted, args = jit(fn, args)
+    return stage_of(jitted.lower(*args))
+
+
+def jit(fn: Function, args: Sequence[PyTree]) -> tuple[Any, list[Any]]:
+    """Return a jitted function of the leaves that are traced, and these leaves."""
     if not callable(fn):
         raise TypeError(f"expected a function or a compiled program, got {type(fn).__name__}")
+    leaves, tree = jax.tree.flatten(tuple(args))
+    # `eqx.filter_jit` traces arrays alone.
+    numbers = () if _is_of_equinox(fn) else (int, float, complex)
+    where = [i for i, x in enumerate(leaves) if type(x) in numbers or _is_array(x)]
+
     # A new function each time: JAX would reuse the trace of an equal one, and needs a hash.
-    jitted: Any = fn if hasattr(fn, "trace") else jax.jit(lambda *args: fn(*args))
-    return jitted.trace(*args).jaxpr
+    def of_arrays(*arrays: Any) -> Any:
+        full = list(leaves)
+        for i, array in zip(where, arrays, strict=True):
+            full[i] = array
+        out = jax.tree.leaves(fn(*jax.tree.unflatten(tree, full)))
+        return [x for x in out if _is_array(x) or isinstance(x, (int, float, complex))]
+
+    return jax.jit(of_arrays), [leaves[i] for i in where]
+
+
+def refuse_arguments(args: Sequence[PyTree]) -> None:
+    """Raise a ValueError for arguments beside a program that has its own."""
+    if args:
+        raise ValueError(
+            "a traced, lowered or compiled program has its arguments; "
+            f"expected none, got {len(args)}"
+        )
+
+
+def _is_of_equinox(fn: Function) -> bool:
+    return type(fn).__module__.startswith("equinox.") and hasattr(fn, "lower")
+
+
+def _is_array(x: Any) -> bool:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.dtype.kind not in "OSUMm"  # objects, texts and dates
+    is_class = isinstance(x, type)  # `np.float32` has the attributes too
+    return not is_class and (
+        (hasattr(x, "shape") and hasattr(x, "dtype")) or hasattr(x, "__jax_array__")
+    )
 
 
 def traced_operations(fn: Any, args: Sequence[PyTree]) -> list[Operation]:
@@ -91,12 +176,15 @@ def report(assertion: str, expected: str, found: str, items: Sequence[object]) -
 
 
 def _operation(eqn: Equation, place: Place) -> Operation:
+    combiner = _combiner(eqn)
     return Operation(
         name=eqn.primitive.name,
         operands=_types(eqn.invars),
         results=_types(eqn.outvars),
         primitive=eqn.primitive.name,
         algorithm=_algorithm(eqn.params.get("precision")),
+        combines=frozenset(name for name, _ in combiner),
+        combined=frozenset(dtype for _, dtype in combiner),
         module=module_path(place.stack_of(eqn)) or calling_classes(eqn),
         path="/".join(place.path),
         source=user_line(eqn),
@@ -108,9 +196,22 @@ def _types(atoms: Sequence[Any]) -> tuple[ArrayType, ...]:
     return tuple(ArrayType(str(aval.dtype), tuple(aval.shape)) for aval in avals)
 
 
+def _combiner(eqn: Equation) -> set[tuple[str, str]]:
+    """Return names and dtypes of the floating operations that a reduction of any function applies."""
+    body = eqn.params.get(_COMBINERS.get(eqn.primitive.name, ""))
+    inner = placed_equations(body) if body is not None else ()
+    return {
+        (e.primitive.name, t.dtype) for e, _ in inner for t in _types(e.outvars) if t.is_floating
+    }
+
+
 def _algorithm(precision: Any) -> str:
-    is_preset = isinstance(precision, jax.lax.DotAlgorithmPreset)
-    return algorithm_dtype(precision.name) if is_preset else ""
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return algorithm_dtype(precision.name)
+    if isinstance(precision, jax.lax.DotAlgorithm) and precision.num_primitive_operations == 1:
+        types = (precision.lhs_precision_type, precision.rhs_precision_type)
+        return " and ".join(dict.fromkeys(jnp.dtype(dtype).name for dtype in types))
+    return ""
 
 
 def algorithm_dtype(name: str) -> str:

@@ -25,12 +25,17 @@ def policies(*names: str) -> Callable[[Function], Any]:
                 loss = self.variant(loss_under(policy))
                 ...
 
+    Marks of pytest may stand above or below it, below `chex.variants` in any case. `parametrize` does
+    not work in a `TestCase`, where pytest ignores it. Every other decorator of a method goes below.
+
     Args:
       *names: policy strings; see `get_policy`.
 
     Raises:
       ValueError: for an unknown policy, when the test is defined.
       TypeError: for no policy, or a test without an argument `policy`.
+      UsageError: in a `unittest.TestCase` that is not absl's, and for `pytest.mark.parametrize` in a
+        `TestCase`, when the class is made; for another decorator above it, when the test runs.
 
     >>> @policies("float32", "mixed_bfloat16")
     ... def test_casts(policy):
@@ -66,19 +71,40 @@ class _Method:
     """A decorated method, until its class is made and shows which framework runs it.
 
     absl's metaclass and `chex.variants` iterate over it, and never put it into a class. Any other
-    class calls `__set_name__`, and gets the method as pytest parametrizes it.
+    class calls `__set_name__`, and gets the method as pytest parametrizes it. It is callable and has a
+    name, because `pytest.mark` adds marks to nothing else.
     """
 
     def __init__(self, test: Function, names: tuple[str, ...]):
         self._test = test
         self._names = names
+        self.__name__ = test.__name__
+        self.pytestmark: list[Any] = []  # marks that stand above
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError(
+            f"{self.__name__} has a decorator above @testing.policies that takes it for a function; "
+            "expected chex.variants or marks of pytest there, and other decorators below"
+        )
 
     def __iter__(self) -> Iterator[Function]:
         from absl.testing import parameterized
 
+        marks = self._all_marks()
+        if any(mark.name == "parametrize" for mark in marks):
+            raise UsageError(
+                f"{self.__name__} has a mark 'parametrize' in a TestCase, where pytest ignores it; "
+                "expected a plain class, whose methods pytest parametrizes"
+            )
         cases = [{"testcase_name": f"_{_identifier(name)}", "policy": name} for name in self._names]
         tests: Any = parameterized.named_parameters(*cases)(self._test)
-        return iter(tests)
+        for test in tests:
+            if marks:
+                test.pytestmark = marks
+            yield test
+
+    def _all_marks(self) -> list[Any]:
+        return [*getattr(self._test, "pytestmark", []), *self.pytestmark]
 
     def __set_name__(self, owner: type, name: str) -> None:
         import unittest
@@ -88,7 +114,9 @@ class _Method:
                 f"{owner.__name__}.{name} is in a unittest.TestCase, which cannot be parametrized; "
                 "expected chex.TestCase"
             )
-        setattr(owner, name, _pytest(self._test, self._names))
+        method = _pytest(self._test, self._names)
+        method.pytestmark = [*method.pytestmark, *self.pytestmark]
+        setattr(owner, name, method)
 
 
 def _identifier(name: str) -> str:

@@ -2,8 +2,11 @@
 
 import os
 import sysconfig
+from typing import NamedTuple
 
+import equinox
 import flax
+import haiku
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +102,39 @@ def test_other_installed_packages_count_as_the_users():
     folder = sysconfig.get_path("stdlib")
     assert not source.is_library(os.path.join(folder, "site-packages", "net", "model.py"))
     assert not source.is_library(os.path.join(folder, "dist-packages", "net", "model.py"))
+
+
+class Frame(NamedTuple):
+    file: str
+
+
+def test_a_frame_outside_installed_packages_is_preferred():
+    inside = Frame(os.path.join("venv", "lib", "site-packages", "net", "model.py"))
+    outer = Frame(os.path.join("venv", "lib", "site-packages", "net", "loop.py"))
+    command = Frame(os.path.join(sysconfig.get_path("scripts"), "train"))
+    mine = Frame(os.path.join("home", "model.py"))
+    find = lambda *frames: source.own_frame(frames, lambda frame: frame.file)
+    assert find(Frame(jax.__file__), inside, mine, Frame(os.path.join("home", "train.py"))) == mine
+    assert find(inside, outer, command, Frame(os.__file__)) == inside  # their own, installed
+    assert find(Frame(jax.__file__), Frame(os.__file__)) is None
+
+
+def equinox_model():
+    model = equinox.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    return jax.make_jaxpr(lambda x: model(x))(jnp.ones(3))
+
+
+def haiku_model():
+    net = haiku.transform(lambda x: haiku.Linear(2)(x))
+    params = net.init(jax.random.key(0), jnp.ones(3))
+    return jax.make_jaxpr(lambda x: net.apply(params, None, x))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("model", [equinox_model, haiku_model])
+def test_a_layer_of_another_library_is_reported_at_its_call(model):
+    products = [e for e in equations(model()) if e.primitive.name == "dot_general"]
+    assert products
+    assert {source.user_line(eqn).rpartition(":")[0] for eqn in products} == {__file__}
 
 
 def test_a_folder_that_only_resembles_this_package_is_the_users():

@@ -86,3 +86,40 @@ def test_at_most_ten_leaves_are_listed():
         assert_same_bits(a, b)
     lines = str(caught.value).splitlines()
     assert len(lines) == 12 and lines[-1] == "  and 3 more"
+
+
+class Pair:
+    """A leaf whose == returns an array."""
+
+    def __init__(self, second):
+        self.second = second
+
+    def __eq__(self, other):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return np.array([True, self.second == other.second])
+
+
+@pytest.mark.parametrize(
+    "a,equal,other",
+    [
+        (2**70, 2**70, 2**70 + 1),
+        (-(2**63) - 1, -(2**63) - 1, -(2**63) - 2),
+        (2**64 - 1, 2**64 - 1, 2**64),
+        (
+            np.array([2**70, "w"], object),
+            np.array([2**70, "w"], object),
+            np.array([1, "w"], object),
+        ),
+        (Pair(1), Pair(1), Pair(2)),
+    ],
+    ids=["wide", "negative", "uint64", "objects", "array_of_equality"],
+)
+def test_leaves_without_bits_are_compared_by_equality(a, equal, other):
+    assert_same_bits([a], [equal])
+    with pytest.raises(AssertionError, match="found 1 of 1 leaves that differ"):
+        assert_same_bits([a], [other])
+
+
+@pytest.mark.parametrize("empty", [{}, None, [(), {"a": None}]])
+def test_trees_without_leaves_are_a_failure(empty):
+    with pytest.raises(AssertionError, match="found nothing to compare"):
+        assert_same_bits(empty, empty)

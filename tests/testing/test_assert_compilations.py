@@ -142,3 +142,30 @@ def test_an_error_inside_is_not_replaced():
 def test_something_else_than_a_function_is_refused():
     with pytest.raises(TypeError, match="expected a function, got int"), assert_one_compilation(3):
         pass
+
+
+def test_a_call_that_compiles_and_then_fails_is_counted():
+    jitted = jax.jit(jnp.sin)
+
+    def fn(x, fails=False):
+        jitted(x)
+        if fails:
+            raise KeyError
+
+    with (
+        pytest.raises(AssertionError, match="found 1 in 3 calls") as caught,
+        assert_one_compilation(fn) as called,
+    ):
+        called(jnp.ones(3))
+        with pytest.raises(KeyError):
+            called(jnp.ones(4), fails=True)
+        called(jnp.ones(3))
+    assert "call 2 compiled " in str(caught.value)
+
+
+def test_a_call_that_fails_before_it_compiles_is_not_counted():
+    with assert_one_compilation(jax.jit(jnp.sin)) as fn:
+        fn(jnp.ones(3))
+        with pytest.raises(TypeError):
+            fn("text")
+        fn(jnp.ones(3))

@@ -142,6 +142,40 @@ def test_a_line_of_a_compiled_program_has_module_and_source():
         assert all(re.search(rf"at {__file__}:{line} \(.*Net.__call__\)$", row) for row in rows)
 
 
+def add_pairs(a, b):
+    return a[0] + b[0], a[1] + b[1]
+
+
+def reduce_pairs(x):
+    zero = np.zeros((), x.dtype)
+    return lax.reduce((x, x * x), (zero, zero), add_pairs, (0,))
+
+
+@pytest.mark.parametrize("fn", [reduce_pairs, lax.cumlogsumexp])
+def test_every_operation_of_a_reduction_is_looked_at_not_its_root(fn):
+    assert_reductions_in(jax.jit(fn).lower(X))
+    with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
+        assert_reductions_in(jax.jit(fn).lower(HALF))
+
+
+def test_a_compiled_sum_that_rounds_to_bfloat16_at_each_step_is_found():
+    half = jax.jit(lambda x: lax.reduce_sum(x, axes=(0, 1))).lower(HALF).compile()
+    assert re.search(r"ROOT .* convert", half.as_text())
+    assert_reductions_in(half, dtype="bfloat16")
+    with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
+        assert_reductions_in(half)
+    assert_reductions_in(jax.jit(jnp.sum).lower(HALF).compile())
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x: x.argmax(), lambda x: x.at[0].apply(lambda v: v * 3), lambda x: jnp.sort(x)]
+)
+def test_what_adds_no_numbers_up_is_not_a_reduction(fn):
+    for program in (jax.jit(fn).lower(HALF), jax.jit(fn).lower(HALF).compile()):
+        with pytest.raises(AssertionError, match="found no reduction"):
+            assert_reductions_in(program)
+
+
 REDUCTIONS = {
     "reduce": lambda x: lax.reduce_sum(x, axes=(0,)),
     "reduce-window": lambda x: lax.reduce_window(

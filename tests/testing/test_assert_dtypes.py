@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +163,57 @@ def test_an_algorithm_replaces_the_dtype_of_the_operands():
         assert_contractions_in(dot("TF32_TF32_F32"), X, dtype="float32")
 
 
+def test_an_algorithm_object_replaces_the_dtype_of_the_operands():
+    def dot(*types, count=1):
+        algorithm = lax.DotAlgorithm(*types, jnp.float32, num_primitive_operations=count)
+        return lambda x: lax.dot(x, x.T, precision=algorithm)
+
+    assert_contractions_in(dot(jnp.bfloat16, jnp.bfloat16), X)
+    assert_contractions_in(dot(jnp.bfloat16, jnp.bfloat16, count=3), X, dtype="float32")
+    with pytest.raises(AssertionError, match=r"computes in bfloat16\)"):
+        assert_contractions_in(dot(jnp.bfloat16, jnp.bfloat16), X, dtype="float32")
+    with pytest.raises(AssertionError, match=r"computes in bfloat16 and float32\)"):
+        assert_contractions_in(dot(jnp.bfloat16, jnp.float32), X)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, equinox.filter_jit])
+def test_functions_and_programs_of_every_jit_are_read(jit):
+    fn = jit(lambda x: x @ x.T)
+    half = jnp.ones(HALF.shape, HALF.dtype)  # `eqx.filter_jit` lowers for arrays alone
+    programs = [fn.lower(half)] + ([fn.trace(half)] if hasattr(fn, "trace") else [])
+    assert_contractions_in(fn, HALF)
+    for program in programs:
+        assert_contractions_in(program)
+    for program, args in [(fn, [HALF]), *((program, []) for program in programs)]:
+        with pytest.raises(AssertionError, match="found 1 of 1 in another dtype") as caught:
+            assert_contractions_in(program, *args, dtype="float32")
+        assert "in JitFn" not in str(caught.value)  # a class of `nnx.jit`, not a module
+    with pytest.raises(ValueError, match="expected none, got 1"):
+        assert_contractions_in(programs[-1], HALF)
+    assert_contractions_in(fn.lower(half.astype(jnp.float32)).compile(), dtype="float32")
+
+
+def test_functions_of_a_module_that_is_an_argument_are_static():
+    module = equinox.nn.MLP(6, 2, 4, 1, key=jax.random.key(0))
+    for wrap in (lambda f: f, equinox.filter_jit, equinox.filter_grad):
+        fn = wrap(lambda module, x: jax.vmap(module)(x).sum())
+        assert_contractions_in(fn, module, X, dtype="float32")
+        assert_reductions_in(fn, module, X)
+        assert_no_dtype(fn, module, X, dtype="bfloat16")
+        with pytest.raises(AssertionError, match="every contraction in bfloat16"):
+            assert_contractions_in(fn, module, X)
+    assert_contractions_in(lambda x, flag: x @ x.T if flag else x, HALF, True)
+
+
+def add_twice(a, b):
+    return a + b * np.array(2, b.dtype)
+
+
 REDUCTIONS = {
+    "reduce": lambda x: lax.reduce(x, np.zeros((), x.dtype), add_twice, (0,)),
+    "reduce_window": lambda x: lax.reduce_window(
+        x, np.zeros((), x.dtype), add_twice, (1, 2), (1, 2), "VALID"
+    ),
     "reduce_sum": lambda x: lax.reduce_sum(x, axes=(0,)),
     "reduce_prod": lambda x: lax.reduce_prod(x, axes=(0,)),
     "cumsum": lax.cumsum,
@@ -207,6 +258,9 @@ def test_a_mean_that_adds_in_bfloat16_is_told_from_one_that_does_not():
 def test_sums_of_integers_and_maxima_are_not_reductions():
     with pytest.raises(AssertionError, match="found no reduction to check"):
         assert_reductions_in(lambda x: (x.max(), jnp.arange(3).sum()), HALF)
+    larger = lambda a, b: lax.max(a, lax.abs(b))
+    with pytest.raises(AssertionError, match="found no reduction to check"):
+        assert_reductions_in(lambda x: lax.reduce(x, np.zeros((), x.dtype), larger, (0,)), HALF)
 
 
 def attention(x):
@@ -234,6 +288,14 @@ def test_float32_is_allowed_to_named_operations_alone(wrap):
         assert_no_dtype(wrap(attention), HALF, except_=set(SOFTMAX) - {"exp"})
     (line,) = str(caught.value).splitlines()[1:]
     assert line.startswith("  exp  float32[") and f"{__file__}:{line_of('softmax')}" in line
+
+
+def test_each_operation_to_check_must_occur():
+    assert_no_dtype(lambda x: jnp.log(jnp.exp(x)), HALF, only=["exp", "log"])
+    with pytest.raises(AssertionError, match="found no log of floating numbers to check"):
+        assert_no_dtype(jnp.exp, HALF, only=["exp", "log"])
+    with pytest.raises(AssertionError, match="found no exp of floating numbers and no log"):
+        assert_no_dtype(jnp.sin, HALF, only=["exp", "log"])
 
 
 def test_a_cast_of_a_parameter_is_not_counted():

@@ -1,13 +1,17 @@
 """A function waits for no host, and costs what its reference does; both ways."""
 
 import functools
+import logging
+import types
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
+from flax import nnx
+from jax import device_get, lax
 from jax.experimental import io_callback
 
 import jmp_train as jt
@@ -111,7 +115,43 @@ def averages(x):
     return x * np.median(x)  # averages
 
 
+def gets(x):
+    return jax.tree.map(jnp.sin, device_get(x))  # gets
+
+
+def waits(x):
+    return jax.block_until_ready({"x": x * 2})["x"]  # waits for a tree
+
+
+def waits_by_method(x):
+    return (x * 2).block_until_ready()  # waits by itself
+
+
+def formats(x):
+    return x if f"{x[0, 0]:.2f}" else -x  # formats
+
+
+def shows(x):
+    return x if f"{x[0, 0]}" else -x  # shows
+
+
+def logs(x):
+    logging.getLogger(__name__).warning("sum %s", x.sum())  # logs
+    return x
+
+
+def masks(x):
+    return x[x > 1].sum() * x  # masks
+
+
 READS = {
+    "gets": gets,
+    "waits for a tree": waits,
+    "waits by itself": waits_by_method,
+    "formats": formats,
+    "shows": shows,
+    "logs": logs,
+    "masks": masks,
     "branches": branches,
     "converts": converts,
     "as a float": as_float,
@@ -127,6 +167,51 @@ def test_a_read_on_the_host_is_shown_with_its_line(words, wrap):
     with pytest.raises(AssertionError, match="no read of an array on the host") as caught:
         assert_no_host_sync(WRAPS[wrap](fn), X)
     assert f"{__file__}:{line_of(words)} ({fn.__name__})" in str(caught.value)
+
+
+def test_shapes_and_dtypes_are_shown_without_a_read():
+    assert_no_host_sync(lambda x: x if f"{x.shape} {x.dtype} {x!r}" else -x, X)
+    assert_no_host_sync(lambda x: x if f"{X}" else -x, X)  # not of the argument
+
+
+def test_arrays_and_traced_arrays_are_as_before_afterwards():
+    methods = ("__str__", "__format__", "block_until_ready", "copy_to_host_async")
+    before = [vars(jax.core.Tracer).get(name) for name in methods]
+    with pytest.raises(AssertionError):
+        assert_no_host_sync(branches, X)
+    assert [vars(jax.core.Tracer).get(name) for name in methods] == before
+    assert f"{X[0, 0]:.2f}" == "1.00" and device_get(X).shape == X.shape
+
+
+def test_a_traced_program_is_checked_and_a_compiled_one_refused():
+    assert_no_host_sync(jax.jit(product).trace(X))
+    with pytest.raises(AssertionError, match="no call of the host"):
+        assert_no_host_sync(nnx.jit(printed).trace(X))
+    with pytest.raises(TypeError, match="expected a function or a traced program, got Compiled"):
+        assert_no_host_sync(jax.jit(product).lower(X).compile())
+
+
+class Dropped(equinox.Module):
+    weight: jax.Array
+    activation: object
+    inference: bool
+
+    def __call__(self, x):
+        return self.activation(x @ self.weight) if self.inference else x
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, equinox.filter_jit])
+def test_leaves_of_a_module_that_are_not_arrays_are_static(wrap):
+    module = Dropped(X, jnp.tanh, True)
+    fn = wrap(lambda module, x: module(x))
+    assert_no_host_sync(fn, module, X)
+    assert_costs_nothing(fn, fn, module, X)
+    with pytest.raises(AssertionError, match="FLOPs"):
+        assert_costs_nothing(fn, wrap(lambda module, x: x), module, X)
+    shapes = jax.eval_shape(lambda: X)
+    assert_costs_nothing(fn, fn, Dropped(shapes, jnp.tanh, True), shapes)
+    with pytest.raises(AssertionError, match="no read of an array"):
+        assert_no_host_sync(wrap(lambda module, x: branches(module(x))), module, X)
 
 
 def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch):
@@ -201,6 +286,61 @@ def test_more_work_is_shown_in_both_figures(more):
     assert f"FLOPs: {ours:,.0f}, reference {theirs:,.0f} ({ours / theirs - 1:+.2%})" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, equinox.filter_jit])
+def test_programs_of_every_jit_are_compared(jit):
+    lowered = jit(product).lower(X)
+    assert_costs_nothing(lowered, lowered.compile())
+    assert_costs_nothing(jit(product), lowered.compile(), X)
+    with pytest.raises(AssertionError, match="FLOPs"):
+        assert_costs_nothing(jit(lambda x: product(x) @ x), lowered, X)
+
+
+def test_a_cheaper_program_passes_and_a_dearer_one_does_not():
+    assert_costs_nothing(product, lambda x: product(x) @ x, X)
+    with pytest.raises(AssertionError, match="figures that are larger"):
+        assert_costs_nothing(lambda x: product(x) @ x, product, X)
+
+
+def test_a_count_that_xla_leaves_out_is_zero():
+    reverse = lambda x: x[::-1]
+    assert "flops" not in jax.jit(reverse).lower(X).compile().cost_analysis()
+    with pytest.raises(AssertionError, match="FLOPs: 32, reference 0\n"):
+        assert_costs_nothing(lambda x: (x + 1)[::-1] * x, reverse, X)
+    assert_costs_nothing(reverse, lambda x: (x + 1)[::-1] * x, X)
+
+
+def test_transcendental_functions_are_counted():
+    with pytest.raises(AssertionError, match="transcendental functions: 16, reference 0") as caught:
+        assert_costs_nothing(lambda x: jnp.tanh(x) * x, lambda x: x * x, X)
+    assert "(as expected) FLOPs: 16, reference 16" in str(caught.value)
+
+
+class Unmeasured(jax.stages.Compiled):
+    """A compiled program of which XLA tells the temporary memory alone."""
+
+    def __init__(self, temporary):
+        self._temporary = temporary
+
+    def cost_analysis(self):
+        return None
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(temp_size_in_bytes=self._temporary)
+
+
+def test_an_unknown_figure_is_not_called_expected():
+    with pytest.raises(AssertionError, match="bytes of temporary memory: 8, reference 4") as caught:
+        assert_costs_nothing(Unmeasured(8), Unmeasured(4))
+    assert "(unknown) FLOPs: unknown, reference unknown" in str(caught.value)
+    assert "as expected" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rtol", [-1, float("nan"), float("inf")])
+def test_a_tolerance_that_is_no_bound_is_refused(rtol):
+    with pytest.raises(ValueError, match="expected 0 or more, and finite"):
+        assert_costs_nothing(product, product, X, rtol=rtol)
 
 
 def test_a_difference_within_the_tolerance_passes():

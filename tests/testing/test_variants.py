@@ -8,12 +8,15 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from absl.testing import parameterized
 
 import jmp_train as jt
 from jmp_train import testing
+from jmp_train.errors import UsageError
 from jmp_train.testing.fixtures import device, variant  # noqa: F401
 
 ran = []
+marked = []
 
 
 @testing.policies("float32", "mixed_bfloat16")
@@ -47,6 +50,72 @@ class ChexTest(chex.TestCase):
     @testing.policies("p=f32,c=bf16,o=f32", "float32")
     def test_alone(self, policy):
         ran.append(("alone", policy))
+
+
+class TestMarks:
+    @pytest.mark.parametrize("n", [1, 2])
+    @pytest.mark.usefixtures("tmp_path")
+    @testing.policies("float32", "mixed_bfloat16")
+    def test_marked(self, policy, n, request):
+        assert "tmp_path" in request.fixturenames
+        marked.append((policy, n))
+
+    def test_every_case_ran(self):
+        assert sorted(marked) == [(p, n) for p in ("float32", "mixed_bfloat16") for n in (1, 2)]
+
+
+class ChexMarks(chex.TestCase):
+    @pytest.mark.skip(reason="a mark above")
+    @testing.policies("float32")
+    def test_skipped_above(self, policy):
+        raise NotImplementedError
+
+    @testing.policies("float32")
+    @pytest.mark.skip(reason="a mark below")
+    def test_skipped_below(self, policy):
+        raise NotImplementedError
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @pytest.mark.usefixtures("marked_fixture")
+    @testing.policies("float32", "mixed_float16")
+    def test_fixture(self, policy):
+        assert self.variant(lambda x: x)(jnp.ones(2)).sum() == 2
+        ran.append(("marked", str(self.variant.type), policy))
+
+
+@pytest.fixture
+def marked_fixture():
+    ran.append("marked_fixture")
+
+
+def test_marks_above_a_chex_test_reach_each_of_its_tests():
+    cases = [("marked", kind, policy) for kind in ("_with_jit", "_without_jit")
+             for policy in ("float32", "mixed_float16")]  # fmt: skip
+    assert [item in ran for item in cases] == [True] * 4 and ran.count("marked_fixture") == 4
+    ran[:] = [item for item in ran if item != "marked_fixture" and item[0] != "marked"]
+
+
+def test_a_mark_that_pytest_would_ignore_is_refused_when_the_class_is_made():
+    def method(self, policy, n):
+        raise NotImplementedError
+
+    mark, policies = pytest.mark.parametrize("n", [1]), testing.policies("float32")
+    for decorated in (mark(policies(method)), policies(mark(method))):
+        with pytest.raises(UsageError, match="'parametrize' in a TestCase"):
+            type(chex.TestCase)("Marked", (chex.TestCase,), {"test_method": decorated})
+
+
+def test_another_decorator_above_is_an_error_when_the_test_runs():
+    class Stacked(chex.TestCase):
+        @parameterized.parameters(1, 2)
+        @testing.policies("float32")
+        def test_method(self, n, policy):
+            raise NotImplementedError
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Stacked).run(result)
+    assert result.testsRun == len(result.errors) == 2
+    assert all("has a decorator above @testing.policies" in text for _, text in result.errors)
 
 
 def test_every_variant_ran():
