@@ -38,7 +38,9 @@ any_kind = dynamic | st.builds(jt.StaticLossScale, normal) | st.just(jt.NoOpLoss
 def test_every_loss_scale_comes_back_from_strict_json_to_the_bit(state):
     text = json.dumps(jt.loss_scales.loss_scale_to_dict(state), allow_nan=False)
     after = jt.loss_scales.loss_scale_from_dict(json.loads(text))
-    assert_same_bits(after, state)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    if jax.tree.leaves(state):  # a static one has none
+        assert_same_bits(after, state)
 
 
 def test_the_dict_holds_every_field_in_plain_numbers():
