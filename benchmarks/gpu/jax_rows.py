@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import jmp_train as jt
 from benchmarks.gpu import hand_written, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, Workload
-from jmp_train.config import find_experiment
+from jmp_train.models import Gpt, Mlp, Model
 from jmp_train.policy.precision import get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.spec import DataSpec
@@ -78,7 +77,12 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
             "label": jax.ShapeDtypeStruct((), jnp.int32),
         }
         hidden = (workload.width,) * workload.depth
-        model = dataclasses.replace(find_experiment("mlp_fp32").model, hidden=hidden)
+        model = Model(
+            Mlp,
+            inputs=lambda spec: spec.size("image"),
+            outputs=lambda spec: spec.classes,
+            hidden=hidden,
+        )
         return make_task(model, "classification", DataSpec(example, workload.classes), precision)
     sizes: Any = {
         "width": workload.width,
@@ -90,7 +94,7 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
     }
     example = {"tokens": jax.ShapeDtypeStruct((workload.length + 1,), jnp.uint8)}
     return make_task(
-        dataclasses.replace(find_experiment("gpt_fp32").model, **sizes),
+        Model(Gpt, vocabulary=lambda spec: spec.classes, **sizes),
         "language_modelling",
         DataSpec(example, workload.classes),
         precision,
