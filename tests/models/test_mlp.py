@@ -83,7 +83,9 @@ def test_the_same_mlp_in_linen_trains_to_the_same_parameters(name):
         logits = policy.cast_to_output(
             linen.apply({"params": params}, batch["image"].reshape(-1, 64))
         )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), batch["label"]
+        ).mean()
 
     batch = DigitsConfig(noise=0.0).load().train.draw(np.arange(128), np.random.default_rng(0))
     results = []
