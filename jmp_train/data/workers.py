@@ -66,7 +66,7 @@ def close_workers(iterator: Any) -> None:
 
 
 def worker_index() -> int:
-    """Return the index of this worker process; 0 in a process that is no worker."""
+    """Return the index of this worker process; 0 outside of workers."""
     return _index
 
 

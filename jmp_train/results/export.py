@@ -234,7 +234,7 @@ def _export_for_platforms(function: Function, run: Run) -> Any:
 
     try:
         return for_(*PLATFORMS)
-    except NotImplementedError:  # JAX raises it for an operation that a platform does not support
+    except NotImplementedError:  # from JAX: a platform lacks an operation
         possible = [platform for platform in PLATFORMS if _lowers(for_, platform)]
         return for_(*(possible or PLATFORMS))
 
@@ -242,7 +242,7 @@ def _export_for_platforms(function: Function, run: Run) -> Any:
 def _lowers(for_: Function, platform: str) -> bool:
     try:
         for_(platform)
-    except NotImplementedError:  # JAX's answer, as above
+    except NotImplementedError:  # from JAX, as above
         return False
     return True
 

@@ -81,7 +81,7 @@ def assert_contractions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "bfloa
 
     Raises:
       AssertionError: if a contraction runs in another dtype, with a line for each of the first ten,
-        and if there is no contraction.
+        and if the program has no contractions.
       TypeError: if `fn` is neither a function nor a program.
       ValueError: for an unknown dtype, and for arguments of a compiled program.
 
@@ -243,7 +243,7 @@ def _assert_each(
     kind: str,
     expected: str,
 ) -> None:
-    """Raise an AssertionError if there is no operation, or if one does not run as expected."""
+    """Raise an AssertionError for an empty list, or an operation that does not run as expected."""
     if not operations:
         raise _nothing(assertion, kind)
     others = [op for op in operations if not runs(op)]

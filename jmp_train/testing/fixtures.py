@@ -34,6 +34,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[Any]:
     try:
         found = jax.devices(request.param)[0]
     except RuntimeError:
-        pytest.skip(f"no {request.param} here")
+        pytest.skip(f"needs a device of platform {request.param!r}")
     with jax.default_device(found):
         yield found

@@ -147,7 +147,7 @@ def unit_roundoff(dtype: DTypeLike) -> float:
 
 
 def check_bound(name: str, bound: float | None) -> None:
-    """Raise ValueError for a bound of errors that is negative, infinite or NaN; None is no bound."""
+    """Raise ValueError for a bound of errors that is negative, infinite or NaN; None is valid."""
     if bound is not None and not 0 <= bound < math.inf:
         raise ValueError(f"{name} is {bound}; expected a finite number of at least 0, such as 4")
 

@@ -124,3 +124,9 @@ def test_the_memory_that_is_free_is_less_than_there_is():
     assert free is not None and 2**20 < free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf(
         "SC_PAGE_SIZE"
     )
+
+
+def test_labels_of_time_differences_are_refused(tmp_path):
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 2), np.float32), y=np.arange(4).astype("m8"))
+    with pytest.raises(ValueError, match="'y' has dtype timedelta64; expected integers from 0"):
+        NpzConfig(str(tmp_path / "d.npz")).load()

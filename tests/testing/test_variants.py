@@ -68,12 +68,12 @@ class ChexMarks(chex.TestCase):
     @pytest.mark.skip(reason="a mark above")
     @testing.policies("float32")
     def test_skipped_above(self, policy):
-        raise NotImplementedError
+        pytest.fail("must not run")
 
     @testing.policies("float32")
     @pytest.mark.skip(reason="a mark below")
     def test_skipped_below(self, policy):
-        raise NotImplementedError
+        pytest.fail("must not run")
 
     @chex.variants(with_jit=True, without_jit=True)
     @pytest.mark.usefixtures("marked_fixture")
@@ -97,7 +97,7 @@ def test_marks_above_a_chex_test_reach_each_of_its_tests():
 
 def test_a_mark_that_pytest_would_ignore_is_refused_when_the_class_is_made():
     def method(self, policy, n):
-        raise NotImplementedError
+        pytest.fail("must not run")
 
     mark, policies = pytest.mark.parametrize("n", [1]), testing.policies("float32")
     for decorated in (mark(policies(method)), policies(mark(method))):
@@ -110,7 +110,7 @@ def test_another_decorator_above_is_an_error_when_the_test_runs():
         @parameterized.parameters(1, 2)
         @testing.policies("float32")
         def test_method(self, n, policy):
-            raise NotImplementedError
+            pytest.fail("must not run")
 
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(Stacked).run(result)
@@ -150,7 +150,7 @@ def test_wrong_uses_are_errors_where_the_test_is_defined():
         class Plain(unittest.TestCase):
             @testing.policies("float32")
             def test_method(self, policy):
-                raise NotImplementedError
+                pytest.fail("must not run")
 
     causes = f"{error.value} {error.value.__cause__}"
     assert "Plain.test_method is in a unittest.TestCase" in causes
@@ -158,7 +158,7 @@ def test_wrong_uses_are_errors_where_the_test_is_defined():
 
 
 def named():
-    raise NotImplementedError
+    pytest.fail("must not run")
 
 
 named.__name__ = "test"
