@@ -14,7 +14,6 @@ import fnmatch
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -119,7 +118,7 @@ class Run:
             self.data = _read(source, about["kind"], options.toy) or self.data
         self.data |= {
             "benchmark": "gpu",
-            "command": shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]]),
+            "command": "make bench-gpu" + (" TOY=1" if self.toy else ""),
             "date": time.strftime("%Y-%m-%d"),
             "toy": self.toy,
             "device": about,

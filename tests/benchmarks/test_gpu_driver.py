@@ -260,7 +260,7 @@ def test_clocks_are_sampled_while_a_row_runs(tmp_path, monkeypatch, drive):
         "#!/bin/sh\n"
         'case "$*" in *loop*) echo "345, 2619, 70, 30, 0"; while true; do '
         'echo "1980, 2619, 650, 50, 99"; echo "1410, 2619, [N/A], 60, 100"; sleep 0.05; done;; esac\n'
-        "echo 'NVIDIA H100 80GB HBM3, 81559, 580.65.06, 700.00, 345, 1980, 2619, 2619'\n"
+        "echo 'NVIDIA Z9, 81559, 580.65.06, 700.00, 345, 1980, 2619, 2619'\n"
     )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
