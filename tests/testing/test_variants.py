@@ -10,61 +10,49 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import parameterized
 
-import jmp_train as jt
 from jmp_train import testing
 from jmp_train.errors import UsageError
 from jmp_train.testing.fixtures import device, variant  # noqa: F401
 
-ran = []
-marked = []
+CASES = """
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
 
+import jmp_train as jt
+from jmp_train import testing
+
+RAN = []
 
 @testing.policies("float32", "mixed_bfloat16")
-def test_function_receives_each_policy(policy, request):
-    ran.append(policy)
-    assert request.node.name == f"test_function_receives_each_policy[{policy}]"
-
+def test_function(policy):
+    RAN.append(("function", policy))
 
 @pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.usefixtures("tmp_path")
 @testing.policies("float32", "mixed_float16")
-def test_composes_with_parametrize(policy, n, request):
-    assert request.node.name == f"test_composes_with_parametrize[{policy}-{n}]"
+def test_composed(policy, n, request):
+    assert "tmp_path" in request.fixturenames
+    RAN.append(("composed", policy, n))
 
-
-class TestPlainClass:
+class TestPlain:
     @testing.policies("float32", "mixed_bfloat16")
-    def test_method(self, policy, request):
-        ran.append(("plain", policy))
-        assert request.node.name == f"test_method[{policy}]"
+    def test_method(self, policy):
+        RAN.append(("method", policy))
 
-
-class ChexTest(chex.TestCase):
+class Chex(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
     @testing.policies("float32", "mixed_bfloat16")
     def test_variants(self, policy):
-        compute = jt.get_policy(policy).compute_dtype
         out = self.variant(jt.get_policy(policy).cast_to_compute)(jnp.ones(2))
-        ran.append((str(self.variant.type), policy))
-        assert out.dtype == compute
+        assert out.dtype == jt.get_policy(policy).compute_dtype
+        RAN.append((str(self.variant.type), policy))
 
     @testing.policies("p=f32,c=bf16,o=f32", "float32")
     def test_alone(self, policy):
-        ran.append(("alone", policy))
+        RAN.append(("alone", policy))
 
-
-class TestMarks:
-    @pytest.mark.parametrize("n", [1, 2])
-    @pytest.mark.usefixtures("tmp_path")
-    @testing.policies("float32", "mixed_bfloat16")
-    def test_marked(self, policy, n, request):
-        assert "tmp_path" in request.fixturenames
-        marked.append((policy, n))
-
-    def test_every_case_ran(self):
-        assert sorted(marked) == [(p, n) for p in ("float32", "mixed_bfloat16") for n in (1, 2)]
-
-
-class ChexMarks(chex.TestCase):
     @pytest.mark.skip(reason="a mark above")
     @testing.policies("float32")
     def test_skipped_above(self, policy):
@@ -80,19 +68,72 @@ class ChexMarks(chex.TestCase):
     @testing.policies("float32", "mixed_float16")
     def test_fixture(self, policy):
         assert self.variant(lambda x: x)(jnp.ones(2)).sum() == 2
-        ran.append(("marked", str(self.variant.type), policy))
-
+        RAN.append(("marked", str(self.variant.type), policy))
 
 @pytest.fixture
 def marked_fixture():
-    ran.append("marked_fixture")
+    RAN.append("marked_fixture")
+"""
 
 
-def test_marks_above_a_chex_test_reach_each_of_its_tests():
-    cases = [("marked", kind, policy) for kind in ("_with_jit", "_without_jit")
-             for policy in ("float32", "mixed_float16")]  # fmt: skip
-    assert [item in ran for item in cases] == [True] * 4 and ran.count("marked_fixture") == 4
-    ran[:] = [item for item in ran if item != "marked_fixture" and item[0] != "marked"]
+class Recorder:
+    """Names and outcomes of the tests of a run of pytest, and what the tests recorded."""
+
+    def __init__(self):
+        self.outcomes, self.ran, self.failures = {}, [], ""
+
+    def pytest_collection_finish(self, session):
+        self.ran = session.items[0].module.RAN
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" or not report.passed:
+            self.outcomes[report.nodeid.rpartition("::")[2]] = report.outcome
+        if report.failed:
+            self.failures += f"{report.nodeid}\n{report.longreprtext}\n"
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """The run of `CASES`."""
+    file = tmp_path_factory.mktemp("cases") / "test_cases_of_policies.py"
+    file.write_text(CASES)
+    recorder = Recorder()
+    options = ["-p", "no:cacheprovider", "-p", "no:terminal"]
+    status = pytest.main([*options, "--rootdir", str(file.parent), str(file)], plugins=[recorder])
+    assert status == 0, recorder.failures
+    return recorder
+
+
+HALVES = ("float32", "mixed_bfloat16")
+
+
+def test_each_policy_is_a_test_with_its_name(cases):
+    names = [f"test_function[{policy}]" for policy in HALVES]
+    names += [f"test_method[{policy}]" for policy in HALVES]
+    names += [f"test_composed[{p}-{n}]" for p in ("float32", "mixed_float16") for n in (1, 2)]
+    names += [f"test_variants_{p}__{d}" for p in HALVES
+              for d in ("with_jit", "without_jit", "with_device", "without_device")]  # fmt: skip
+    names += ["test_alone_p_f32_c_bf16_o_f32", "test_alone_float32"]
+    assert {name for name in names if cases.outcomes.get(name) != "passed"} == set()
+    assert all(name.partition("[")[0].isidentifier() for name in cases.outcomes)
+
+
+def test_every_variant_ran_once(cases):
+    ran = [item for item in cases.ran if item != "marked_fixture" and item[0] != "marked"]
+    kinds = ("function", "method", "_with_jit", "_without_jit", "_with_device", "_without_device")
+    expected = [(kind, policy) for kind in kinds for policy in HALVES]
+    expected += [("composed", p, n) for p in ("float32", "mixed_float16") for n in (1, 2)]
+    expected += [("alone", "float32"), ("alone", "p=f32,c=bf16,o=f32")]
+    assert sorted(ran) == sorted(expected)
+
+
+def test_marks_above_a_chex_test_reach_each_of_its_tests(cases):
+    expected = [("marked", kind, policy) for kind in ("_with_jit", "_without_jit")
+                for policy in ("float32", "mixed_float16")]  # fmt: skip
+    assert sorted(item for item in cases.ran if item[0] == "marked") == sorted(expected)
+    assert cases.ran.count("marked_fixture") == 4
+    skipped = [name for name, outcome in cases.outcomes.items() if outcome == "skipped"]
+    assert sorted(skipped) == ["test_skipped_above_float32", "test_skipped_below_float32"]
 
 
 def test_a_mark_that_pytest_would_ignore_is_refused_when_the_class_is_made():
@@ -116,24 +157,6 @@ def test_another_decorator_above_is_an_error_when_the_test_runs():
     unittest.defaultTestLoader.loadTestsFromTestCase(Stacked).run(result)
     assert result.testsRun == len(result.errors) == 2
     assert all("has a decorator above @testing.policies" in text for _, text in result.errors)
-
-
-def test_every_variant_ran():
-    assert ran[:2] == ["float32", "mixed_bfloat16"]
-    names = set(ran[2:])
-    kinds = ("plain", "_with_jit", "_without_jit", "_with_device", "_without_device")
-    assert names == {
-        *((kind, policy) for kind in kinds for policy in ("float32", "mixed_bfloat16")),
-        ("alone", "float32"),
-        ("alone", "p=f32,c=bf16,o=f32"),
-    }
-
-
-def test_names_of_methods_are_identifiers():
-    names = [name for name in vars(ChexTest) if name.startswith("test_")]
-    assert "test_alone_p_f32_c_bf16_o_f32" in names
-    assert "test_variants_mixed_bfloat16__with_jit" in names
-    assert all(name.isidentifier() for name in names)
 
 
 def test_wrong_uses_are_errors_where_the_test_is_defined():
