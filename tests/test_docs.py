@@ -18,8 +18,13 @@ SLOW = {
     f"docs/{name}.md"
     for name in (
         "accumulation",
+        "autocast",
         "flax",
         "gpt",
+        "models",
+        "results",
+        "testing",
+        "trackers",
         "training",
         "loss-scaling",
         "parameters",

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.marks import slow
 
 import jmp_train
 
@@ -41,9 +42,9 @@ def run_as_jmp(path):
 @pytest.mark.parametrize(
     "package,file,tests",
     [
-        ("jmp", "_src/loss_scale_test.py", 25),
+        slow("jmp", "_src/loss_scale_test.py", 25),
         ("jmp", "_src/policy_test.py", 72),
-        ("haiku", "_src/mixed_precision_test.py", 13),
+        slow("haiku", "_src/mixed_precision_test.py", 13),
     ],
 )
 def test_the_tests_published_with_jmp_and_haiku_pass(package, file, tests):

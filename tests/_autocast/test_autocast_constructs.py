@@ -25,7 +25,7 @@ def _cases():
                 continue
             if "grad" in order and construct in NOT_REVERSE:
                 continue
-            quick = order in EVERY_TIME or construct in ("plain", "scan", "custom_vjp")
+            quick = order in EVERY_TIME or construct == "scan"
             marks = () if quick else (pytest.mark.slow,)
             yield pytest.param(construct, order, marks=marks)
 

@@ -170,7 +170,7 @@ def assert_precise(name, loss, dtype):
 @pytest.mark.parametrize(
     "name",
     [
-        slow(name) if name in ("ntxent", "ctc", "sigmoid_focal") else name
+        slow(name) if name in ("ntxent", "ctc", "sigmoid_focal", "einsum_one_hots") else name
         for name in LOSSES
         if name not in ELEMENTWISE
     ],

@@ -210,6 +210,7 @@ def test_resume_of_a_run_in_progress_is_refused(capsys, here):
     assert status == 2 and f"{newest} is in use by process 123 on node4" in err
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_prints_the_command_that_resumes(capsys, here, monkeypatch):
     stop_at(monkeypatch, 6)
     words = ("compare", "linear", *FEW, "--precisions", "bf16", "--seeds", "1")

@@ -191,6 +191,7 @@ def test_train_says_that_it_uses_one_of_several_devices(tmp_path):
     assert line.startswith("training on 1 of 4 devices")
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_a_single_device(capsys, tmp_path):
     assert jax.device_count() == 1
     words = ("train", "mlp_bf16", *SHORT, "--run-dir", str(tmp_path / "run"))

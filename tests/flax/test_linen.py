@@ -119,6 +119,7 @@ def test_statistics_stay_float32_and_dropout_draws_what_it_drew():
     np.testing.assert_allclose(got, want, atol=TOLERANCE["mixed_float16"])
 
 
+@pytest.mark.slow
 def test_init_with_output_agrees_with_init_and_apply():
     under = apply_policy(Net(), "bf16")
     out, variables = under.init_with_output(KEY, TOKENS)

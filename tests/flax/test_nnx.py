@@ -187,6 +187,7 @@ def test_batch_statistics_stay_float32_and_move_as_without_a_policy():
     np.testing.assert_allclose(under.norm.var[...], net.norm.var[...], atol=2**-8)
 
 
+@pytest.mark.slow
 def test_random_streams_that_are_passed_in_move_on():
     under = apply_policy(Noisy(nnx.Rngs(0)), "mixed_bfloat16")
     rngs = nnx.Rngs(dropout=3)

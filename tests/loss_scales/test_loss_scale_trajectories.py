@@ -16,6 +16,7 @@ from helpers.loss_scales import (
     sequences,
     trajectory,
 )
+from helpers.marks import slow
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from make_gradscaler_trajectories import PATH, gradscaler_trajectory
@@ -49,7 +50,7 @@ def flax_trajectory(state, finite):
 
 
 @pytest.mark.parametrize("interval", [0, 1, 2, 5])
-@pytest.mark.parametrize("factor,backoff", [(2.0, 0.5), (4.0, 0.25), (1.5, 0.75)])
+@pytest.mark.parametrize("factor,backoff", [(2.0, 0.5), slow(4.0, 0.25), slow(1.5, 0.75)])
 @settings(max_examples=25, deadline=None)
 @given(finite=sequences)
 @example(finite=[True] * LENGTH)

@@ -38,6 +38,7 @@ def test_no_hidden_layer_is_a_linear_map():
     np.testing.assert_allclose(model(x), x @ kernel + bias, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_drops_in_training_alone():
     task = make_task(
         mlp(hidden=(64,), dropout=0.5), "classification", DigitsConfig().load().spec, "f32"

@@ -59,7 +59,7 @@ def test_kahan_addition_is_that_of_numpy_bit_for_bit(name, exponent):
     assert_same_bits(got, (value, lost))
 
 
-@pytest.mark.parametrize("factor", [0.999, 1.0, 1.001, *map(slow, (0.5, 0.75, 1.5, 2.0))])
+@pytest.mark.parametrize("factor", [1.0, *map(slow, (0.5, 0.75, 0.999, 1.001, 1.5, 2.0))])
 @each_format
 def test_additions_up_to_2_to_the_minus_10_of_a_spacing_stall(name, factor):
     """`factor` times 2^-10 of the spacing, which lies between the parameter and its neighbour in the

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers.bits import bits, every_pattern, unsigned
+from helpers.marks import first_quick
 
 import jmp_train as jt
 from jmp_train.optim import BitUpdate
@@ -131,7 +132,7 @@ def test_a_chain_around_it_in_make_step_says_where_it_belongs(way):
         stepper.init(jnp.ones(2))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", first_quick(DTYPES))
 @pytest.mark.parametrize("way", WAYS)
 def test_float32_parameters_beside_narrow_ones_are_the_inner_optimizers(way, dtype):
     if way is jt.optim.bf16_remainder and dtype is not ml_dtypes.bfloat16:

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.marks import slow
 
 import jmp_train as jt
 from jmp_train.config.experiment import Experiment
@@ -214,7 +215,7 @@ def test_a_tree_with_float32_leaves_comes_back_from_orbax(tmp_path, way):
 # Other narrow dtypes
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [jnp.float16, slow(jnp.float8_e4m3fn)])
 @pytest.mark.parametrize(
     "way", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
 )

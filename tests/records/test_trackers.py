@@ -244,6 +244,7 @@ def wandb_records(path):
     return records
 
 
+@pytest.mark.slow
 def test_wandb_offline_run_has_records_and_resumes_its_id(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers.command_line import call
+from helpers.marks import slow
 from helpers.saved_arrays import final_arrays
 from helpers.trained_runs import (
     POINTS,
@@ -147,7 +148,7 @@ def test_images_and_texts_are_exported_too(tmp_path):
             np.testing.assert_allclose(out[key], expected, rtol=1e-5, atol=1e-5)  # float32 sums
 
 
-@pytest.mark.parametrize("network", ["linen", "nnx", "plain"])
+@pytest.mark.parametrize("network", ["plain", slow("linen"), slow("nnx")])
 def test_safetensors_are_read_back_bitwise(loaded, tmp_path, network):
     from safetensors.numpy import load_file
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.marks import first_quick
 from helpers.saved_arrays import final_arrays
 from helpers.trained_runs import LABELS, POINTS, experiment, plain
 
@@ -28,7 +29,7 @@ KAHAN = {
 
 
 @pytest.mark.parametrize("settings", [{}, EMA], ids=["last", "averaged"])
-@pytest.mark.parametrize("network", ["linen", "nnx"])
+@pytest.mark.parametrize("network", first_quick(("linen", "nnx")))
 def test_predictions_are_those_of_float64_with_stored_statistics(trained, network, settings):
     folder, own = trained(network, **settings)
     run = jt.load_run(folder, "latest", experiment=own)

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from helpers.small_runs import poisoned, signal_at, small
 
@@ -47,7 +48,8 @@ def train_records(run):
 
 
 @pytest.mark.parametrize(
-    "noise,resident", [(0.0, True), pytest.param(0.0, False, marks=pytest.mark.slow), (0.2, True)]
+    "noise,resident",
+    [(0.0, True), pytest.param(0.0, False, marks=pytest.mark.slow), slow(0.2, True)],
 )
 def test_automatic_steps_per_call_gives_the_same_run_as_one(tmp_path, monkeypatch, noise, resident):
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
@@ -65,6 +67,7 @@ def test_automatic_steps_per_call_gives_the_same_run_as_one(tmp_path, monkeypatc
     assert train_records(tmp_path / "auto") == train_records(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_arrays_on_the_device_are_not_in_checkpoints(tmp_path):
     train(small(data=DigitsConfig(noise=0.0)), tmp_path, name="mlp_fp16")
     kept = final_arrays(tmp_path)
@@ -112,6 +115,7 @@ def test_the_record_has_the_learning_rate_of_the_last_step(tmp_path):
     np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_skipped_steps_do_not_advance_the_recorded_learning_rate(tmp_path):
     optimizer = OptimizerConfig(learning_rate=0.1, schedule="linear")
     experiment = poisoned(2, 9, nonfinite="skip")
@@ -125,7 +129,7 @@ def test_skipped_steps_do_not_advance_the_recorded_learning_rate(tmp_path):
     np.testing.assert_allclose(last["learning_rate"], 0.1 * (1 - 37 / 40), rtol=1e-5)
 
 
-@pytest.mark.parametrize("per_call", [1, 5])
+@pytest.mark.parametrize("per_call", [5, slow(1)])
 def test_recorded_metrics_are_means_over_the_window(tmp_path, per_call):
     experiment = small("mlp_fp32", steps_per_call=per_call, steps=20)
     train(experiment, tmp_path, name="mlp_fp32")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.marks import slow
+from helpers.marks import first_quick, slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
 
@@ -67,7 +67,7 @@ def own(**fields):
 EXPERIMENTS = {"linear_bf16": bundled, "own": own}
 
 
-@pytest.fixture(scope="module", params=EXPERIMENTS)
+@pytest.fixture(scope="module", params=first_quick(EXPERIMENTS))
 def finished(request, quick_runs, tmp_path_factory):
     """A finished run, to copy; its folder has the name of its experiment."""
     folder = tmp_path_factory.mktemp("finished") / request.param

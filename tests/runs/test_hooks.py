@@ -123,6 +123,7 @@ def test_direction_of_a_metric_is_inferred_from_task_and_name(early, highest):
     assert early.highest("accuracy", True) == highest
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_bitwise_to_the_same_early_stop(tmp_path):
     whole = run(tmp_path / "whole", small(early_stop=NEVER_BETTER))
     assert whole["steps"] == 40
@@ -270,6 +271,7 @@ class Kept:
         self.summaries.append(summary)
 
 
+@pytest.mark.slow
 def test_own_trackers_follow_a_run_through_a_resume(tmp_path, caplog):
     kept = Kept()
     experiment = small(steps=20, trackers=("csv",), own_trackers=(Broken(), kept))

@@ -118,6 +118,7 @@ def run(tmp_path, model, name="run", **settings):
     return summary, [record for record in map(json.loads, lines) if record["split"] == "train"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["float32", slow("mixed_float16"), slow("mixed_bfloat16")])
 def test_linen_and_nnx_with_the_same_weights_train_alike(tmp_path, policy):
     """Same losses for 20 steps within 1e-5 in float32: the order of sums in the statistics may differ.
@@ -145,6 +146,7 @@ def test_half_precision_trains_within_the_noise_of_seeds(tmp_path, net, policy):
     assert_equivalent_training(accuracy, ("float32", policy), seeds=5, margin=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", [NnxNet, slow(LinenNet)])
 def test_batch_statistics_are_float32_and_used_in_evaluation(net):
     functions = experiment(net, policy="mixed_bfloat16").functions(DigitsConfig().load().spec)
@@ -334,6 +336,7 @@ class Sows(linen.Module):
         return linen.Dense(10)(x + jax.random.normal(self.make_rng("sample"), x.shape))
 
 
+@pytest.mark.slow
 def test_a_network_that_sows_and_samples_trains_resumes_and_predicts(tmp_path):
     class Interrupted(Exception):
         pass

@@ -129,6 +129,7 @@ def test_the_number_of_micro_batches_reaches_the_step(tmp_path, monkeypatch):
         train(small(micro_batches=4), tmp_path, name="mlp_fp16")
 
 
+@pytest.mark.slow
 def test_run_killed_by_sigterm_exits_143_and_resumes(tmp_path):
     command = [
         sys.executable, "-m", "jmp_train", "train", "mlp_bf16", "--run-dir", str(tmp_path / "run"),
@@ -158,6 +159,7 @@ def test_finished_run_is_not_changed(tmp_path):
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_without_its_summary_gets_it_and_no_record_twice(tmp_path):
     first = train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     metrics = (tmp_path / "metrics.jsonl").read_text()
@@ -196,6 +198,7 @@ def test_a_folder_that_the_checkpoint_library_cannot_take_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_infinite_setting_resumes(tmp_path):
     experiment = small("mlp_bf16")
     scale = dataclasses.replace(experiment.loss_scale, maximum=float("inf"))
@@ -204,6 +207,7 @@ def test_an_infinite_setting_resumes(tmp_path):
     assert train(experiment, tmp_path, name="mlp_bf16") == first
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_named_on_resume(tmp_path):
     train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     (tmp_path / "metrics.jsonl").write_text("nonsense\n{}\n")
@@ -329,6 +333,7 @@ def test_two_bad_batches_after_one_checkpoint_are_both_passed(tmp_path):
     assert position["custom_metadata"]["extra"]["data"] == state_at(45)
 
 
+@pytest.mark.slow
 def test_a_rollback_passes_over_a_checkpoint_that_was_damaged_meanwhile(tmp_path, monkeypatch):
     restore, calls = Checkpoints.restore_latest, []
 
@@ -371,6 +376,7 @@ def test_the_matmul_precision_reaches_the_compiled_step(tmp_path, monkeypatch):
     assert "HIGHEST" not in texts[0] and "HIGHEST" in texts[1]
 
 
+@pytest.mark.slow
 def test_rules_give_modules_their_policies_and_the_run_its_loss_scale(tmp_path):
     rules = ("layers/0=bf16", "layers/1=float32", "**=mixed_float16")
     summary = train(small("mlp_fp32", rules=rules), tmp_path, name="mlp_fp32")

@@ -145,6 +145,7 @@ def test_fewer_steps_after_a_stop_scale_the_warmup(tmp_path, monkeypatch):
     assert config_of(tmp_path / "run")["optimizer"]["warmup_steps"] == 6
 
 
+@pytest.mark.slow
 def test_a_scaled_run_evaluates_as_it_was_trained(capsys, tmp_path):
     run_dir = tmp_path / "run"
     summary = train(small(20), run_dir, name="mlp_fp32")

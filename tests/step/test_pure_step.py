@@ -51,6 +51,7 @@ def test_the_pure_step_is_the_jitted_one_and_donates_nothing():
     chex.assert_trees_all_equal(info, other)
 
 
+@pytest.mark.slow
 def test_states_are_trained_side_by_side_under_vmap():
     scale = jt.DynamicLossScale(2.0**4)
     stepper = jt.make_step(loss_fn, optax.adam(0.1), "mixed_float16", loss_scale=scale)

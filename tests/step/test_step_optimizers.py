@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.marks import first_quick
 from optax import contrib
 
 import jmp_train as jt
@@ -131,7 +132,7 @@ def test_float8_parameters_train_with_their_moving_average(dtype):
 @pytest.mark.parametrize(
     "wrap", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
 )
-@pytest.mark.parametrize("dtype", FLOAT8[:2])
+@pytest.mark.parametrize("dtype", first_quick(FLOAT8[:2]))
 def test_float8_parameters_keep_small_updates_under_the_wrappers(wrap, dtype):
     policy = f"params={dtype},compute=float32,output=float32"
     stepper = jt.make_step(linear, wrap(optax.sgd(2.0**-7)), policy, ema_decay=0.9)
