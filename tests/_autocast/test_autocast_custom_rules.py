@@ -167,7 +167,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("solver", ["tsit5", pytest.param("kvaerno3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("solver", ["tsit5", "kvaerno3"])
 @pytest.mark.slow
 def test_gradient_through_diffrax_default_adjoint(solver):
     """Each of the two steps rounds seven products at most, so 16 roundings bound the error."""

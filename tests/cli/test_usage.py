@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import pytest
 from helpers.command_line import call as run
-from helpers.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--steps", "2", "--model.hidden", "4", "--compilation-cache", "False")
@@ -47,7 +46,7 @@ def test_compare_refuses_a_group_too(capsys):
     assert hint in refused(capsys, "compare", "mlp", "--optimizer", "adam")
 
 
-@pytest.mark.parametrize("words", [["--lr", "0.25"], slow(["--lr=0.25"])])
+@pytest.mark.parametrize("words", [["--lr", "0.25"], ["--lr=0.25"]])
 @pytest.mark.slow
 def test_lr_sets_the_learning_rate(capsys, tmp_path, words):
     run_dir = tmp_path / "run"
