@@ -20,13 +20,16 @@ def choose(start=0, flops=6e7, step_bytes=1000, platform="cpu", **fields):
 @pytest.mark.parametrize(
     "case,expected",
     [
-        ({}, 50),  # of 1.2 ms each, of at most 0.1 s: the largest divisor of 100 below 83
+        ({}, 100),  # of 1.2 ms each, of at most 1 s: all that are between two records
+        ({"flops": 6e8}, 50),  # of 12 ms: the largest divisor of 100 below 83
+        ({"flops": 6e9}, 5),  # of 120 ms
+        ({"flops": 6e10}, 1),
         ({"log_every": 30}, 10),
         ({"steps": 2002}, 2),
         ({"start": 25}, 25),
-        ({"flops": 4e8}, 10),  # of 8 ms
-        ({"flops": 6e8}, 1),  # of 12 ms
-        ({"flops": 6e8, "platform": "gpu"}, 100),
+        ({"flops": 6e8, "platform": "gpu"}, 100),  # of 30 microseconds
+        ({"flops": 1e11, "platform": "gpu"}, 20),  # of 5 ms, of at most 0.1 s
+        ({"flops": 1e12, "platform": "gpu"}, 1),  # of 50 ms
         ({"step_bytes": 2**23}, 4),
         ({"steps_per_call": 5}, 5),
     ],
