@@ -15,7 +15,7 @@ from jmp_train.data.batches import Batches, Order, first_batch, iterate, iterate
 from jmp_train.data.dataset import Arrays, DataError, Source
 from jmp_train.runs.build import Parts
 from jmp_train.runs.loop import last_of_stack
-from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call, count_flops
+from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call
 from jmp_train.step.donation import Donating
 from jmp_train.step.state import StepInfo, TrainState
 from jmp_train.types import Batch, PyTree
@@ -61,7 +61,7 @@ def compile_calls(
         steps = choose_steps_per_call(
             experiment,
             start,
-            step_flops=count_flops(traced.jaxpr.jaxpr),
+            step=traced.jaxpr.jaxpr,
             step_bytes=bytes_of(batch if arrays is None else rows) + bytes_of(info),
             platform=device.platform,
         )

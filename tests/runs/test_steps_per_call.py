@@ -10,10 +10,11 @@ from jmp_train.config.find import find_experiment
 from jmp_train.runs.steps_per_call import choose_steps_per_call, count_flops
 
 
-def choose(start=0, flops=6e7, step_bytes=1000, platform="cpu", **fields):
+def choose(start=0, flops=6e7, step_bytes=1000, platform="cpu", step=None, **fields):
     experiment = dataclasses.replace(find_experiment("mlp_fp32"), **fields)
+    step = step or jax.make_jaxpr(lambda x: x + x)(jax.ShapeDtypeStruct((int(flops),), "float32"))
     return choose_steps_per_call(
-        experiment, start, step_flops=flops, step_bytes=step_bytes, platform=platform
+        experiment, start, step=step.jaxpr, step_bytes=step_bytes, platform=platform
     )
 
 
@@ -36,6 +37,14 @@ def choose(start=0, flops=6e7, step_bytes=1000, platform="cpu", **fields):
 )
 def test_intervals_latency_and_memory_bound_the_choice(case, expected):
     assert choose(**case) == expected
+
+
+def test_convolutions_are_not_put_in_a_loop_on_a_cpu():
+    x, kernel = jnp.ones((2, 4, 8, 8)), jnp.ones((6, 4, 3, 3))
+    conv = jax.jit(lambda x, k: jax.lax.conv(x, k, (1, 1), "VALID"))
+    step = jax.make_jaxpr(lambda x, k: conv(x, k) + 1)(x, kernel)  # in an inner jaxpr
+    assert choose(step=step) == 1
+    assert choose(step=step, platform="gpu") == 100
 
 
 def test_products_in_a_scan_count_once_per_iteration():
