@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
-_COMMANDS = ("compare", "eval", "export", "list", "new", "predict", "profile", "train")
+_COMMANDS = ("compare", "eval", "export", "list", "new", "pack", "predict", "profile", "train")
 
 # What stands for the first argument where the options of a command are shown without one.
 _NAMED = {"export": "RUN_DIR", "new": "NAME", "predict": "RUN_DIR"}
@@ -35,6 +35,8 @@ usage: jmp-train COMMAND ...
       list the experiments
   new NAME [--linen]
       write experiments/NAME.py, a first experiment to change and train
+  pack NAME OUT [--shards N] [--data.FIELD VALUE ...]
+      write the data of an experiment into ArrayRecord files
   compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR]
           [--FIELD VALUE ...]
       train one family in several precisions and seeds, and compare

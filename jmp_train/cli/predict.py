@@ -109,8 +109,14 @@ def _predict(run: Run, options: PredictOptions, console: Console) -> None:
         check_ending(options.output)
         check_free([options.output], force=options.force)
     try:
-        transformed = getattr(own_of(run.experiment.data), "transformed", None) is not None
-        inputs = read_inputs(Path(options.input), run.inputs, run.spec, transformed=transformed)
+        data = own_of(run.experiment.data)
+        inputs = read_inputs(
+            Path(options.input),
+            run.inputs,
+            run.spec,
+            transformed=getattr(data, "transformed", None) is not None,
+            image_reader=getattr(data, "image_reader", None),
+        )
     except ValueError as error:
         raise UsageError(str(error)) from None
     if inputs.scaled:

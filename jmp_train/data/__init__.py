@@ -6,6 +6,8 @@ from jmp_train.data.data import Data
 from jmp_train.data.dataset import Arrays, DataError, Dataset, Source
 from jmp_train.data.digits import DigitsConfig
 from jmp_train.data.examples import Examples
+from jmp_train.data.images import ImageFolder, image_folder
+from jmp_train.data.records import Records, array_records, pack, write_records
 from jmp_train.data.streams import Stream
 from jmp_train.data.text import TextConfig, compression_baselines
 
@@ -16,12 +18,18 @@ __all__ = [
     "Dataset",
     "DigitsConfig",
     "Examples",
+    "ImageFolder",
     "NpzConfig",
+    "Records",
     "Source",
     "Stream",
     "TextConfig",
+    "array_records",
     "compression_baselines",
     "eval_batches",
+    "image_folder",
     "iterate",
+    "pack",
     "train_batches",
+    "write_records",
 ]

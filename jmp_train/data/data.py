@@ -156,6 +156,8 @@ class _OwnData(Configured):
         settings = {k: v for k, v in settings_of(self).items() if k in takes or k not in common}
         try:
             made = call(own.function, {**settings, **own.fixed})
+        except DataError:
+            raise
         except (ValueError, OSError) as error:  # wrong input; other errors keep their traceback
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DataError(f"{name} failed: {what}") from error
@@ -166,14 +168,21 @@ class _OwnData(Configured):
         paired = isinstance(made, tuple) and len(made) == 2
         forms = [_Form.of(part, name) for part in (made if paired else (made,))]
         parts = forms if paired else forms[0].split(self.eval_share)
-        train, held_out = (part.source(self) for part in _with_purpose(parts))
-        first = _first(train)
+        classes = own_of(self)._class_count(forms)
+        stated = self.classes or next(filter(None, (form.classes for form in forms)), None)
+        train, held_out = (part.source(self, stated) for part in _with_purpose(parts))
         return Dataset(
             train=train,
             eval=held_out,
-            spec=DataSpec.of(first, own_of(self)._class_count(parts)),
+            spec=DataSpec.of(_first(train), classes or stated),
             workers=self.workers,
         )
+
+    @property
+    def image_reader(self) -> Callable[[Any], np.ndarray] | None:
+        """Return the function that reads an image's file as in training; None if the data have none."""
+        reader = getattr(self.__configured__.function, "image_reader", None)
+        return None if reader is None else reader(settings_of(self))
 
     @property
     def transformed(self) -> Callable[[Any], Batch] | None:
@@ -281,6 +290,12 @@ class _Form:
         return len(next(iter(made.values()))) if isinstance(made, Mapping) else len(made)
 
     @property
+    def classes(self) -> int | None:
+        """The number of classes that a source says it has, as `ImageFolder` does."""
+        found = getattr(self.made, "classes", None)
+        return found if isinstance(found, int) and found > 1 else None
+
+    @property
     def is_stream(self) -> bool:
         """Whether the examples can be read in one order alone."""
         return isinstance(self.made, grain.IterDataset) or not (
@@ -311,8 +326,8 @@ class _Form:
             return [_Form(a, numbers=rows) for a, rows in zip(arrays, parts, strict=True)]
         return [_Form(Subset(self.made, rows), numbers=rows) for rows in parts]
 
-    def source(self, config: _OwnData) -> Any:
-        """Return a source, a stream, or the arrays to evaluate on."""
+    def source(self, config: _OwnData, classes: int | None) -> Any:
+        """Return a source, a stream, or the arrays to evaluate on; labels are below `classes`."""
         kept = _transforms(config)
         if self.held_out:
             kept = [_without_generator(f) for f in kept]
@@ -322,13 +337,11 @@ class _Form:
                 raise DataError(
                     "transform is for examples, and the data are batches; expected batch_transform"
                 )
-            return Stream(
-                self.made, transform, batch_transform, config.workers, classes=config.classes
-            )
+            return Stream(self.made, transform, batch_transform, config.workers, classes=classes)
         in_memory = isinstance(self.made, Mapping)
         if transform is not None or not in_memory:
             items = Rows(self.made) if in_memory else self.made
-            options = {"numbers": self.numbers, "classes": config.classes}
+            options = {"numbers": self.numbers, "classes": classes}
             return Examples(items, transform, batch_transform, **options)
         if self.held_out and batch_transform is None:
             return self.made

@@ -67,6 +67,19 @@ class Examples:
         check_labels(batch, self._classes, names)
         return batch if self._augment is None else self._augment(batch, rng)
 
+    def untransformed(self) -> Examples:
+        """Return the same examples as they are read."""
+        return Examples(self._items, numbers=self._numbers, classes=self._classes)
+
+    def one(self, index: int) -> Batch:
+        """Return the example with an index, without a leading axis.
+
+        Raises:
+          DataError: as `draw`.
+        """
+        batch = self.draw(np.array([index]), np.random.Generator(np.random.Philox(0)))
+        return {name: array[0] for name, array in batch.items()}
+
     def _name(self, index: int) -> str:
         return f"example {index if self._numbers is None else self._numbers[index]}"
 

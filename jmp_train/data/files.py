@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from jmp_train.data.dataset import DataError
 from jmp_train.errors import nearest
 
 
@@ -35,3 +37,35 @@ def check_file(path: Path, kind: str) -> None:
     if len(names) > 20 and not hint.startswith("did you mean"):
         hint = f"its folder has {len(names)} {kind} files, none with a similar name"
     raise ValueError(f"{path} does not exist; {hint}")
+
+
+def check_folder(path: Path) -> None:
+    """Check that a path is a folder.
+
+    Raises:
+      DataError: if it is not, with the path and the nearest folder beside it.
+    """
+    try:
+        if path.is_dir():
+            return
+        if path.exists():
+            raise DataError(f"{path} is a file; expected a folder")
+        if not path.parent.is_dir():
+            raise DataError(f"{path} does not exist; its folder does not exist either")
+        names = sorted(p.name for p in path.parent.iterdir() if p.is_dir())
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    hint = nearest(path.name, names) if names else "there are no folders beside it"
+    if len(names) > 20 and not hint.startswith("did you mean"):
+        hint = f"there are {len(names)} folders beside it, none with a similar name"
+    raise DataError(f"{path} does not exist; {hint}")
+
+
+def within(path: str | Path, root: str | Path) -> bool:
+    """Return whether a path, with symbolic links followed, is inside a folder.
+
+    >>> within("data/../data/x", "data"), within("data/../x", "data"), within("database/x", "data")
+    (True, False, False)
+    """
+    place, inside = os.path.realpath(root), os.path.realpath(path)
+    return os.path.commonpath([place, inside]) == place

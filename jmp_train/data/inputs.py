@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jmp_train.data.images import IMAGES, MODES, read_image
 from jmp_train.data.npz import read_npy, read_npz
 from jmp_train.errors import nearest
 from jmp_train.spec import DataSpec
-
-#: Endings of the images that are read, each by Pillow.
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-_LARGEST_IMAGE = 2**28  # pixels; a small file may claim to be huge
 
 
 class Inputs(NamedTuple):
@@ -30,7 +26,12 @@ class Inputs(NamedTuple):
 
 
 def read_inputs(
-    path: Path, names: tuple[str, ...], spec: DataSpec, *, transformed: bool = False
+    path: Path,
+    names: tuple[str, ...],
+    spec: DataSpec,
+    *,
+    transformed: bool = False,
+    image_reader: Callable[[Path], np.ndarray] | None = None,
 ) -> Inputs:
     """Read the arrays that a model predicts on.
 
@@ -43,6 +44,8 @@ def read_inputs(
       spec: spec of the data that it was trained on.
       transformed: whether the arrays will be transformed: then all of them are returned, as they are
         stored, and their shapes are not checked.
+      image_reader: reads an image of a folder as the training images were read; None: an image has the
+        size that the spec says.
 
     Raises:
       ValueError: for a file that cannot be read, or does not have what the model reads.
@@ -50,7 +53,7 @@ def read_inputs(
     files = None
     if path.is_dir():
         _need_one(path, names, "a folder")
-        files, array = _read_folder(path, names[0], spec, check=not transformed)
+        files, array = _read_folder(path, names[0], spec, image_reader, check=not transformed)
         arrays = {names[0]: array}
     elif path.suffix.lower() == ".npy":
         _need_one(path, names, "a .npy file")
@@ -88,11 +91,18 @@ def _need_one(path: Path, names: tuple[str, ...], what: str) -> None:
 
 
 def _read_folder(
-    path: Path, name: str, spec: DataSpec, *, check: bool
+    path: Path,
+    name: str,
+    spec: DataSpec,
+    image_reader: Callable[[Path], np.ndarray] | None,
+    *,
+    check: bool,
 ) -> tuple[list[str], np.ndarray]:
     """Return the names of the files, sorted, and their examples in one array."""
     readers: Mapping[str, Callable[[Path, tuple[int, ...]], np.ndarray]]
-    readers = {".npy": lambda file, shape: read_npy(file)} | dict.fromkeys(IMAGES, _read_image)
+    readers = {".npy": lambda file, shape: read_npy(file)} | dict.fromkeys(
+        IMAGES, _read_image if image_reader is None else lambda file, shape: image_reader(file)
+    )
     try:
         found = sorted(f for f in path.iterdir() if f.suffix.lower() in readers and f.is_file())
     except OSError as error:
@@ -126,26 +136,10 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
       ValueError: for a damaged image, without Pillow, and for a shape that is no image's.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ValueError(f"{path} is an image; expected Pillow: pip install pillow") from None
     channels = shape[2] if len(shape) == 3 else 1
-    modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    if len(shape) not in (2, 3) or channels not in modes:
+    if len(shape) not in (2, 3) or channels not in MODES:
         raise ValueError(
             f"{path} is an image, and an example has shape {shape}; expected .npy files of that shape"
         )
-    try:
-        with Image.open(path) as image:
-            if math.prod(image.size) > _LARGEST_IMAGE:
-                raise ValueError(f"it has {image.size[0]} by {image.size[1]} pixels")
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
-                raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel")
-            pixels = np.asarray(image.convert(modes[channels]))
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path} cannot be read: {what}; expected a complete image of 8 bits"
-        ) from error
-    return pixels[..., None] if shape[2:] == (1,) else pixels
+    pixels = read_image(path, channels)
+    return pixels if len(shape) == 3 else pixels[..., 0]
