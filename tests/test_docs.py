@@ -57,6 +57,8 @@ PRINTS = {
     "README.md": ["True 32768.0", "layers/2  Linear      p=full,c=full,o=full  layers/2"],
     "docs/autocast.md": ["dot_general"],
     "docs/data.md": [
+        "2 (24, 24, 3) 16",
+        "True 16 4",
         "3 (4,) 120 int32",
         "flowers.npz has no array 'y'; expected one of x, labels",
     ],
