@@ -43,7 +43,7 @@ FLOORS = {
 LIBRARIES = {
     "flax": {"flax", "models", "tasks"},
     "grain": {"data"},
-    "matplotlib": {"reports"},
+    "matplotlib": {"data", "reports"},
     "PIL": {"data"},
     "array_record": {"data"},
     "safetensors": {"data", "results"},

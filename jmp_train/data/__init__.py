@@ -6,6 +6,7 @@ from jmp_train.data.data import Data
 from jmp_train.data.dataset import Arrays, DataError, Dataset, Source
 from jmp_train.data.digits import DigitsConfig
 from jmp_train.data.examples import Examples
+from jmp_train.data.glyphs import GlyphsConfig
 from jmp_train.data.images import ImageFolder, image_folder
 from jmp_train.data.records import Records, array_records, pack, write_records
 from jmp_train.data.streams import Stream
@@ -18,6 +19,7 @@ __all__ = [
     "Dataset",
     "DigitsConfig",
     "Examples",
+    "GlyphsConfig",
     "ImageFolder",
     "NpzConfig",
     "Records",

@@ -3,5 +3,7 @@
 from jmp_train.models.gpt import Gpt
 from jmp_train.models.mlp import Mlp
 from jmp_train.models.model import Model
+from jmp_train.models.resnet import ResNet
+from jmp_train.models.vit import Vit
 
-__all__ = ["Gpt", "Mlp", "Model"]
+__all__ = ["Gpt", "Mlp", "Model", "ResNet", "Vit"]

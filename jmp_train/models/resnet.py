@@ -1,0 +1,132 @@
+"""A residual network with batch normalisation, written without regard to precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class _Shape(NamedTuple):
+    """Blocks of each stage, the width of the first, and whether blocks are bottlenecks."""
+
+    blocks: tuple[int, ...]
+    width: int
+    bottleneck: bool = False
+
+
+SIZES = {
+    "tiny": _Shape((1, 1, 1), 16),
+    "18": _Shape((2, 2, 2, 2), 64),
+    "50": _Shape((3, 4, 6, 3), 64, bottleneck=True),
+}
+
+
+class Residual(nnx.Module):
+    """Two 3 x 3 convolutions, or three with a bottleneck, added to their input.
+
+    The last batch norm begins with a scale of 0, so that a block begins as its shortcut.
+    """
+
+    def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, *, rngs: nnx.Rngs):
+        outputs = 4 * width if bottleneck else width
+        conv = partial(_conv, rngs=rngs)
+        if bottleneck:
+            parts = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+        else:
+            parts = [(inputs, width, 3, stride), (width, outputs, 3, 1)]
+        self.convs = nnx.List(conv(*part) for part in parts)
+        last = len(parts) - 1
+        self.norms = nnx.List(
+            _norm(part[1], zero=index == last, rngs=rngs) for index, part in enumerate(parts)
+        )
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = conv(inputs, outputs, 1, stride) if changes else None
+        self.shortcut_norm = _norm(outputs, rngs=rngs) if changes else None
+
+    def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
+        y_BxHxWxC = x_BxHxWxC
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y_BxHxWxC = norm(conv(nnx.relu(y_BxHxWxC) if index else y_BxHxWxC))
+        if self.shortcut is not None and self.shortcut_norm is not None:
+            x_BxHxWxC = self.shortcut_norm(self.shortcut(x_BxHxWxC))
+        return nnx.relu(x_BxHxWxC + y_BxHxWxC)
+
+
+class ResNet(nnx.Module):
+    """A residual network for images (He et al. 2015, arXiv:1512.03385).
+
+    Args:
+      channels: channels of an image.
+      classes: number of outputs.
+      size: "tiny" (3 blocks, 16 to 64 features), "18" or "50", with the blocks of the paper.
+      stem: "3x3" for small images, at their own resolution; "7x7" for images of 224 pixels, which it
+        reduces to a quarter.
+      rngs: random streams of the initial parameters.
+
+    Raises:
+      ValueError: for an unknown size or stem.
+
+    >>> ResNet(1, 10, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
+    (2, 10)
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        size: Literal["tiny", "18", "50"] = "tiny",
+        stem: Literal["3x3", "7x7"] = "3x3",
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if size not in SIZES:
+            raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
+        if stem not in ("3x3", "7x7"):
+            raise ValueError(f"stem is {stem!r}; expected 3x3 or 7x7")
+        shape = SIZES[size]
+        self.reduces = stem == "7x7"
+        self.stem = _conv(channels, shape.width, *((7, 2) if self.reduces else (3, 1)), rngs=rngs)
+        self.stem_norm = _norm(shape.width, rngs=rngs)
+        blocks, inputs = [], shape.width
+        for stage, count in enumerate(shape.blocks):
+            width = shape.width * 2**stage
+            for index in range(count):
+                stride = 2 if stage and not index else 1
+                blocks.append(Residual(inputs, width, stride, shape.bottleneck, rngs=rngs))
+                inputs = 4 * width if shape.bottleneck else width
+        self.blocks = nnx.List(blocks)
+        self.head = nnx.Linear(inputs, classes, rngs=rngs)
+
+    def __call__(self, image: jax.Array) -> jax.Array:
+        """Map images, (batch, height, width, channels) or without channels, to (batch, classes)."""
+        x_BxHxWxC = image[..., None] if image.ndim == 3 else image
+        x_BxHxWxC = nnx.relu(self.stem_norm(self.stem(x_BxHxWxC)))
+        if self.reduces:
+            x_BxHxWxC = nnx.max_pool(x_BxHxWxC, (3, 3), (2, 2), "SAME")
+        for block in self.blocks:
+            x_BxHxWxC = block(x_BxHxWxC)
+        return self.head(jnp.mean(x_BxHxWxC, axis=(1, 2)))
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (kernel, kernel),
+        strides=stride,
+        use_bias=False,  # the batch norm after it has one
+        kernel_init=nnx.initializers.he_normal(),
+        rngs=rngs,
+    )
+
+
+def _norm(features: int, *, zero: bool = False, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    scale: Callable[..., jax.Array] = (
+        nnx.initializers.zeros_init() if zero else nnx.initializers.ones_init()
+    )
+    return nnx.BatchNorm(features, momentum=0.9, scale_init=scale, rngs=rngs)
