@@ -46,6 +46,7 @@ LIBRARIES = {
     "matplotlib": {"data", "reports"},
     "PIL": {"data"},
     "array_record": {"data"},
+    "pyarrow": {"data"},
     "safetensors": {"data", "results"},
     "optax": {"optim", "step", "tasks"},
     "orbax": {"records"},

@@ -58,6 +58,7 @@ PRINTS = {
     "docs/autocast.md": ["dot_general"],
     "docs/data.md": [
         "2 (24, 24, 3) 16",
+        "2 (2,) 24",
         "True 16 4",
         "3 (4,) 120 int32",
         "flowers.npz has no array 'y'; expected one of x, labels",

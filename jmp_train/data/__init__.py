@@ -10,6 +10,7 @@ from jmp_train.data.glyphs import GlyphsConfig
 from jmp_train.data.images import ImageFolder, image_folder
 from jmp_train.data.records import Records, array_records, pack, write_records
 from jmp_train.data.streams import Stream
+from jmp_train.data.tables import table
 from jmp_train.data.text import TextConfig, compression_baselines
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "image_folder",
     "iterate",
     "pack",
+    "table",
     "train_batches",
     "write_records",
 ]

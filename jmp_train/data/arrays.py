@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 
 from jmp_train.data.dataset import Arrays, Dataset
+from jmp_train.data.files import available_memory
 from jmp_train.data.npz import (
     Header,
-    available_memory,
     open_npz,
     read_entry,
     read_headers,

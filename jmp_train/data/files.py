@@ -69,3 +69,26 @@ def within(path: str | Path, root: str | Path) -> bool:
     """
     place, inside = os.path.realpath(root), os.path.realpath(path)
     return os.path.commonpath([place, inside]) == place
+
+
+def available_memory() -> int | None:
+    """Return the bytes available without swapping; None if the system does not report them."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def check_memory(path: Path, need: int) -> None:
+    """Raise ValueError for a file whose arrays need more bytes than are free."""
+    available = available_memory()
+    if available is not None and need > available:
+        raise ValueError(
+            f"{path} needs {need / 2**30:.3g} GiB of memory; expected at most the "
+            f"{available / 2**30:.3g} GiB that are free"
+        )

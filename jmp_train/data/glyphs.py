@@ -140,7 +140,7 @@ class GlyphsConfig:
     def _turns(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Return matrices (count, 2, 2) from pixels of an image to pixels of a canvas."""
         angle = np.deg2rad(rng.uniform(-self.rotation, self.rotation, count))
-        scale = rng.uniform(0.85, 1.2, count) * SIZE / _CANVAS * 1.5
+        scale = rng.uniform(0.6, 0.8, count)  # at most 0.8 of 40 pixels: a character fits
         cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
         return np.stack([np.stack([cos, -sin], 1), np.stack([sin, cos], 1)], 1)
 
@@ -155,11 +155,11 @@ def _canvases(fonts: tuple[str, ...]) -> np.ndarray:
     found = np.zeros((len(fonts), len(CHARACTERS), _CANVAS, _CANVAS), np.uint8)
     for row, name in enumerate(fonts):
         font = ImageFont.truetype(str(folder / f"{name}.ttf"), _EM)
-        height = font.getbbox("H", anchor="ls")[1]  # negative: above the base line
+        _, top, _, bottom = font.getbbox("Hg", anchor="ls")  # from the base line down
         for column, character in enumerate(CHARACTERS):
             image = Image.new("L", (_CANVAS, _CANVAS))
             left, _, right, _ = font.getbbox(character, anchor="ls")
-            place = (_CANVAS - left - right) / 2, (_CANVAS - height) / 2
+            place = (_CANVAS - left - right) / 2, (_CANVAS - top - bottom) / 2
             ImageDraw.Draw(image).text(place, character, fill=255, font=font, anchor="ls")
             found[row, column] = np.asarray(image)
     return found

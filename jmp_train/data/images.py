@@ -210,7 +210,7 @@ def _images(root: Path, folder: Path, follow_links: bool) -> list[str]:
       DataError: for none, and for one outside the root.
     """
     found, visited = [], set()
-    for place, folders, files in os.walk(folder, followlinks=follow_links):
+    for place, folders, files in os.walk(folder, onerror=_unreadable, followlinks=follow_links):
         real = os.path.realpath(place)
         if real in visited:  # links in a circle
             folders.clear()
@@ -225,6 +225,10 @@ def _images(root: Path, folder: Path, follow_links: bool) -> list[str]:
     if not found:
         raise DataError(f"{folder} has no images; expected files such as {folder / '1.png'}")
     return found
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _is_image(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from jmp_train.data.files import check_file
+from jmp_train.data.files import check_file, check_memory
 from jmp_train.errors import nearest
 
 
@@ -40,7 +39,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         names = [n.removesuffix(".npy") for n in file.namelist() if n.endswith(".npy")]
         headers = read_headers(path, file, names)
         refuse_objects(path, {name: header.dtype for name, header in headers.items()})
-        _check_memory(path, sum(math.prod(h.shape) * h.dtype.itemsize for h in headers.values()))
+        check_memory(path, sum(math.prod(h.shape) * h.dtype.itemsize for h in headers.values()))
         return {name: read_entry(path, file, name, h) for name, h in headers.items()}
 
 
@@ -62,7 +61,7 @@ def read_npy(path: Path) -> np.ndarray:
         except Exception as error:
             raise _damaged(path, name, error) from error
         refuse_objects(path, {name: dtype})
-        _check_memory(path, math.prod(shape) * dtype.itemsize)
+        check_memory(path, math.prod(shape) * dtype.itemsize)
         stream.seek(0)
         try:
             return _numbers(stream)
@@ -78,15 +77,6 @@ def refuse_objects(path: Path, dtypes: Mapping[str, np.dtype]) -> None:
                 f"{path}: {name!r} contains Python objects, which are not read because unpickling "
                 "can run code; expected numbers"
             )
-
-
-def _check_memory(path: Path, need: int) -> None:
-    available = available_memory()
-    if available is not None and need > available:
-        raise ValueError(
-            f"{path} needs {need / 2**30:.3g} GiB of memory; expected at most the "
-            f"{available / 2**30:.3g} GiB that are free"
-        )
 
 
 class Header(NamedTuple):
@@ -183,16 +173,3 @@ def _numbers(stream: IO[bytes]) -> np.ndarray:
     with warnings.catch_warnings(action="ignore"):
         # `read_array` reads to the end of a zip entry, where zipfile compares the checksum.
         return np.lib.format.read_array(stream, allow_pickle=False)
-
-
-def available_memory() -> int | None:
-    """Return the bytes available without swapping; None if the system does not report them."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None

@@ -30,7 +30,7 @@ EXPERIMENT = jt.Experiment(
     Model(
         Mlp, inputs=lambda spec: spec.size("image"), outputs=lambda spec: spec.classes, hidden=(8,)
     ),
-    jt.Data(data.SOURCE, path="files"),
+    jt.Data(data.SOURCE, path="files", OPTIONS),
     steps=16,
     batch_size=4,
     log_every=1,
@@ -52,7 +52,14 @@ def write_array_records():
     write_records(rows, "files", shards=3, classes=3)
 
 
-SOURCES = {"array_records": write_array_records, "image_folder": write_images}
+def write_table():
+    Path("files").mkdir()
+    rows = [",".join(["label", *(f"c{i}" for i in range(9))])]
+    rows += [f"{i % 3}," + ",".join(map(str, IMAGES[i].ravel()[:9])) for i in range(30)]
+    Path("files", "1.csv").write_text("\n".join(rows))
+
+
+SOURCES = {"array_records": write_array_records, "image_folder": write_images, "table": write_table}
 
 
 @pytest.mark.parametrize("workers", first_quick(("0", "2")))
@@ -60,8 +67,10 @@ SOURCES = {"array_records": write_array_records, "image_folder": write_images}
 def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch, capsys, quick_runs, source, workers):
     monkeypatch.chdir(tmp_path)
     SOURCES[source]()
+    options = 'label="label", inputs="image"' if source == "table" else ""
+    code = EXPERIMENT.replace("SOURCE", source).replace("OPTIONS", options)
     Path("experiments").mkdir()
-    Path("experiments", "own.py").write_text(EXPERIMENT.replace("SOURCE", source))
+    Path("experiments", "own.py").write_text(code)
     words = ["train", "own", "--data.workers", workers, "--run-dir"]
     assert call(capsys, *words, "whole")[0] == 0
     Path("kill").touch()
