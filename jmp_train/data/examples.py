@@ -89,8 +89,8 @@ class Examples:
             example = self._items[index]
             if example is not None and self._transform is not None:
                 example = with_generator(self._transform)(example, rng)
-        except DataError:
-            raise
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
         except Exception as error:  # of the user's source or transform, in a thread or a process
             raise DataError(f"{name} cannot be read: {_what(error)}") from error
         if example is None:  # of a Grain dataset

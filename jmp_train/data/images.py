@@ -130,7 +130,10 @@ class ImageFolder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Batch:
-        image = _read_floats(self._files[index], self._channels, self._size)
+        try:
+            image = _read_floats(self._files[index], self._channels, self._size)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         return {"image": image, "label": self._labels[index]}
 
 
@@ -216,8 +219,9 @@ def _images(root: Path, folder: Path, follow_links: bool) -> list[str]:
             folders.clear()
             continue
         visited.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         images = [n for n in sorted(files) if n[0] != "." and _is_image(n)]
+        images = [n for n in images if not _is_special(os.path.join(place, n))]
         linked = [n for n in (*folders, *images) if os.path.islink(os.path.join(place, n))]
         for name in () if follow_links else linked:
             _check_inside(os.path.join(place, name), root)
@@ -235,9 +239,14 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGES
 
 
+def _is_special(path: str) -> bool:
+    """Return whether a path is a pipe, a socket or a device, which a read would wait for."""
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
 def _check_inside(path: str, root: Path) -> None:
     if not within(path, root):
         raise DataError(
-            f"{path} is a link that leads out of {root}; expected a file in it, or follow_links "
-            "(--data.follow-links True)"
+            f"{path} is a link that leads out of {root}; expected a file in it, or follow_links=True "
+            "(--data.follow-links)"
         )

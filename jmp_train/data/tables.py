@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jmp_train.data.dataset import DataError
-from jmp_train.data.files import check_file, check_memory
+from jmp_train.data.files import check_file, check_memory, within
 from jmp_train.errors import nearest
 
 _ENDINGS = (".csv", ".parquet")
@@ -73,7 +73,12 @@ class _Wanted:
         files = _files(path)
         parts = [self._of_file(file) for file in files]
         columns = parts[0][0]
-        for file, (others, _) in zip(files, parts, strict=True):
+        for file, (others, arrays) in zip(files, parts, strict=True):
+            if "label" in arrays and arrays["label"].dtype.kind != parts[0][1]["label"].dtype.kind:
+                raise DataError(
+                    f"{file}: {self._label!r} has another type than in {files[0].name}; expected "
+                    "integers in all files, or texts"
+                )
             if others != columns:
                 raise DataError(
                     f"{file} has the inputs {', '.join(others)}; expected {', '.join(columns)}, as "
@@ -96,6 +101,10 @@ class _Wanted:
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"{file} has the column {twice!r} twice; expected different names")
         special = [name for name in (self._label, self._target) if name is not None]
+        chosen = [*self._columns, *special]
+        for name in chosen:
+            if chosen.count(name) > 1:
+                raise DataError(f"the column {name!r} is named twice; expected different columns")
         for name in (*special, *self._columns):
             if name not in names:
                 raise DataError(f"{file} has no column {name!r}; {nearest(name, names)}")
@@ -115,7 +124,14 @@ class _Wanted:
 
     def _numbered(self, labels: np.ndarray, path: Path) -> np.ndarray:
         """Return integers for labels; texts are numbered in the order of the first table's."""
-        if labels.dtype.kind in "iu":
+        texts = labels.dtype.kind == "O"
+        if self._classes is not None and bool(self._classes) != texts:
+            raise DataError(
+                f"{path}: {self._label!r} has {'texts' if texts else 'integers'}; expected "
+                f"{'texts' if self._classes else 'integers'}, as in the training rows"
+            )
+        if not texts:
+            self._classes = []
             return labels
         names = self._classes or sorted(set(labels.tolist()))
         self._classes = names
@@ -137,6 +153,9 @@ def _files(path: Path) -> list[Path]:
         check_file(path, path.suffix)
         return [path]
     found = sorted(f for f in path.iterdir() if f.suffix.lower() in _ENDINGS and f.is_file())
+    for file in found:
+        if not within(file, path):
+            raise DataError(f"{file} is a link that leads out of {path}; expected a file in it")
     kinds = {f.suffix.lower() for f in found}
     if len(kinds) != 1:
         what = "both .csv and .parquet files" if kinds else "no .csv and no .parquet files"
@@ -211,7 +230,11 @@ def _labels(file: Path, name: str, column: Any) -> np.ndarray:
     if of.is_integer(column.type) or of.is_boolean(column.type):
         return np.asarray(column.to_numpy()).astype(np.int64)
     if of.is_string(column.type) or of.is_large_string(column.type):
-        return np.array(column.to_pylist(), dtype=object)
+        texts = np.array(column.to_pylist(), dtype=object)
+        if "" in texts:
+            row = texts.tolist().index("")
+            raise DataError(f"{file}: row {row + 1} has no {name!r}; expected a value in each row")
+        return texts
     raise DataError(f"{file}: {name!r} is {column.type}; expected integers or texts as labels")
 
 

@@ -140,6 +140,29 @@ def test_what_a_table_does_not_have_is_one_line(tmp_path, ending, change, option
     refused(file, match, **options)
 
 
+def test_labels_of_another_type_than_the_training_rows_are_refused(tmp_path):
+    texts = write_csv(tmp_path / "texts.csv", {"a": [1.0, 2.0], "label": ["1", "x"]})
+    numbers = write_csv(tmp_path / "numbers.csv", {"a": [1.0, 2.0], "label": ["1", "2"]})
+    for one, other in ((texts, numbers), (numbers, texts)):
+        refused(one, "expected (texts|integers), as in the training rows", held_out=str(other),
+                label="label")  # fmt: skip
+    refused(tmp_path, "texts.csv: 'label' has another type than in numbers.csv", label="label")
+
+
+def test_a_column_is_used_once_and_a_label_is_there(tmp_path):
+    file = write_csv(tmp_path / "x.csv", {"a": [1.0, 2.0], "label": ["cat", ""]})
+    refused(file, "'a' is named twice", label="label", columns=("a", "a"))
+    refused(file, "'label' is named twice", label="label", columns=("a", "label"))
+    refused(file, "row 2 has no 'label'", label="label")
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "tables").mkdir()
+    write_csv(tmp_path / "secret.csv")
+    (tmp_path / "tables" / "1.csv").symlink_to(tmp_path / "secret.csv")
+    refused(tmp_path / "tables", "is a link that leads out of", label="name")
+
+
 def test_missing_values_are_named_with_their_row(tmp_path):
     columns = {"length": pa.array([1.0, None]), "name": pa.array(["a", "b"])}
     parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
