@@ -26,6 +26,7 @@ from jmp_train.types import Batch, Json
 _INDEX = "records.json"
 _VERSION = 1
 _PARTS = ("train", "held_out")
+_DTYPES = ("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32")
 
 
 class Records:
@@ -81,8 +82,10 @@ class Records:
             from array_record.python.array_record_module import ArrayRecordReader
 
             file = self._files[shard]
-            if not file.is_file():
-                raise DataError(f"{file} does not exist; expected the files that {_INDEX} names")
+            if file.is_symlink() or not file.is_file():
+                raise DataError(
+                    f"{file} is no file of the folder; expected those that {_INDEX} names"
+                )
             try:
                 # Without its own threads: the worker processes and threads read beside each other.
                 self._readers[shard] = ArrayRecordReader(
@@ -183,9 +186,13 @@ def pack(dataset: Dataset, folder: str | Path, *, shards: int = 1) -> dict[str, 
 
 def check_new(folder: Path) -> None:
     """Raise DataError for a path that exists, but for an empty folder."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if os.path.lexists(folder):
+    try:
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            return
+        exists = os.path.lexists(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror}") from None
+    if exists:
         raise DataError(f"{folder} exists; expected a new folder")
 
 
@@ -231,9 +238,25 @@ def _write_file(path: Path, examples: Iterator[Batch]) -> None:
     writer = ArrayRecordWriter(str(path), "group_size:1")
     try:
         for example in examples:
-            writer.write(save({k: np.asarray(v, order="C") for k, v in example.items()}))
+            writer.write(save(_storable(example)))
     finally:
         writer.close()
+
+
+def _storable(example: Batch) -> Batch:
+    """Return an example as safetensors stores it, and reads it back.
+
+    Raises:
+      DataError: for a dtype or a name that it does not.
+    """
+    for name, array in example.items():
+        if array.dtype.name not in _DTYPES:
+            raise DataError(
+                f"{name!r} has dtype {array.dtype}; expected one of {', '.join(_DTYPES)}"
+            )
+        if name == "__metadata__" or not name.isprintable():
+            raise DataError(f"an array has the name {name!r}; expected a printable one")
+    return {name: np.asarray(array, order="C") for name, array in example.items()}
 
 
 @contextlib.contextmanager
@@ -247,6 +270,9 @@ def _appearing(folder: Path) -> Iterator[Path]:
         os.replace(place, folder)
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error.strerror}") from error
+    except RuntimeError as error:  # of ArrayRecord's writer
+        what = (str(error).strip() or "RuntimeError").splitlines()[0]
+        raise DataError(f"{folder} cannot be written: {what}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -264,7 +290,7 @@ def _read_index(folder: Path) -> Json:
         )
     try:
         index = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(index, dict) or not _is_index(index):
         raise DataError(f"{file} is damaged; expected the index that jmp-train pack writes")
@@ -280,7 +306,7 @@ def _is_index(index: Json) -> bool:
     shards, classes = index.get("shards"), index.get("classes")
     return (
         whole(index.get("version"))
-        and (classes is None or (whole(classes) and classes > 1))
+        and (classes is None or (whole(classes) and 1 < classes < 2**31))
         and isinstance(shards, list)
         and bool(shards)
         and all(

@@ -6,6 +6,7 @@ import pickle
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.command_line import call
@@ -149,6 +150,10 @@ class Failing:
         (Failing(), 2, "example 3 cannot be read: OSError: the disk vanished"),
         ([*rows(3), {"x": 1}], 1, "example 3 has x; expected x, label"),
         ([*rows(3), {"x": "text", "label": 0}], 1, "example 3: 'x' has dtype <U4; expected numbers"),
+        ([{"x": np.ones(2, "complex64")}], 1, "'x' has dtype complex64; expected one of bool"),
+        ([{"__metadata__": 1}], 1, "has the name '__metadata__'; expected a printable one"),
+        ([{"a\ud800": 1}], 1, "expected a printable one"),
+        ([{"x": np.ones(2, jnp.bfloat16)}], 1, "'x' has dtype bfloat16; expected one of bool"),
         (rows(), 0, "shards is 0; expected 1 to 11"),
         (rows(), 12, "shards is 12; expected 1 to 11, the number of examples"),
         ([], 1, "shards is 1; expected 1 to 0"),
@@ -178,6 +183,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(DataError, match="cannot be written: File name too long"):
+        write_records(rows(), tmp_path / ("x" * 300))
+
+
 def changed(**changes):
     return lambda index: json.dumps({**index, **changes})
 
@@ -197,12 +207,17 @@ def first_shard(**changes):
         (changed(version=2), "has the version 2; expected 1"),
         (changed(version="1"), "is damaged"),
         (changed(classes=1), "is damaged"),
+        (changed(classes=10**30), "is damaged"),
+        (lambda index: "[" * 100_000, "records.json cannot be read"),
         (changed(shards=[]), "is damaged"),
         (changed(shards=[1]), "is damaged"),
         (first_shard(file="../secret"), "is damaged"),
         (first_shard(file="/etc/passwd"), "is damaged"),
         (first_shard(file=3), "is damaged"),
-        (first_shard(file="other"), "other does not exist; expected the files that records.json"),
+        (
+            first_shard(file="other"),
+            "other is no file of the folder; expected those that records.json",
+        ),
         (first_shard(file="records.json"), "has 0 records; expected 3|is no ArrayRecord file"),
         (first_shard(examples=-1), "is damaged"),
         (first_shard(examples=True), "is damaged"),
