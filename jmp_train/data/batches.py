@@ -14,54 +14,15 @@ from typing import Any
 import grain
 import numpy as np
 
+from jmp_train.data.bad import Bad, unmarked
 from jmp_train.data.dataset import DataError, Source
 from jmp_train.data.examples import Examples, regroup, stack
+from jmp_train.data.order import Order, generator, order_of
 from jmp_train.data.streams import Stream, StreamIterator
 from jmp_train.data.workers import close_workers, next_of_workers, read_in_workers, start_workers
 from jmp_train.types import Batch, Json
 
-_SHUFFLE, _DRAW = 0, 1  # purposes of streams of random numbers
-
-
-class Order:
-    """The order of the examples: every example once per epoch, reshuffled each epoch.
-
-    >>> order = Order(size=6, batch_size=3, seed=0)
-    >>> order.rows(0, batches=2).shape, sorted(order.rows(0, batches=2).ravel().tolist())
-    ((2, 3), [0, 1, 2, 3, 4, 5])
-    """
-
-    def __init__(self, size: int, batch_size: int, *, seed: int):
-        self._size = size
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epochs: dict[int, np.ndarray] = {}
-
-    def rows(self, first: int, batches: int) -> np.ndarray:
-        """Return the indices of the examples of some batches; shape=(batches, batch), int.
-
-        They are a pure function of the seed, and of the index of each batch.
-
-        Args:
-          first: index of the first batch.
-          batches: number of batches.
-        """
-        position = np.arange(first * self._batch_size, (first + batches) * self._batch_size)
-        epochs, within = np.divmod(position, self._size)
-        cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1), len(position)]
-        parts = [
-            self._epoch(int(epochs[start]))[within[start:end]]
-            for start, end in itertools.pairwise(cuts)
-        ]
-        return np.concatenate(parts).reshape(batches, self._batch_size)
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        epochs = self._epochs  # replaced, never mutated, because Grain reads from several threads
-        if epoch not in epochs:
-            rng = _generator(self._seed, epoch, _SHUFFLE)
-            recent = {e: order for e, order in epochs.items() if abs(e - epoch) <= 1}
-            epochs = self._epochs = {**recent, epoch: rng.permutation(self._size)}
-        return epochs[epoch]
+_DRAW = 1  # purpose of a stream of random numbers, beside those of data.order
 
 
 class _ShuffledBatches:
@@ -69,7 +30,7 @@ class _ShuffledBatches:
 
     def __init__(self, source: Source, batch_size: int, *, seed: int, shard: slice = slice(None)):
         self._source = source
-        self._order = Order(len(source), batch_size, seed=seed)
+        self._order = order_of(source, batch_size, seed=seed)
         self._shard = shard
         self._seed = seed
 
@@ -78,11 +39,7 @@ class _ShuffledBatches:
 
     def __getitem__(self, index: int) -> Batch:
         (rows,) = self._order.rows(int(index), batches=1)
-        return self._source.draw(rows[self._shard], _generator(self._seed, index, _DRAW))
-
-
-def _generator(seed: int, count: int, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, count, purpose])))
+        return self._source.draw(rows[self._shard], generator(self._seed, index, _DRAW))
 
 
 def train_batches(
@@ -138,7 +95,7 @@ class _InWorkers:
 
     def first(self) -> Batch:
         """Return the first batch, for its shapes; no worker is started for it."""
-        return self._dataset[0]
+        return unmarked(self._dataset[0])[0]
 
     def iterate(self, steps_per_call: int) -> BatchIterator:
         items_from = _items_of(self._dataset, steps_per_call, self._workers)
@@ -165,6 +122,7 @@ class BatchIterator:
         self._workers = workers
         self._next = 0  # index of the next batch
         self._items: Iterator[Any] | None = None
+        self.bad = Bad()  # examples that were left out, since the first batch
 
     def __iter__(self) -> BatchIterator:
         return self
@@ -174,17 +132,21 @@ class BatchIterator:
             self._items = self._items_from(self._next)
         item = next_of_workers(self._items) if self._workers else next(self._items)
         self._next += self._steps_per_call
+        if isinstance(item, dict):
+            item, bad = unmarked(item)
+            self.bad = self.bad.and_(bad)
         # Out of the memory that is shared with the worker, so that it is free when the worker ends.
         return {name: np.array(x) for name, x in item.items()} if self._workers else item
 
     def get_state(self) -> Json:
         """Return the position, a small dict for a checkpoint."""
-        return state_at(self._next)
+        return {**state_at(self._next), **self.bad.state()}
 
     def set_state(self, state: Json) -> None:
         """Move to the position of a state from `get_state`."""
         self.close()
         self._next = state["next_batch"]
+        self.bad = Bad.of(state)
 
     def skip(self, batches: int) -> None:
         """Move forward by a number of batches, without making them."""
@@ -230,7 +192,7 @@ def iterate(dataset: Any, steps_per_call: int = 1) -> Batches:
 def first_batch(dataset: Any) -> Batch:
     """Return the first batch of a dataset from `train_batches`."""
     if hasattr(dataset, "__getitem__"):
-        return dataset[0]
+        return unmarked(dataset[0])[0]
     return dataset.first()
 
 
@@ -270,6 +232,7 @@ def iterate_rows(order: Order, steps_per_call: int = 1) -> BatchIterator:
       An iterator as `iterate` returns. Its items are int32, of shape (batch,), or
       (steps_per_call, batch) if `steps_per_call` is above 1.
 
+    >>> from jmp_train.data.order import Order
     >>> rows = iterate_rows(Order(size=6, batch_size=3, seed=0), steps_per_call=2)
     >>> next(rows).shape, rows.get_state()
     ((2, 3), {'next_batch': 2})
@@ -306,9 +269,13 @@ def saved_state(data: Json, config: Json) -> Json:
 
 
 def eval_batches(
-    held_out: Mapping[str, np.ndarray] | Examples | Stream, batch_size: int
+    held_out: Mapping[str, np.ndarray] | Examples | Stream,
+    batch_size: int,
+    left_out: Callable[[Bad], Any] = lambda bad: None,
 ) -> Iterator[dict[str, Any]]:
     """Yield every example once, in order, in batches of one shape.
+
+    `left_out` is called with those that cannot be read and are skipped.
 
     The last batch is padded with copies of its first example. Each batch has a `"mask"`, bool
     (batch,), which is False for padding. If the examples include a `"mask"`, bool (examples, ...),
@@ -319,7 +286,11 @@ def eval_batches(
     [0 1] [ True  True]
     [2 2] [ True False]
     """
-    for batch in _in_order(held_out, batch_size):
+    for batch, bad in _in_order(held_out, batch_size):
+        if bad.count:
+            left_out(bad)
+        if not batch:
+            continue
         rows = np.arange(batch_size)
         mask = rows < len(next(iter(batch.values())))
         rows = np.where(mask, rows, 0)
@@ -330,16 +301,15 @@ def eval_batches(
         yield {**batch, "mask": counted & mask.reshape(-1, *[1] * (counted.ndim - 1))}
 
 
-def _in_order(held_out: Any, batch_size: int) -> Iterator[Batch]:
-    """Yield every example once, in order; the last batch may have fewer."""
+def _in_order(held_out: Any, batch_size: int) -> Iterator[tuple[Batch, Bad]]:
+    """Yield every example once, in order, with those left out; the last batch may have fewer."""
     if isinstance(held_out, Stream):
         yield from held_out.held_out(batch_size)
     elif isinstance(held_out, Mapping):
-        yield from regroup([held_out], batch_size)
+        yield from ((batch, Bad()) for batch in regroup([held_out], batch_size))
     else:
-        rng = _generator(0, 0, _DRAW)  # unused: held-out examples have no random transforms
         for start in range(0, len(held_out), batch_size):
-            yield held_out.draw(np.arange(start, min(start + batch_size, len(held_out))), rng)
+            yield held_out.held_out(start, min(start + batch_size, len(held_out)))
 
 
 def eval_batch_size(held_out: Mapping[str, np.ndarray] | Examples | Stream, largest: int) -> int:

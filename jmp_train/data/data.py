@@ -19,6 +19,7 @@ from jmp_train.configurable import (
     parameters_of,
     settings_of,
 )
+from jmp_train.data.bad import OnBad, unmarked
 from jmp_train.data.dataset import Arrays, DataError, Dataset
 from jmp_train.data.examples import (
     Examples,
@@ -51,6 +52,7 @@ def Data(
     batch_transform: Function | None = None,
     classes: int | None = None,
     workers: int = 0,
+    on_bad: OnBad = "stop",
     name: str | None = None,
     **fields: Any,
 ) -> Any:
@@ -72,10 +74,13 @@ def Data(
       batch_transform: the same for a batch.
       classes: number of classes; None: found from an integer array `label` in memory.
       workers: number of processes that read training examples; 0 reads them in a thread.
+      on_bad: "stop" ends a run with the first example that cannot be read or transformed, is unlike the
+        first one, or has a label out of range. "skip" leaves such examples out and counts them; the
+        next good one takes the place of one that is read at random. Not for a function of batches.
       name: name for summary.json; None: the name of the function.
       **fields: values of the function's arguments. A function with a parameter `name`,
         `transform` or `batch_transform` gets the argument of that name above, which then has no other
-        use; one with `eval_share`, `classes` or `workers` gets it too.
+        use; one with `eval_share`, `classes`, `workers` or `on_bad` gets it too.
 
     Returns:
       A frozen dataclass whose fields are settings of an experiment.
@@ -91,7 +96,7 @@ def Data(
     >>> len(dataset.train), len(dataset.eval["x"]), dataset.spec.classes
     (40, 10, 2)
     """
-    given = {"eval_share": eval_share, "classes": classes, "workers": workers}
+    given = {"eval_share": eval_share, "classes": classes, "workers": workers, "on_bad": on_bad}
     function = load if _is_function(load) else (lambda: load)
     takes = parameters_of(function)
     about = {"transform": transform, "batch_transform": batch_transform}
@@ -128,6 +133,8 @@ class _OwnData(Configured):
     """Number of classes; None: found from the integer array `label`, if it is in memory."""
     workers: int = 0
     """Number of processes that read training examples; 0 reads them in a thread."""
+    on_bad: OnBad = "stop"
+    """What an example that cannot be read does: "stop" ends the run, "skip" leaves it out."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -321,6 +328,8 @@ class _Form:
             )
         order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(self.count)
         parts = order[held_out:], order[:held_out]
+        if getattr(self.made, "blocks", None) is not None:
+            parts = np.sort(parts[0]), np.sort(parts[1])
         if isinstance(self.made, Mapping):
             arrays = [{k: v[rows] for k, v in self.made.items()} for rows in parts]
             return [_Form(a, numbers=rows) for a, rows in zip(arrays, parts, strict=True)]
@@ -337,11 +346,12 @@ class _Form:
                 raise DataError(
                     "transform is for examples, and the data are batches; expected batch_transform"
                 )
-            return Stream(self.made, transform, batch_transform, config.workers, classes=classes)
+            options: dict[str, Any] = {"classes": classes, "on_bad": config.on_bad}
+            return Stream(self.made, transform, batch_transform, config.workers, **options)
         in_memory = isinstance(self.made, Mapping)
         if transform is not None or not in_memory:
             items = Rows(self.made) if in_memory else self.made
-            options = {"numbers": self.numbers, "classes": classes}
+            options = {"numbers": self.numbers, "classes": classes, "on_bad": config.on_bad}
             return Examples(items, transform, batch_transform, **options)
         if self.held_out and batch_transform is None:
             return self.made
@@ -367,7 +377,7 @@ def _first(train: Any) -> Any:
     """Return the first example as a batch, transformed."""
     if isinstance(train, Stream):
         return train.first()
-    return train.draw(np.array([0]), np.random.Generator(np.random.Philox(0)))
+    return unmarked(train.draw(np.array([0]), np.random.Generator(np.random.Philox(0))))[0]
 
 
 def _is_function(value: Any) -> bool:

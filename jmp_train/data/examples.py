@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jmp_train.data.bad import Bad, OnBad, next_good, unmarked
 from jmp_train.data.dataset import DataError
 from jmp_train.types import Batch, Function
 
@@ -17,13 +19,18 @@ class Examples:
     """A source of examples that are read one at a time, transformed and stacked.
 
     Args:
-      items: has `len`, and `[i]` returns a dict of arrays, such as a list or a Grain data source.
+      items: has `len`, and `[i]` returns a dict of arrays, such as a list or a Grain data source. If it
+        has `take(rows)`, which returns the examples with an array of indices as a batch, that reads
+        them where they need no transform of their own.
       transform: `transform(example)` or `transform(example, rng)` returns a changed example; None
         changes nothing. Each example of each batch has its own random numbers.
       batch_transform: the same for a batch.
       numbers: the number of each item in messages, such as its index in a larger source; None: its
         index.
       classes: number of classes of an integer array `label`; None: its numbers have no upper bound.
+      on_bad: "stop" raises an error for an example that cannot be read, is unlike the first one, or
+        has a label out of range. "skip" puts the next good example in its place; a batch is then
+        `Bad.marked` with the number of these.
 
     >>> source = Examples([{"x": 1}, {"x": 2}], transform=lambda example: {"x": example["x"] * 10})
     >>> source.draw(np.array([1, 0]), np.random.default_rng(0))
@@ -38,12 +45,14 @@ class Examples:
         *,
         numbers: np.ndarray | None = None,
         classes: int | None = None,
+        on_bad: OnBad = "stop",
     ):
         self._items = items
         self._transform = transform
         self._augment = batch_transform and checked_batch_transform(batch_transform)
         self._numbers = numbers
         self._classes = classes
+        self._skips = on_bad == "skip"
         self._first: tuple[Batch, str] | None = None  # the first example drawn, and its name
 
     def __len__(self) -> int:
@@ -54,22 +63,89 @@ class Examples:
 
         Raises:
           DataError: if an example cannot be read, has other names, shapes or dtypes than the first one
-            drawn, or a label out of range; names its index.
+            drawn, or a label out of range; names its index. If examples are skipped: if too many in a
+            row are bad.
         """
         indices = [int(row) for row in rows]
         seeded = self._transform is not None and takes_generator(self._transform)
         generators = rng.spawn(len(indices)) if seeded else [rng] * len(indices)
-        examples = [self._one(i, g) for i, g in zip(indices, generators, strict=True)]
+        batch, bad = self._read(indices, generators)
+        batch = batch if self._augment is None else self._augment(batch, rng)
+        return bad.marked(batch) if self._skips else batch
+
+    def held_out(self, start: int, stop: int) -> tuple[Batch, Bad]:
+        """Return the examples in a range as a batch, without bad ones if they are skipped; it may be
+        empty then.
+
+        Raises:
+          DataError: as `draw`.
+        """
+        rng = np.random.Generator(np.random.Philox(0))  # of no use: they have no random transforms
+        indices, good, bad = list(range(start, stop)), [], Bad()
+        if self._skips:
+            for index in indices:
+                try:
+                    good.append(self._checked_one(index, rng))
+                except DataError as error:
+                    bad = bad.and_(Bad(1, str(error)))
+            batch = _stacked(good) if good else {}
+        else:
+            batch, bad = self._read(indices, [rng] * len(indices))
+        return (self._augment(batch, rng) if self._augment and batch else batch), bad
+
+    def _read(self, indices: list[int], generators: list[np.random.Generator]) -> tuple[Batch, Bad]:
+        """Return the examples with these indices, or good ones in their place, and what was bad."""
         names = [self._name(i) for i in indices]
-        if self._first is None:
-            self._first = examples[0], names[0]
-        batch = stack(examples, names, like=self._first)
+        if self._transform is None and hasattr(self._items, "take"):
+            try:
+                return self._taken(indices, names), Bad()
+            except DataError:
+                if not self._skips:
+                    raise
+        if not self._skips:
+            examples = [self._one(i, g) for i, g in zip(indices, generators, strict=True)]
+            self._first = self._first or (examples[0], names[0])
+            batch = stack(examples, names, like=self._first)
+            check_labels(batch, self._classes, names)
+            return batch, Bad()
+        examples, bad = [], Bad()
+        for index, generator in zip(indices, generators, strict=True):
+            read = functools.partial(self._checked_one, rng=generator)
+            example, left_out = next_good(read, index, len(self))
+            examples.append(example)
+            bad = bad.and_(left_out)
+        return _stacked(examples), bad
+
+    def _taken(self, indices: list[int], names: list[str]) -> Batch:
+        """Return the examples with these indices, read at once."""
+        try:
+            found = self._items.take(np.asarray(indices))
+        except DataError as error:
+            raise DataError(f"a batch with {names[0]}: {error}") from error
+        batch = check_example(found, f"the batch with {names[0]}")
+        first = {name: array[0] for name, array in batch.items()}
+        self._first = self._first or (first, names[0])
+        check_like(first, names[0], *self._first)
         check_labels(batch, self._classes, names)
-        return batch if self._augment is None else self._augment(batch, rng)
+        return batch
+
+    def _checked_one(self, index: int, rng: np.random.Generator) -> Batch:
+        example, name = self._one(index, rng), self._name(index)
+        self._first = self._first or (example, name)
+        check_like(example, name, *self._first)
+        check_label(example, self._classes, name)
+        return example
+
+    @property
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        """The blocks that the examples are read in, as `order_of` expects them; None for none."""
+        return getattr(self._items, "blocks", None)
 
     def untransformed(self) -> Examples:
         """Return the same examples as they are read."""
-        return Examples(self._items, numbers=self._numbers, classes=self._classes)
+        on_bad: OnBad = "skip" if self._skips else "stop"
+        numbers, classes = self._numbers, self._classes
+        return Examples(self._items, numbers=numbers, classes=classes, on_bad=on_bad)
 
     def one(self, index: int) -> Batch:
         """Return the example with an index, without a leading axis.
@@ -77,7 +153,7 @@ class Examples:
         Raises:
           DataError: as `draw`.
         """
-        batch = self.draw(np.array([index]), np.random.Generator(np.random.Philox(0)))
+        batch, _ = unmarked(self.draw(np.array([index]), np.random.Generator(np.random.Philox(0))))
         return {name: array[0] for name, array in batch.items()}
 
     def _name(self, index: int) -> str:
@@ -114,7 +190,7 @@ class Rows:
 
 
 class Subset:
-    """The items of a source with some indices."""
+    """The items of a source with some indices; they ascend for a source that is read in blocks."""
 
     def __init__(self, items: Any, indices: np.ndarray):
         self._items, self._indices = items, indices
@@ -124,6 +200,21 @@ class Subset:
 
     def __getitem__(self, index: int) -> Any:
         return self._items[int(self._indices[index])]
+
+    @property
+    def take(self) -> Callable[[np.ndarray], Batch]:
+        """Return `take` of the source; AttributeError for a source without it."""
+        take = self._items.take
+        return lambda rows: take(self._indices[rows])
+
+    @property
+    def blocks(self) -> tuple[np.ndarray, int] | None:
+        """The blocks of the source, with these items alone; None for none."""
+        found = getattr(self._items, "blocks", None)
+        if found is None:
+            return None
+        starts = np.unique(np.searchsorted(self._indices, found[0]))
+        return np.append(starts[starts < len(self)], len(self)), found[1]
 
 
 def takes_generator(function: Function) -> bool:
@@ -200,6 +291,12 @@ def check_labels(batch: Batch, classes: int | None, names: list[str]) -> None:
     )
 
 
+def check_label(example: Batch, classes: int | None, name: str) -> None:
+    """Raise DataError for an example whose `label` is not a class, as `check_labels`."""
+    if "label" in example:
+        check_labels({"label": example["label"][None]}, classes, [name])
+
+
 def expected_labels(classes: int | None) -> str:
     """Return what the numbers of an integer array `label` are expected to be."""
     if classes is None:
@@ -270,7 +367,11 @@ def stack(
     first, first_name = like or (examples[0], names[0])
     for example, name in zip(examples, names, strict=True):
         check_like(example, name, first, first_name)
-    return {key: np.stack([example[key] for example in examples]) for key in first}
+    return _stacked(examples)
+
+
+def _stacked(examples: list[Batch]) -> Batch:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 def check_like(example: Batch, name: str, first: Batch, first_name: str) -> None:

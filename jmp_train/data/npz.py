@@ -57,7 +57,7 @@ def read_npy(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     with stream:
         try:
-            shape, dtype = _read_header(stream, path.stat().st_size)
+            shape, dtype = npy_header(stream, path.stat().st_size)
         except Exception as error:
             raise _damaged(path, name, error) from error
         refuse_objects(path, {name: dtype})
@@ -128,7 +128,7 @@ def read_headers(path: Path, file: zipfile.ZipFile, names: Iterable[str]) -> dic
             raise ValueError(f"{path} has no array {name!r}; {hint}")
         try:
             with file.open(entries[name]) as stream:
-                shape, dtype = _read_header(stream, entries[name].file_size)
+                shape, dtype = npy_header(stream, entries[name].file_size)
             found[name] = Header(shape, dtype, entries[name])
         # zipfile, its decompressors and NumPy's parser raise many types for damaged files.
         except Exception as error:
@@ -136,7 +136,7 @@ def read_headers(path: Path, file: zipfile.ZipFile, names: Iterable[str]) -> dic
     return found
 
 
-def _read_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
+def npy_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
     """Return the shape and dtype of an array of so many bytes, its header included."""
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,

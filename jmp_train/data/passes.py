@@ -6,13 +6,22 @@ Workers are kept from one pass to the next, because a process takes seconds to s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from jmp_train.data.examples import check_example, stack, takes_generator, with_generator
+from jmp_train.data.bad import Bad, OnBad
+from jmp_train.data.dataset import DataError
+from jmp_train.data.examples import (
+    check_example,
+    check_label,
+    check_like,
+    stack,
+    takes_generator,
+    with_generator,
+)
 from jmp_train.data.workers import (
     close_workers,
     next_of_workers,
@@ -39,6 +48,9 @@ class PassIterator:
       seed: seed of the random numbers of the transform.
       workers: number of processes that read, each its part; 0 reads in this process.
       index: index of the pass.
+      classes: as for `Examples`, if bad examples are skipped.
+      on_bad: "skip" leaves out examples that cannot be read, are unlike the first one, or have a label
+        out of range; batches are `Bad.marked` then. "stop" raises an error.
     """
 
     def __init__(
@@ -50,8 +62,11 @@ class PassIterator:
         seed: int,
         workers: int,
         index: int,
+        classes: int | None = None,
+        on_bad: OnBad = "stop",
     ):
-        batches = _Batches(source, transform, batch_size, seed)
+        reader = _Reader(transform, classes, skips=on_bad == "skip")
+        batches = _Batches(source, reader, batch_size, seed)
         self._workers = workers
         self._items = read_in_workers(batches, workers) if workers else iter(batches)
         self._begin = self._items.get_state()
@@ -96,46 +111,78 @@ class PassIterator:
 class _Batches(grain.IterDataset):
     """Batches of one pass, and then empty batches without end."""
 
-    def __init__(
-        self, source: grain.IterDataset, transform: Function | None, batch_size: int, seed: int
-    ):
+    def __init__(self, source: grain.IterDataset, reader: _Reader, batch_size: int, seed: int):
         super().__init__(source)
-        self._settings = transform, batch_size, seed
+        self._settings = reader, batch_size, seed
 
     def __iter__(self) -> _BatchesIterator:
         return _BatchesIterator(iter(self._parent), *self._settings)
 
 
+class _Reader:
+    """Reads examples of an iterator, and skips bad ones if it is asked to."""
+
+    def __init__(self, transform: Function | None, classes: int | None, *, skips: bool):
+        self._transform, self._classes, self.skips = transform, classes, skips
+        self.seeded = transform is not None and takes_generator(transform)
+        self._first: Batch | None = None
+
+    def read(self, examples: Iterator[Any], generator: Callable[[], np.random.Generator]) -> Any:
+        """Return the next example, transformed with the random numbers of its position.
+
+        Raises:
+          DataError: for a bad one, if they are skipped.
+        """
+        if not self.skips:
+            return self._transformed(next(examples), generator)
+        example = next(examples)  # a source of ours raises DataError here and can be read further
+        try:
+            example = check_example(self._transformed(example, generator), "it")
+        except DataError:
+            raise
+        except Exception as error:  # of the user's transform
+            raise DataError(f"it cannot be transformed: {type(error).__name__}: {error}") from error
+        self._first = self._first or example
+        check_like(example, "it", self._first, "the first example")
+        check_label(example, self._classes, "it")
+        return example
+
+    def _transformed(self, example: Any, generator: Callable[[], np.random.Generator]) -> Any:
+        if self._transform is None:
+            return example
+        return with_generator(self._transform)(example, generator())
+
+
 class _BatchesIterator(grain.DatasetIterator):
     def __init__(
-        self,
-        examples: grain.DatasetIterator,
-        transform: Function | None,
-        batch_size: int,
-        seed: int,
+        self, examples: grain.DatasetIterator, reader: _Reader, batch_size: int, seed: int
     ):
         super().__init__(examples)
-        self._transform = transform and with_generator(transform)
-        self._seeded = transform is not None and takes_generator(transform)
-        self._batch_size, self._seed = batch_size, seed
+        self._reader, self._batch_size, self._seed = reader, batch_size, seed
         self._pass, self._read, self._ended = 0, 0, False
 
     def __next__(self) -> Batch:
-        examples = []
+        examples, bad = [], Bad()
         while len(examples) < self._batch_size and not self._ended:
             try:
-                examples.append(self._transformed(next(self._parent)))
+                examples.append(self._reader.read(self._parent, self._generator))
             except StopIteration:
                 self._ended = True
-        return {} if self._ended else stack_examples(examples)
+            except DataError as error:
+                if not self._reader.skips:
+                    raise
+                bad = bad.and_(Bad(1, str(error)))
+                bad.check()
+        if self._ended:
+            return {}
+        batch = stack_examples(examples)
+        return bad.marked(batch) if self._reader.skips else batch
 
-    def _transformed(self, example: Any) -> Any:
-        read, self._read = self._read, self._read + 1
-        if self._transform is None:
-            return example
+    def _generator(self) -> np.random.Generator:
+        read, self._read = self._read, self._read + 1  # examples that were transformed
         words = [self._seed, self._pass, _EXAMPLE, worker_index(), read]
-        rng = np.random.Philox(np.random.SeedSequence(words) if self._seeded else 0)
-        return self._transform(example, np.random.Generator(rng))
+        seeds = np.random.SeedSequence(words) if self._reader.seeded else 0
+        return np.random.Generator(np.random.Philox(seeds))
 
     def get_state(self) -> Json:
         ours = {_PASS: self._pass, "read": self._read, "ended": self._ended}

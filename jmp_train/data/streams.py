@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from jmp_train.data.bad import Bad, OnBad, unmarked
 from jmp_train.data.dataset import DataError
 from jmp_train.data.examples import (
     check_example,
@@ -41,6 +43,10 @@ class Stream:
       batch_transform: as for `Examples`.
       workers: number of processes that read an `IterDataset`; 0 reads in a thread.
       classes: as for `Examples`.
+      on_bad: as for `PassIterator`; "skip" is for an `IterDataset` alone.
+
+    Raises:
+      DataError: for "skip" with a function of batches.
     """
 
     def __init__(
@@ -51,8 +57,14 @@ class Stream:
         workers: int = 0,
         *,
         classes: int | None = None,
+        on_bad: OnBad = "stop",
     ):
-        self._source = source
+        if on_bad == "skip" and not isinstance(source, grain.IterDataset):
+            raise DataError(
+                "on_bad is skip, and the data are batches that a function makes; expected on_bad=stop, "
+                "or data of single examples"
+            )
+        self._source, self._on_bad = source, on_bad
         self._transform = transform
         self._augment = batch_transform and checked_batch_transform(batch_transform)
         self._random = batch_transform is not None and takes_generator(batch_transform)
@@ -66,9 +78,11 @@ class Stream:
         if not isinstance(self._source, grain.IterDataset):
             return self._call(batch_size=batch_size, seed=seed, epoch=index)
         workers = self.workers if workers is None else workers
-        return PassIterator(
-            self._source, self._transform, batch_size, seed=seed, workers=workers, index=index
-        )
+        return self._pass(self._transform, batch_size, seed=seed, workers=workers, index=index)
+
+    def _pass(self, transform: Function | None, batch_size: int, **options: int) -> PassIterator:
+        given = {"classes": self._classes, "on_bad": self._on_bad}
+        return PassIterator(self._source, transform, batch_size, **options, **given)
 
     def batches(self, batch_size: int, *, seed: int) -> StreamBatches:
         """Return the endless batches of a run."""
@@ -83,22 +97,38 @@ class Stream:
         self._check_labels(batch, name)
         return batch if self._augment is None else self._augment(batch, rng)
 
-    def held_out(self, batch_size: int) -> Iterator[Batch]:
-        """Yield every example of one pass once, without random transforms; the last batch may have
-        fewer."""
-        if isinstance(self._source, grain.IterDataset):
-            source = self._source
-            if self._transform is not None and not takes_generator(self._transform):
-                source = source.map(self._transform)
-            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=stack_examples)
-        else:
-            passed = self._call(batch_size=batch_size, seed=0, epoch=0)
-            batches = (check_batch(batch, f"batch {i}") for i, batch in enumerate(passed))
+    def held_out(self, batch_size: int) -> Iterator[tuple[Batch, Bad]]:
+        """Yield every example of one pass once, without random transforms, with those left out; the
+        last batch may have fewer."""
+        left_out: list[Bad] = []
         unused = np.random.Generator(np.random.Philox(0))
-        for i, batch in enumerate(regroup(batches, batch_size)):
+        for i, batch in enumerate(
+            regroup(self._held_out_batches(batch_size, left_out), batch_size)
+        ):
             self._check_labels(batch, f"held-out batch {i}")
+            bad, left_out[:] = functools.reduce(Bad.and_, left_out, Bad()), []
             skipped = self._augment is None or self._random
-            yield batch if skipped else self._augment(batch, unused)  # pyright: ignore
+            yield (batch if skipped else self._augment(batch, unused)), bad  # pyright: ignore
+        if left_out:
+            yield {}, functools.reduce(Bad.and_, left_out)
+
+    def _held_out_batches(self, batch_size: int, left_out: list[Bad]) -> Iterator[Batch]:
+        """Yield the batches of one pass, and append what was left out of each."""
+        if not isinstance(self._source, grain.IterDataset):
+            passed = self._call(batch_size=batch_size, seed=0, epoch=0)
+            yield from (check_batch(batch, f"batch {i}") for i, batch in enumerate(passed))
+            return
+        transform = self._transform
+        transform = None if transform is None or takes_generator(transform) else transform
+        if self._on_bad == "stop":
+            source = self._source if transform is None else self._source.map(transform)
+            batches: Any = source.batch(batch_size, drop_remainder=False, batch_fn=stack_examples)
+            yield from batches
+            return
+        with contextlib.closing(self._pass(transform, 1, seed=0, workers=0, index=0)) as single:
+            for batch, bad in map(unmarked, single):
+                left_out += [bad] if bad.count else []
+                yield batch
 
     def _check_labels(self, batch: Batch, name: str) -> None:
         check_labels(batch, self._classes, [name] * _size(batch))
@@ -114,7 +144,7 @@ class Stream:
         getattr(passed, "close", lambda: None)()
         if batch is None:
             raise DataError("the data are empty; expected at least one example")
-        batch = check_batch(batch, "batch 0")
+        batch = check_batch(unmarked(batch)[0], "batch 0")
         return self.augment(batch, "batch 0", np.random.default_rng(0))
 
     def _call(self, **values: int) -> Iterator[Batch]:
@@ -174,6 +204,7 @@ class StreamIterator:
         self._first: tuple[Batch, str] | None = None  # the first batch, and its name
         self._known: Json | None = None  # the last state that was returned or given
         self._failed: Json | None = None  # the state before an item that could not be read
+        self.bad = Bad()  # examples that were left out, since the first batch
 
     def __iter__(self) -> StreamIterator:
         return self
@@ -181,7 +212,7 @@ class StreamIterator:
     def __next__(self) -> Batch:
         if self._known is None:
             self.get_state()
-        before = {"next_batch": self._next, "epoch": self._epoch, "read": self._read}
+        before = self._position()
         try:
             names = [f"batch {self._next + i}" for i in range(self._steps_per_call)]
             items = [self._one() for _ in names]
@@ -207,7 +238,7 @@ class StreamIterator:
         """Return the position; that before an item that could not be read, if there was one."""
         if self._failed is not None:
             return self._failed
-        state: Json = {"next_batch": self._next, "epoch": self._epoch, "read": self._read}
+        state = self._position()
         if self.can_seek:
             inner: Any = self._opened().get_state()  # pyright: ignore
             state["stream"] = json.loads(inner) if isinstance(inner, bytes) else inner
@@ -218,18 +249,22 @@ class StreamIterator:
         self._known = state
         return state
 
+    def _position(self) -> Json:
+        position = {"next_batch": self._next, "epoch": self._epoch, "read": self._read}
+        return {**position, **self.bad.state()}
+
     def set_state(self, state: Json) -> None:
         """Resume from a position that `get_state` or `state_at` returned."""
         self.close()
         self._next, self._epoch, self._read = 0, 0, 0
-        self._known, self._failed = state, None
+        self._known, self._failed, self.bad = state, None, Bad()
         if self.can_seek and "from" in state:
             self.set_state(state["from"])
             self.skip(state["next_batch"] - self._next)
             return
         if self.can_seek and "stream" in state:
             self._next, self._epoch = state["next_batch"], state["epoch"]
-            self._read = state["read"]
+            self._read, self.bad = state["read"], Bad.of(state)
             self.close()
             self._opened().set_state(state["stream"])  # pyright: ignore
             return
@@ -278,6 +313,9 @@ class StreamIterator:
         except Exception as error:  # of the user's code
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DataError(f"batch {self._next} cannot be read: {what}") from error
+        if isinstance(batch, dict):
+            batch, bad = unmarked(batch)
+            self.bad = self.bad.and_(bad)
         return check_batch(batch, f"batch {self._next}")
 
     def _start_pass(self, index: int) -> None:

@@ -1,16 +1,17 @@
-"""Tables in CSV and Parquet files, as arrays in memory."""
+"""Tables in CSV and Parquet files, as arrays in memory or a few row groups at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jmp_train.data.columns import Columns
 from jmp_train.data.dataset import DataError
 from jmp_train.data.files import check_file, check_memory, within
-from jmp_train.errors import nearest
+from jmp_train.types import Batch
 
 _ENDINGS = (".csv", ".parquet")
 
@@ -22,8 +23,9 @@ def table(
     target: str | None = None,
     columns: tuple[str, ...] = (),
     inputs: str = "x",
+    in_memory: bool = True,
 ) -> Any:
-    """Return the columns of CSV or Parquet files as arrays, for `jt.Data`.
+    """Return the columns of CSV or Parquet files, for `jt.Data`.
 
     Args:
       path: a .csv file with names in its first line, a .parquet file, or a folder of either, whose
@@ -34,10 +36,12 @@ def table(
       target: column of numbers to predict; None: there is none.
       columns: columns of the inputs; none given: all others, which are numbers then.
       inputs: name of the array of the inputs.
+      in_memory: whether to hold all columns in memory. If not, Parquet files are read a few row groups
+        at a time: each epoch shuffles the row groups, and the rows of each few of them together.
 
     Returns:
       A dict of the inputs, float32 (rows, columns); `label`, int32 (rows,); and `target`, float32
-      (rows,). With `held_out`, a pair of them.
+      (rows,). With `held_out`, a pair of them. Or `RowGroups`, whose examples have these.
 
     Raises:
       DataError: for a missing or damaged file; a missing column, with the nearest one; a value that is
@@ -54,95 +58,126 @@ def table(
         raise DataError(f"label and target are both {label!r}; expected different columns")
     if inputs in ("label", "target", "mask"):
         raise DataError(f"inputs is {inputs!r}; expected another name for the array of the inputs")
-    wanted = _Wanted(label, target, columns, inputs)
-    train = wanted.arrays(Path(path))
-    return train if held_out is None else (train, wanted.arrays(Path(held_out)))
+    wanted = Columns(label, target, columns, inputs)
+    read = _in_memory if in_memory else RowGroups
+    train = read(Path(path), wanted)
+    return train if held_out is None else (train, read(Path(held_out), wanted))
 
 
-class _Wanted:
-    """Columns to read; the first table read settles the names of the classes."""
+def _in_memory(path: Path, columns: Columns) -> dict[str, np.ndarray]:
+    """Return the arrays of a file or of a folder."""
+    files = _files(path)
+    opened = [_open(file) for file in files]
+    columns.choose([(file, table.names) for file, table in zip(files, opened, strict=True)])
+    wanted = [*columns.numeric, *([] if columns.label is None else [columns.label])]
+    parts, labels = [], []
+    for file, table in zip(files, opened, strict=True):
+        found = table.read(wanted)
+        parts.append(columns.arrays(file, found))
+        labels += [] if columns.label is None else [(file, found[columns.label])]
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if not len(arrays[columns.name]):
+        raise DataError(f"{path} has no rows; expected at least one")
+    return {**arrays, "label": columns.number(labels)} if labels else arrays
 
-    def __init__(
-        self, label: str | None, target: str | None, columns: tuple[str, ...], inputs: str
-    ):
-        self._label, self._target, self._columns, self._inputs = label, target, columns, inputs
-        self._classes: list[str] | None = None
 
-    def arrays(self, path: Path) -> dict[str, np.ndarray]:
-        """Return the arrays of a file or of a folder."""
-        files = _files(path)
-        parts = [self._of_file(file) for file in files]
-        columns = parts[0][0]
-        for file, (others, arrays) in zip(files, parts, strict=True):
-            if "label" in arrays and arrays["label"].dtype.kind != parts[0][1]["label"].dtype.kind:
-                raise DataError(
-                    f"{file}: {self._label!r} has another type than in {files[0].name}; expected "
-                    "integers in all files, or texts"
-                )
-            if others != columns:
-                raise DataError(
-                    f"{file} has the inputs {', '.join(others)}; expected {', '.join(columns)}, as "
-                    f"{files[0].name}"
-                )
-        self._columns = tuple(columns)
-        joined = {
-            name: np.concatenate([arrays[name] for _, arrays in parts]) for name in parts[0][1]
-        }
-        if not len(joined[self._inputs]):
+class RowGroups:
+    """A source of the rows of Parquet files, which holds a few row groups at a time.
+
+    Labels are read at once, the other columns when they are needed.
+
+    Args:
+      path: a file, or a folder of files.
+      columns: the columns to read.
+
+    Raises:
+      DataError: as `table`; for a bad number, when it is read.
+    """
+
+    _TOGETHER = 4  # row groups whose rows are shuffled together
+
+    def __init__(self, path: Path, columns: Columns):
+        self._columns, self._files = columns, _files(path)
+        for file in self._files:
+            if file.suffix.lower() != ".parquet":
+                raise DataError(f"{file} is read whole; expected in_memory, or a .parquet file")
+        tables = [_open(file) for file in self._files]
+        columns.choose(
+            [(file, table.names) for file, table in zip(self._files, tables, strict=True)]
+        )
+        self._groups = [  # the number of a file, a row group in it, and the rows before that
+            (number, group, sum(table.groups[:group]))
+            for number, table in enumerate(tables)
+            for group in range(len(table.groups))
+        ]
+        sizes = [size for table in tables for size in table.groups]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        if not len(self):
             raise DataError(f"{path} has no rows; expected at least one")
-        if "label" in joined:
-            joined["label"] = self._numbered(joined["label"], path)
-        return joined
+        self._labels = None
+        if columns.label is not None:
+            read = [table.read([columns.label])[columns.label] for table in tables]
+            self._labels = columns.number(list(zip(self._files, read, strict=True)))
+        self._kept: dict[int, dict[str, np.ndarray]] = {}
 
-    def _of_file(self, file: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-        """Return the names of the inputs' columns and the arrays of a file, labels as they are."""
-        names, read = _open(file)
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"{file} has the column {twice!r} twice; expected different names")
-        special = [name for name in (self._label, self._target) if name is not None]
-        chosen = [*self._columns, *special]
-        for name in chosen:
-            if chosen.count(name) > 1:
-                raise DataError(f"the column {name!r} is named twice; expected different columns")
-        for name in (*special, *self._columns):
-            if name not in names:
-                raise DataError(f"{file} has no column {name!r}; {nearest(name, names)}")
-        inputs = list(self._columns) or [name for name in names if name not in special]
-        if not inputs:
-            raise DataError(f"{file} has no columns beside {', '.join(special)}; expected inputs")
-        found = read([*inputs, *special])
-        x = np.empty((found.num_rows, len(inputs)), np.float32)
-        for index, name in enumerate(inputs):
-            x[:, index] = _numbers(file, name, found[name])
-        arrays = {self._inputs: x}
-        if self._target is not None:
-            arrays["target"] = _numbers(file, self._target, found[self._target])
-        if self._label is not None:
-            arrays["label"] = _labels(file, self._label, found[self._label])
-        return inputs, arrays
+    @property
+    def classes(self) -> int | None:
+        """The number of classes, if they are every integer from 0."""
+        found = np.array([0]) if self._labels is None else np.unique(self._labels)
+        return len(found) if found[0] == 0 and found[-1] == len(found) - 1 > 0 else None
 
-    def _numbered(self, labels: np.ndarray, path: Path) -> np.ndarray:
-        """Return integers for labels; texts are numbered in the order of the first table's."""
-        texts = labels.dtype.kind == "O"
-        if self._classes is not None and bool(self._classes) != texts:
-            raise DataError(
-                f"{path}: {self._label!r} has {'texts' if texts else 'integers'}; expected "
-                f"{'texts' if self._classes else 'integers'}, as in the training rows"
-            )
-        if not texts:
-            self._classes = []
-            return labels
-        names = self._classes or sorted(set(labels.tolist()))
-        self._classes = names
-        numbers = {name: number for number, name in enumerate(names)}
-        for row, name in enumerate(labels.tolist()):
-            if name not in numbers:
-                raise DataError(
-                    f"{path}: row {row + 1}: {self._label!r} is {name!r}, no class of the training "
-                    f"rows; {nearest(name, names)}"
-                )
-        return np.fromiter((numbers[name] for name in labels.tolist()), np.int32, len(labels))
+    @property
+    def blocks(self) -> tuple[np.ndarray, int]:
+        """Where row groups begin, and how many are shuffled together."""
+        return self._starts, self._TOGETHER
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: array[0] for name, array in self.take(np.array([index])).items()}
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """Return the rows with these indices as a batch.
+
+        Raises:
+          DataError: for a damaged file, and for a value that is missing or not finite.
+        """
+        blocks = np.searchsorted(self._starts, rows, side="right") - 1
+        found: Batch = {}
+        for block in np.unique(blocks).tolist():
+            at = np.flatnonzero(blocks == block)
+            for name, array in self._block(block).items():
+                if name not in found:
+                    found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
+                found[name][at] = array[rows[at] - self._starts[block]]
+        return found if self._labels is None else {**found, "label": self._labels[rows]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}  # for a worker process
+
+    def _block(self, block: int) -> dict[str, np.ndarray]:
+        """Return the arrays of a row group; the last few are kept."""
+        kept = self._kept  # replaced, never mutated, because threads read beside each other
+        if block not in kept:
+            number, group, start = self._groups[block]
+            file = self._files[number]
+            found = _open(file).read(self._columns.numeric, group)
+            arrays = self._columns.arrays(file, found, start)
+            recent = dict(list(kept.items())[-self._TOGETHER :])
+            kept = self._kept = {**recent, block: arrays}
+        return kept[block]
+
+
+class _Table(NamedTuple):
+    """A file that was opened."""
+
+    names: list[str]
+    """Of its columns."""
+    groups: list[int]
+    """The number of rows in each row group."""
+    read: Callable[..., Any]
+    """`read(names, group=None)` returns columns of a row group, or of the whole file."""
 
 
 def _files(path: Path) -> list[Path]:
@@ -163,8 +198,12 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _open(file: Path) -> tuple[list[str], Callable[[Sequence[str]], Any]]:
-    """Return the names of a file's columns, and a function that reads some of them."""
+def _open(file: Path) -> _Table:
+    """Open a file.
+
+    Raises:
+      DataError: for a damaged one, and without PyArrow; `read` raises it too.
+    """
     try:
         import pyarrow
         from pyarrow import csv, parquet
@@ -183,62 +222,17 @@ def _open(file: Path) -> tuple[list[str], Callable[[Sequence[str]], Any]]:
     if file.suffix.lower() == ".csv":
         check_memory(file, file.stat().st_size)
         whole = guarded(lambda: csv.read_csv(file))
-        return whole.column_names, whole.select
+        return _Table(
+            whole.column_names, [whole.num_rows], lambda names, _=None: whole.select(names)
+        )
     opened = guarded(lambda: parquet.ParquetFile(file, memory_map=True))
+    sizes = [opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups)]
 
-    def read(names: Sequence[str]) -> Any:
-        check_memory(file, opened.metadata.num_rows * len(names) * 8)
-        return guarded(lambda: opened.read(list(names)))
+    def read(names: Sequence[str], group: int | None = None) -> Any:
+        rows = opened.metadata.num_rows if group is None else sizes[group]
+        check_memory(file, rows * len(names) * 8)
+        if group is None:
+            return guarded(lambda: opened.read(list(names)))
+        return guarded(lambda: opened.read_row_group(group, list(names)))
 
-    return opened.schema_arrow.names, read
-
-
-def _numbers(file: Path, name: str, column: Any) -> np.ndarray:
-    """Return a column as float32.
-
-    Raises:
-      DataError: for another type, and for a value that is missing or not finite.
-    """
-    import pyarrow.types as of
-
-    kind = column.type
-    if not (of.is_integer(kind) or of.is_floating(kind) or of.is_boolean(kind)):
-        raise DataError(
-            f"{file}: {name!r} is {kind}; expected numbers: choose columns (--data.columns), or make "
-            "it the label (--data.label)"
-        )
-    _refuse_missing(file, name, column)
-    values = np.asarray(column.to_numpy())
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    bad = ~np.isfinite(narrow)
-    if bad.any():
-        row = int(bad.argmax())
-        raise DataError(
-            f"{file}: row {row + 1}: {name!r} is {values[row]}; expected a finite number of float32"
-        )
-    return narrow
-
-
-def _labels(file: Path, name: str, column: Any) -> np.ndarray:
-    """Return a column as int64 or as Python texts."""
-    import pyarrow.types as of
-
-    _refuse_missing(file, name, column)
-    if of.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if of.is_integer(column.type) or of.is_boolean(column.type):
-        return np.asarray(column.to_numpy()).astype(np.int64)
-    if of.is_string(column.type) or of.is_large_string(column.type):
-        texts = np.array(column.to_pylist(), dtype=object)
-        if "" in texts:
-            row = texts.tolist().index("")
-            raise DataError(f"{file}: row {row + 1} has no {name!r}; expected a value in each row")
-        return texts
-    raise DataError(f"{file}: {name!r} is {column.type}; expected integers or texts as labels")
-
-
-def _refuse_missing(file: Path, name: str, column: Any) -> None:
-    if column.null_count:
-        row = int(np.asarray(column.is_null().to_numpy()).argmax())
-        raise DataError(f"{file}: row {row + 1} has no {name!r}; expected a value in each row")
+    return _Table(opened.schema_arrow.names, sizes, read)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from jmp_train.types import Json
 
-_LAST = ("learning_rate", "loss_scale", "skipped_steps", "steps_per_second")
+_LAST = ("learning_rate", "loss_scale", "skipped_steps", "skipped_examples", "steps_per_second")
 _RECORDED = (*_LAST, "skipped_in_row", "nonfinite_tensors", "grad_norm", "averaged_steps")
 
 

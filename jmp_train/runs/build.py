@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 
 from jmp_train.config.experiment import AnyExperiment
+from jmp_train.data.bad import Bad
 from jmp_train.data.batches import eval_batch_size, eval_batches, train_batches
 from jmp_train.data.data import own_of, own_shard
 from jmp_train.data.dataset import Dataset
@@ -33,6 +34,7 @@ class Parts(NamedTuple):
     stepper: Stepper
     batches: PyTree  # a Grain dataset: one batch for each step
     evaluate: Callable[[TrainState], dict[str, float]]  # on the held-out data
+    left_out: list[Bad]  # the examples that the last evaluation left out
 
 
 def build(experiment: AnyExperiment) -> Parts:
@@ -53,15 +55,17 @@ def build(experiment: AnyExperiment) -> Parts:
         workers=dataset.workers,
         shard=own_shard(),
     )
-    return Parts(
-        dataset,
-        task,
-        _make_stepper(experiment, task),
-        batches,
-        lambda state: evaluate(
-            state.eval_params, eval_batches(dataset.eval, size), state.model_state
-        ),
-    )
+    left_out: list[Bad] = []
+
+    def evaluate_held_out(state: TrainState) -> dict[str, float]:
+        left_out.clear()
+        held_out = eval_batches(dataset.eval, size, left_out.append)
+        metrics = evaluate(state.eval_params, held_out, state.model_state)
+        count = sum(bad.count for bad in left_out)
+        return {**metrics, "skipped_examples": float(count)} if count else metrics
+
+    stepper = _make_stepper(experiment, task)
+    return Parts(dataset, task, stepper, batches, evaluate_held_out, left_out)
 
 
 def load_dataset(experiment: AnyExperiment) -> Dataset:

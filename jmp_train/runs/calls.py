@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from jmp_train.config.experiment import AnyExperiment
-from jmp_train.data.batches import Batches, Order, first_batch, iterate, iterate_rows
+from jmp_train.data.batches import Batches, first_batch, iterate, iterate_rows
 from jmp_train.data.dataset import Arrays, DataError, Source
+from jmp_train.data.order import Order
 from jmp_train.runs.build import Parts
 from jmp_train.runs.loop import last_of_stack
 from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call

@@ -6,11 +6,12 @@ import time
 
 import jax
 
+from jmp_train.data.bad import Bad
 from jmp_train.data.batches import Batches, state_at
 from jmp_train.optim.schedules import make_schedule
 from jmp_train.records.provenance import package_versions
 from jmp_train.records.trackers import Trackers
-from jmp_train.reports.progress import RunProgress
+from jmp_train.reports.progress import RunProgress, print_line
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import config_json
 from jmp_train.runs.early_stop import metric_of
@@ -52,6 +53,7 @@ class Events:
         self._early = start.early_stop
         self._saved: Json = start.data or state_at(0)  # the last state of the data
         self._first = self._saved["next_batch"] + start.batches_left_out
+        self._warned: set[str] = set()
         self.ended = start.ended  # why the run ended before its last step
         self.error: Exception | None = None  # of `on_record`
 
@@ -60,6 +62,10 @@ class Events:
         # A skipped step does not count for the schedule. The last update had the count before it.
         before = step - values["skipped_steps"] - (values["skipped_in_row"] == 0)
         values = {**values, "learning_rate": float(self._learning_rate(before))}
+        bad = self._batches.bad
+        if bad.count:
+            values["skipped_examples"] = bad.count
+            self._warn(bad, "training")
         self._trackers.record(step, "train", values)
         self._progress.train(step, values)
         return self._on_record(step, "train", values, state)
@@ -135,10 +141,24 @@ class Events:
 
     def _measure(self, step: int, state: TrainState) -> dict[str, float]:
         metrics = self._context.parts.evaluate(state)
+        if self._context.parts.left_out:
+            self._warn(self._context.parts.left_out[0], "held-out")
         self._evaluated = (step, metrics)
         self._trackers.record(step, "eval", metrics)
         self._progress.evaluation(step, metrics)
         return metrics
+
+    @property
+    def skipped_examples(self) -> int:
+        """Number of training examples that were left out so far."""
+        return self._batches.bad.count
+
+    def _warn(self, bad: Bad, which: str) -> None:
+        """Say once for each kind of examples that some are left out, with the first reason."""
+        if which not in self._warned and bad.why:
+            self._warned.add(which)
+            line = f"left out {which} examples that cannot be used, the first: {bad.why}"
+            print_line(self._context.console, line)
 
     def _on_record(self, step: int, split: str, values: Json, state: TrainState) -> Asked:
         """Call the experiment's `on_record`; its exception is raised after the checkpoint."""

@@ -27,6 +27,7 @@ def summarize(
     train_time_s: float,
     wall_time_s: float,
     rollbacks: int,
+    skipped_examples: int,
     ended: Json | None,
 ) -> Json:
     """Return the content of summary.json.
@@ -39,6 +40,7 @@ def summarize(
       train_time_s: seconds in training steps, those before a resume included.
       wall_time_s: seconds in all, those before a resume included.
       rollbacks: how often the run was rolled back.
+      skipped_examples: number of training examples that were left out because they were bad.
       ended: how a hook ended the run before its last step; None if none did.
     """
     experiment = context.experiment
@@ -57,6 +59,7 @@ def summarize(
         "eval": evaluation,
         "loss_scale": float(scale.loss_scale),
         "skipped_steps": int(skipped),
+        "skipped_examples": skipped_examples,
         "rollbacks": rollbacks,
         "stopped_early": ended,
         "parameters": sum(x.size for x in jax.tree.leaves(result.state.params)),

@@ -205,6 +205,7 @@ def _train_once(context: RunContext, trackers: Trackers, start: Start, calls: Ca
             train_time_s=start.train_time_s + result.seconds,
             wall_time_s=start.wall_time_s + time.perf_counter() - context.began,
             rollbacks=start.rollbacks,
+            skipped_examples=events.skipped_examples,
             ended=events.ended,
         )
         finished = result.step >= context.experiment.steps or events.ended is not None

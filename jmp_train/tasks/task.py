@@ -18,7 +18,7 @@ Metric = Callable[[Outputs, Batch], Any]
 RESERVED = (
     *("loss", "step", "split", "grad_norm", "averaged_steps", "learning_rate", "loss_scale"),
     *("skipped_steps", "skipped_in_row", "nonfinite", "nonfinite_tensors", "steps_per_second"),
-    *("seconds", "policy", "diverged_seeds", "speed_up", "peak_memory_bytes"),
+    *("skipped_examples", "seconds", "policy", "diverged_seeds", "speed_up", "peak_memory_bytes"),
 )
 """Names that no metric may have: those of other values in a record or a comparison; and "last_..."."""
 _NAME = re.compile(r"\w[\w .-]{0,99}")  # of a file too: plots/NAME.png

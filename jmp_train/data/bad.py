@@ -1,0 +1,93 @@
+"""Examples that cannot be read: a run ends with the first one, or leaves them out and counts them.
+
+A count and the first message travel with a batch, from the worker process that read it to the iterator
+of the run, as arrays of fixed shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from jmp_train.data.dataset import DataError
+from jmp_train.types import Batch, Json
+
+OnBad = Literal["stop", "skip"]
+
+_STATE = "skipped_examples"
+_COUNT, _WHY = "\0bad", "\0why"  # names that no array of an example has
+_LETTERS = 400  # bytes of the message that is kept
+_IN_ROW = 100  # as many examples in a row that cannot be read end the run
+
+
+class Bad(NamedTuple):
+    """Examples that were left out."""
+
+    count: int = 0
+    why: str = ""
+    """The message of the first."""
+
+    @classmethod
+    def of(cls, state: Json) -> Bad:
+        """Return those of a state that `state` returned."""
+        return cls(state.get(_STATE, 0))
+
+    def state(self) -> Json:
+        """Return the count as a part of an iterator's state: {} for none."""
+        return {_STATE: self.count} if self.count else {}
+
+    def and_(self, other: Bad) -> Bad:
+        """Return these and later ones together."""
+        return Bad(self.count + other.count, self.why or other.why)
+
+    def check(self) -> None:
+        """Raise DataError for too many."""
+        if self.count >= _IN_ROW:
+            raise DataError(f"{_IN_ROW} examples of a batch cannot be read, the first: {self.why}")
+
+    def marked(self, batch: Batch) -> Batch:
+        """Return a batch with this beside its arrays."""
+        why = np.frombuffer(self.why.encode()[:_LETTERS].ljust(_LETTERS, b"\0"), np.uint8)
+        return {**batch, _COUNT: np.asarray(self.count, np.int32), _WHY: why}
+
+
+def unmarked(item: Batch) -> tuple[Batch, Bad]:
+    """Return a batch, or stacked batches, without what `Bad.marked` added; and that."""
+    if _COUNT not in item:
+        return item, Bad()
+    counts = np.ravel(item[_COUNT])
+    whys = np.reshape(item[_WHY], (len(counts), -1))
+    text = bytes(whys[int((counts > 0).argmax())]).rstrip(b"\0").decode(errors="ignore")
+    batch = {name: array for name, array in item.items() if name not in (_COUNT, _WHY)}
+    return batch, Bad(int(counts.sum()), text)
+
+
+def next_good(
+    read: Callable[[int], Batch], index: int, size: int, why: str = ""
+) -> tuple[Batch, Bad]:
+    """Return the example with an index; if it cannot be read, the first after it that can be.
+
+    The last example is followed by the first one.
+
+    Args:
+      read: returns the example with an index, or raises DataError.
+      index: of the wanted example.
+      size: number of examples.
+      why: the message if the example itself is known to be bad; '' if not.
+
+    Raises:
+      DataError: if too many in a row cannot be read.
+    """
+    bad = Bad(int(bool(why)), why)
+    tries = min(size, _IN_ROW)
+    for offset in range(bad.count, tries):
+        try:
+            return read((index + offset) % size), bad
+        except DataError as error:
+            bad = bad.and_(Bad(1, str(error)))
+    raise DataError(
+        f"{tries} examples in a row cannot be read, the first: {bad.why}; expected on_bad=skip for "
+        "single ones"
+    )
