@@ -10,10 +10,11 @@ FAMILY = Experiment(
         ResNet,
         channels=lambda spec: (*spec.example["image"].shape, 1)[2],
         classes=lambda spec: spec.classes,
+        reduce=2,
     ),
     data=GlyphsConfig(),
     task="classification",
-    steps=600,
+    steps=800,
     batch_size=128,
-    optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=5e-2, warmup_steps=50),
+    optimizer=OptimizerConfig(learning_rate=2e-2, weight_decay=5e-2, warmup_steps=50),
 )

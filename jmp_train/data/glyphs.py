@@ -60,6 +60,8 @@ class GlyphsConfig:
     """Largest angle that a character is turned by, in degrees."""
     shift: float = 2.5
     """Largest distance that a character is moved by, along each axis, in pixels of 32."""
+    both_shades: bool = False
+    """Whether ink is lighter than the paper in some images and darker in others; else it is lighter."""
     clutter: int = 2
     """Number of other characters at the edges of an image."""
     noise: float = 0.1
@@ -124,7 +126,7 @@ class GlyphsConfig:
             angle, distance = rng.uniform(0, 2 * np.pi, count), rng.uniform(17, 22, count)
             away = distance[:, None] * np.stack([np.sin(angle), np.cos(angle)], 1)
             mask = np.maximum(mask, _placed(other, self._turns(count, rng), away))
-        paper = rng.uniform(0, 1, count)
+        paper = rng.uniform(0, 1 if self.both_shades else 0.5, count)
         contrast = rng.uniform(0.4, 1, count)  # of the range that is left
         ink = np.where(paper < 0.5, paper + contrast * (1 - paper), paper - contrast * paper)
         paper, ink = (x.astype(np.float32)[:, None, None] for x in (paper, ink))

@@ -64,12 +64,12 @@ class ResNet(nnx.Module):
       channels: channels of an image.
       classes: number of outputs.
       size: "tiny" (3 blocks, 16 to 64 features), "18" or "50", with the blocks of the paper.
-      stem: "3x3" for small images, at their own resolution; "7x7" for images of 224 pixels, which it
-        reduces to a quarter.
+      reduce: factor by which the first layers reduce height and width: 1 or 2 with a 3 x 3 convolution,
+        4 with one of 7 x 7 and a pooling, as in the paper, for images of 224 pixels.
       rngs: random streams of the initial parameters.
 
     Raises:
-      ValueError: for an unknown size or stem.
+      ValueError: for an unknown size or factor.
 
     >>> ResNet(1, 10, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
     (2, 10)
@@ -80,17 +80,18 @@ class ResNet(nnx.Module):
         channels: int,
         classes: int,
         size: Literal["tiny", "18", "50"] = "tiny",
-        stem: Literal["3x3", "7x7"] = "3x3",
+        reduce: Literal[1, 2, 4] = 1,
         *,
         rngs: nnx.Rngs,
     ):
         if size not in SIZES:
             raise ValueError(f"size is {size!r}; expected one of {', '.join(SIZES)}")
-        if stem not in ("3x3", "7x7"):
-            raise ValueError(f"stem is {stem!r}; expected 3x3 or 7x7")
+        if reduce not in (1, 2, 4):
+            raise ValueError(f"reduce is {reduce}; expected 1, 2 or 4")
         shape = SIZES[size]
-        self.reduces = stem == "7x7"
-        self.stem = _conv(channels, shape.width, *((7, 2) if self.reduces else (3, 1)), rngs=rngs)
+        self.pools = reduce == 4
+        kernel, stride = {1: (3, 1), 2: (3, 2), 4: (7, 2)}[reduce]
+        self.stem = _conv(channels, shape.width, kernel, stride, rngs=rngs)
         self.stem_norm = _norm(shape.width, rngs=rngs)
         blocks, inputs = [], shape.width
         for stage, count in enumerate(shape.blocks):
@@ -106,7 +107,7 @@ class ResNet(nnx.Module):
         """Map images, (batch, height, width, channels) or without channels, to (batch, classes)."""
         x_BxHxWxC = image[..., None] if image.ndim == 3 else image
         x_BxHxWxC = nnx.relu(self.stem_norm(self.stem(x_BxHxWxC)))
-        if self.reduces:
+        if self.pools:
             x_BxHxWxC = nnx.max_pool(x_BxHxWxC, (3, 3), (2, 2), "SAME")
         for block in self.blocks:
             x_BxHxWxC = block(x_BxHxWxC)

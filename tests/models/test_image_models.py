@@ -34,7 +34,7 @@ def abstract(make):
 @pytest.mark.parametrize("size,parameters", [("18", 11_689_512), ("50", 25_557_032)])
 def test_a_resnet_has_the_parameters_of_the_published_one(size, parameters):
     # torchvision's resnet18 and resnet50 for 1,000 classes.
-    model = abstract(lambda: ResNet(3, 1000, size, "7x7", rngs=nnx.Rngs(0)))
+    model = abstract(lambda: ResNet(3, 1000, size, 4, rngs=nnx.Rngs(0)))
     assert count(model) == parameters
 
 
@@ -47,10 +47,11 @@ def test_a_vit_has_the_parameters_of_the_published_one_less_the_class_token(size
     assert count(model) == published - 2 * {"Ti": 192, "S": 384, "B": 768}[size]
 
 
-def test_a_7x7_stem_reduces_images_to_a_quarter():
-    model = abstract(lambda: ResNet(3, 5, "18", "7x7", rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("reduce,after", [(1, 224), (2, 112), (4, 112)])  # 4: and a pooling by 2
+def test_the_first_layers_reduce_images(reduce, after):
+    model = abstract(lambda: ResNet(3, 5, "18", reduce, rngs=nnx.Rngs(0)))
     out = jax.eval_shape(lambda m, x: m.stem(x), model, jnp.ones((1, 224, 224, 3)))
-    assert out.shape == (1, 112, 112, 64) and model.reduces
+    assert out.shape == (1, after, after, 64) and model.pools == (reduce == 4)
 
 
 def randomised(model):
@@ -229,7 +230,7 @@ def test_blocks_are_dropped_for_whole_examples_in_training_alone():
             lambda: ResNet(3, 5, "34", rngs=nnx.Rngs(0)),
             "size is '34'; expected one of tiny, 18, 50",
         ),
-        (lambda: ResNet(3, 5, stem="5x5", rngs=nnx.Rngs(0)), "stem is '5x5'; expected 3x3 or 7x7"),
+        (lambda: ResNet(3, 5, reduce=3, rngs=nnx.Rngs(0)), "reduce is 3; expected 1, 2 or 4"),
         (lambda: Vit((8, 8), 5, "L", rngs=nnx.Rngs(0)), "size is 'L'; expected one of tiny, Ti"),
         (lambda: Vit((9, 8), 5, rngs=nnx.Rngs(0)), "patch is 4; expected a divisor of 9 and 8"),
         (
