@@ -26,12 +26,16 @@ class DataSpec(NamedTuple):
     class_count: int | None
     """Number of classes, or of tokens in the vocabulary; labels are 0 to classes - 1. None where the
     data do not say."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each class, in the order of the labels; None where the data do not say."""
 
     @classmethod
-    def of(cls, batch: Batch, classes: int | None) -> DataSpec:
+    def of(
+        cls, batch: Batch, classes: int | None, class_names: tuple[str, ...] | None = None
+    ) -> DataSpec:
         """Return the spec of a batch, whose leading axis counts examples."""
         example = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in batch.items()}
-        return cls(example, classes)
+        return cls(example, classes, class_names)
 
     @property
     def classes(self) -> int:
@@ -43,7 +47,7 @@ class DataSpec(NamedTuple):
         if self.class_count is None:
             raise ValueError(
                 "the number of classes is unknown; expected Data(..., classes=N), because the data "
-                "have no integer 'label' in memory"
+                "have no integer 'label' in memory with every number from 0, of two classes or more"
             )
         return self.class_count
 
@@ -63,7 +67,8 @@ class DataSpec(NamedTuple):
             name: {"shape": list(x.shape), "dtype": jnp.dtype(x.dtype).name}
             for name, x in self.example.items()
         }
-        return {"example": example, "classes": self.class_count}
+        named = {} if self.class_names is None else {"class_names": list(self.class_names)}
+        return {"example": example, "classes": self.class_count, **named}
 
     @classmethod
     def from_json(cls, values: Json) -> DataSpec:
@@ -72,8 +77,13 @@ class DataSpec(NamedTuple):
         Raises:
           KeyError, TypeError or ValueError: for other values.
         """
+        names = values.get("class_names")  # an earlier version had none
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            raise TypeError(f"class_names is {names!r}")
         example = {
             name: jax.ShapeDtypeStruct(tuple(x["shape"]), jnp.dtype(x["dtype"]))
             for name, x in values["example"].items()
         }
-        return cls(example, values["classes"])
+        return cls(example, values["classes"], None if names is None else tuple(names))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment, take_positional
 from jmp_train.config.find import find_experiment
-from jmp_train.data.records import check_new, pack
+from jmp_train.data.files import named
+from jmp_train.data.records import pack
+from jmp_train.data.whole_folder import check_new
 from jmp_train.errors import UsageError
 from jmp_train.reports.stages import stage, terminal_alone
+from jmp_train.runs.signals import exit_on_sigterm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ def command(arguments: list[str]) -> None:
     """Write the files, and print how many examples they have."""
     name, rest = take_experiment(arguments, "pack")
     what = "a folder to write"
+    asks = bool({"-h", "--help"} & set(rest[:1]))  # for the options, which depend on NAME
+    rest = ["OUT", *rest] if asks else rest
     out, rest = take_positional(rest, f"pack {name} OUT", what, lambda: "such as packed")
     data = find_experiment(name).data
     kind = dataclasses.make_dataclass(
@@ -38,12 +42,12 @@ def command(arguments: list[str]) -> None:
     )
     kind.__doc__ = PackArguments.__doc__
     parsed = parse(kind, kind(data), rest, f"jmp-train pack {name} {out}")
+    check_new(named(out))  # before the work
     try:
-        check_new(Path(out))  # before the work
         with stage(terminal_alone(), "loading data"):
             dataset = parsed.data.load()
-        with stage(terminal_alone(), "writing"):
+        with stage(terminal_alone(), "writing"), exit_on_sigterm():
             counts = pack(dataset, out, shards=parsed.shards)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{name}: {error}") from None
     print(f"{counts['train']} training examples, {counts['held_out']} held out  {out}")

@@ -9,6 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 from rich.console import Console
 
@@ -17,12 +18,12 @@ from jmp_train.cli.options import parse
 from jmp_train.cli.positional import choose_run, take_run
 from jmp_train.data.data import own_of
 from jmp_train.data.files import check_file
-from jmp_train.data.inputs import read_inputs
 from jmp_train.errors import UsageError
 from jmp_train.reports.predictions import predictions_table
 from jmp_train.reports.stages import stage, terminal_alone
 from jmp_train.results.load import Run, load_run
 from jmp_train.results.outputs import check_ending, check_free, whole_files, write_predictions
+from jmp_train.results.read_inputs import read_inputs
 
 _LARGEST_PROMPT = 2**20  # bytes
 _ARRAYS = (".npz", ".npy")
@@ -124,12 +125,28 @@ def _predict(run: Run, options: PredictOptions, console: Console) -> None:
         print(line, file=sys.stderr)
     with stage(console, "predicting"):
         predictions = run.predict(inputs.arrays, batch_size=options.batch_size)
+    predictions = _with_class_names(predictions, run.spec.class_names)
     count = len(next(iter(predictions.values())))
     Console().print(predictions_table(predictions, inputs.files))
     print(f"{count} example{'' if count == 1 else 's'}, step {run.step}  {run.directory}")
     if options.output is not None:
         write_predictions(options.output, predictions, inputs.files, force=options.force)
         print(options.output)
+
+
+def _with_class_names(
+    predictions: dict[str, np.ndarray], names: tuple[str, ...] | None
+) -> dict[str, np.ndarray]:
+    """Return predictions with `class_name` after `class`, if the data name their classes."""
+    classes = predictions.get("class")
+    if names is None or classes is None or classes.ndim != 1:
+        return predictions
+    named: dict[str, np.ndarray] = {}
+    for name, array in predictions.items():
+        named[name] = array
+        if name == "class":
+            named["class_name"] = np.array(names)[array]
+    return named
 
 
 def _generate(run: Run, options: PredictOptions, console: Console) -> None:

@@ -8,6 +8,7 @@ from jmp_train.data.digits import DigitsConfig
 from jmp_train.data.examples import Examples
 from jmp_train.data.glyphs import GlyphsConfig
 from jmp_train.data.images import ImageFolder, image_folder
+from jmp_train.data.on_disk import arrays_on_disk
 from jmp_train.data.records import Records, array_records, pack, write_records
 from jmp_train.data.streams import Stream
 from jmp_train.data.tables import table
@@ -28,6 +29,7 @@ __all__ = [
     "Stream",
     "TextConfig",
     "array_records",
+    "arrays_on_disk",
     "compression_baselines",
     "eval_batches",
     "image_folder",

@@ -51,6 +51,12 @@ class Columns:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f"{file} has the column {twice!r} twice; expected different names")
+        index = [name for name in names if not name or name.startswith("__index_level_")]
+        if index and not self._inputs:
+            raise DataError(
+                f"{file} has the column {index[0]!r}, an index of pandas; expected index=False when it is "
+                "written, or the columns of the inputs (--data.columns)"
+            )
         special = [name for name in (self.label, self._target) if name is not None]
         chosen = [*self._inputs, *special]
         for name in chosen:
@@ -63,6 +69,11 @@ class Columns:
         if not inputs:
             raise DataError(f"{file} has no columns beside {', '.join(special)}; expected inputs")
         return inputs
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The texts that are classes, once `number` was called; None for integers."""
+        return tuple(self._classes) if self._classes else None
 
     @property
     def numeric(self) -> list[str]:
@@ -159,14 +170,24 @@ def _numbers(file: Path, name: str, column: Any, start: int) -> np.ndarray:
 
 def _labels(file: Path, name: str, column: Any) -> np.ndarray:
     """Return a column as int64 or as Python texts."""
+    import pyarrow
     import pyarrow.types as of
 
     _refuse_missing(file, name, column)
+    views = [pyarrow.string_view()] if hasattr(pyarrow, "string_view") else []  # since version 16
+    texts_of = [pyarrow.string(), pyarrow.large_string(), *views]
     if of.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if of.is_integer(column.type) or of.is_boolean(column.type):
-        return np.asarray(column.to_numpy()).astype(np.int64)
-    if of.is_string(column.type) or of.is_large_string(column.type):
+        numbers = np.asarray(column.to_numpy())
+        bad = (numbers < 0) | (numbers >= 2**31)
+        if bad.any():
+            row = int(bad.argmax())
+            raise DataError(
+                f"{file}: row {row + 1}: {name!r} is {numbers[row]}; expected an integer from 0"
+            )
+        return numbers.astype(np.int64)
+    if column.type in texts_of:
         texts = np.array(column.to_pylist(), dtype=object)
         if "" in texts:
             row = texts.tolist().index("")

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -20,7 +20,7 @@ from jmp_train.configurable import (
     settings_of,
 )
 from jmp_train.data.bad import OnBad, unmarked
-from jmp_train.data.dataset import Arrays, DataError, Dataset
+from jmp_train.data.dataset import Arrays, DataError, Dataset, Described
 from jmp_train.data.examples import (
     Examples,
     Rows,
@@ -178,10 +178,11 @@ class _OwnData(Configured):
         classes = own_of(self)._class_count(forms)
         stated = self.classes or next(filter(None, (form.classes for form in forms)), None)
         train, held_out = (part.source(self, stated) for part in _with_purpose(parts))
+        count = classes or stated
         return Dataset(
             train=train,
             eval=held_out,
-            spec=DataSpec.of(_first(train), classes or stated),
+            spec=DataSpec.of(_first(train), count, forms[0].class_names(count)),
             workers=self.workers,
         )
 
@@ -189,7 +190,8 @@ class _OwnData(Configured):
     def image_reader(self) -> Callable[[Any], np.ndarray] | None:
         """Return the function that reads an image's file as in training; None if the data have none."""
         reader = getattr(self.__configured__.function, "image_reader", None)
-        return None if reader is None else reader(settings_of(self))
+        settings = {**settings_of(self), **self.__configured__.fixed}
+        return None if reader is None else reader(settings)
 
     @property
     def transformed(self) -> Callable[[Any], Batch] | None:
@@ -223,11 +225,8 @@ class _OwnData(Configured):
         return apply
 
     def _class_count(self, parts: list[_Form]) -> int | None:
-        labels = [
-            part.made["label"]
-            for part in parts
-            if isinstance(part.made, Mapping) and "label" in part.made
-        ]
+        labelled = [p for p in parts if isinstance(p.made, Mapping) and "label" in p.made]
+        labels = [part.made["label"] for part in labelled]
         if _transforms(self)[0] is not None or not labels:
             return self.classes
         label = np.concatenate([np.ravel(array) for array in labels])
@@ -235,8 +234,12 @@ class _OwnData(Configured):
             return self.classes
         bad = (label < 0) | (label >= (self.classes or 2**31))
         if bad.any():
+            first = int(bad.argmax())
+            part = 0 if first < labels[0].size else 1
+            of_part = first - part * labels[0].size
+            where = labelled[part].place(of_part * len(labels[part]) // labels[part].size)
             raise DataError(
-                f"{int(bad.sum())} labels are out of range, the first {label[bad.argmax()]}; "
+                f"{int(bad.sum())} labels are out of range, the first {label[first]}{where}; "
                 f"{expected_labels(self.classes)}"
             )
         if self.classes is not None:
@@ -261,6 +264,10 @@ class _Form:
     held_out: bool = False
     numbers: np.ndarray | None = None
     """Indices of the examples before they were split; None: they were not."""
+    describe: Callable[[int], str] | None = None
+    """Says where an example of a dict of arrays is."""
+    named: Any = None
+    """The names of the classes, if the data say them."""
 
     @classmethod
     def of(cls, made: Any, name: str) -> _Form:
@@ -269,6 +276,8 @@ class _Form:
         Raises:
           DataError: for something else, and for arrays that differ in their leading axes.
         """
+        describe = made.describe if isinstance(made, Described) else None
+        names = getattr(made, "class_names", None)
         if isinstance(made, Mapping):
             arrays = check_example(made, name, "a dict of arrays")
             check_leading_axes(arrays, name)
@@ -282,7 +291,7 @@ class _Form:
             raise DataError(
                 f"{name} returned {_article(type(made).__name__)}; expected {_FORMS}{hint}"
             )
-        form = cls(made)
+        form = cls(made, describe=describe, named=names)
         if not streams:
             if form.count == 0:
                 raise DataError(f"{name} returned no examples; expected at least one")
@@ -301,6 +310,15 @@ class _Form:
         """The number of classes that a source says it has, as `ImageFolder` does."""
         found = getattr(self.made, "classes", None)
         return found if isinstance(found, int) and found > 1 else None
+
+    def class_names(self, count: int | None) -> tuple[str, ...] | None:
+        """Return the names of so many classes, if a source says them, as `ImageFolder` does."""
+        known = isinstance(self.named, tuple) and all(isinstance(n, str) for n in self.named)
+        return self.named if known and len(self.named) == count else None
+
+    def place(self, index: int) -> str:
+        """Return where an example is, in brackets; "" if the data do not say."""
+        return "" if self.describe is None else f" ({self.describe(index)})"
 
     @property
     def is_stream(self) -> bool:
@@ -332,7 +350,10 @@ class _Form:
             parts = np.sort(parts[0]), np.sort(parts[1])
         if isinstance(self.made, Mapping):
             arrays = [{k: v[rows] for k, v in self.made.items()} for rows in parts]
-            return [_Form(a, numbers=rows) for a, rows in zip(arrays, parts, strict=True)]
+            return [
+                _Form(a, numbers=rows, describe=self.describe and _Part(self.describe, rows))
+                for a, rows in zip(arrays, parts, strict=True)
+            ]
         return [_Form(Subset(self.made, rows), numbers=rows) for rows in parts]
 
     def source(self, config: _OwnData, classes: int | None) -> Any:
@@ -350,12 +371,22 @@ class _Form:
             return Stream(self.made, transform, batch_transform, config.workers, **options)
         in_memory = isinstance(self.made, Mapping)
         if transform is not None or not in_memory:
-            items = Rows(self.made) if in_memory else self.made
+            items = Rows(self.made, self.describe) if in_memory else self.made
             options = {"numbers": self.numbers, "classes": classes, "on_bad": config.on_bad}
             return Examples(items, transform, batch_transform, **options)
         if self.held_out and batch_transform is None:
             return self.made
         return Arrays(self.made, batch_transform and checked_batch_transform(batch_transform))
+
+
+class _Part(NamedTuple):
+    """What `describe` says of some of the examples."""
+
+    describe: Callable[[int], str]
+    rows: np.ndarray
+
+    def __call__(self, index: int) -> str:
+        return self.describe(int(self.rows[index]))
 
 
 def _with_purpose(parts: list[_Form]) -> list[_Form]:

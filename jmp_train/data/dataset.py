@@ -14,7 +14,14 @@ from jmp_train.types import Batch
 
 
 class DataError(UsageError, ValueError):
-    """Data that cannot be trained on; the message names the example or the batch."""
+    """Data that cannot be trained on; the message, one line, names the example or the batch.
+
+    >>> print(DataError("the name of a file may have a new\\nline"))
+    the name of a file may have a new\\nline
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class Source(Protocol):
@@ -27,6 +34,25 @@ class Source(Protocol):
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         """Return the examples with these indices as a batch; `rng` is for random augmentation."""
         ...
+
+
+class Described(dict[str, np.ndarray]):
+    """Arrays by name whose source says where an example is.
+
+    Args:
+      arrays: arrays by name, whose leading axis counts examples.
+      describe: returns where the example with an index is, such as a file and a row.
+      class_names: name of each class, in the order of the labels; None: they have no names.
+    """
+
+    def __init__(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        describe: Callable[[int], str],
+        class_names: tuple[str, ...] | None = None,
+    ):
+        super().__init__(arrays)
+        self.describe, self.class_names = describe, class_names
 
 
 @dataclasses.dataclass(frozen=True)

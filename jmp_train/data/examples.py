@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ class Examples:
     Args:
       items: has `len`, and `[i]` returns a dict of arrays, such as a list or a Grain data source. If it
         has `take(rows)`, which returns the examples with an array of indices as a batch, that reads
-        them where they need no transform of their own.
+        them where they need no transform of their own. If it has `describe(i)`, the text that returns,
+        such as the name of a file, is in messages about that example.
       transform: `transform(example)` or `transform(example, rng)` returns a changed example; None
         changes nothing. Each example of each batch has its own random numbers.
       batch_transform: the same for a batch.
@@ -95,7 +97,7 @@ class Examples:
 
     def _read(self, indices: list[int], generators: list[np.random.Generator]) -> tuple[Batch, Bad]:
         """Return the examples with these indices, or good ones in their place, and what was bad."""
-        names = [self._name(i) for i in indices]
+        names = _Names(self._name, indices)
         if self._transform is None and hasattr(self._items, "take"):
             try:
                 return self._taken(indices, names), Bad()
@@ -116,12 +118,12 @@ class Examples:
             bad = bad.and_(left_out)
         return _stacked(examples), bad
 
-    def _taken(self, indices: list[int], names: list[str]) -> Batch:
+    def _taken(self, indices: list[int], names: Sequence[str]) -> Batch:
         """Return the examples with these indices, read at once."""
         try:
             found = self._items.take(np.asarray(indices))
         except DataError as error:
-            raise DataError(f"a batch with {names[0]}: {error}") from error
+            raise DataError(f"a batch with {self._number(indices[0])}: {error}") from error
         batch = check_example(found, f"the batch with {names[0]}")
         first = {name: array[0] for name, array in batch.items()}
         self._first = self._first or (first, names[0])
@@ -156,19 +158,28 @@ class Examples:
         batch, _ = unmarked(self.draw(np.array([index]), np.random.Generator(np.random.Philox(0))))
         return {name: array[0] for name, array in batch.items()}
 
-    def _name(self, index: int) -> str:
+    def _number(self, index: int) -> str:
         return f"example {index if self._numbers is None else self._numbers[index]}"
 
+    def _name(self, index: int) -> str:
+        """Return the number of an example, and what its source says about it."""
+        text = None
+        with contextlib.suppress(Exception):  # a method of another meaning, or none
+            text = self._items.describe(index)
+        return self._number(index) + (f" ({text})" if isinstance(text, str) else "")
+
     def _one(self, index: int, rng: np.random.Generator) -> Batch:
-        name = self._name(index)
+        number = self._number  # in an error of the source, which names the file itself
         try:
             example = self._items[index]
             if example is not None and self._transform is not None:
+                number = self._name
                 example = with_generator(self._transform)(example, rng)
         except DataError as error:
-            raise DataError(f"{name}: {error}") from error
+            raise DataError(f"{number(index)}: {error}") from error
         except Exception as error:  # of the user's source or transform, in a thread or a process
-            raise DataError(f"{name} cannot be read: {_what(error)}") from error
+            raise DataError(f"{self._name(index)} cannot be read: {_what(error)}") from error
+        name = self._name(index)
         if example is None:  # of a Grain dataset
             raise DataError(
                 f"{name} was filtered out; expected dataset.to_iter_dataset() for a filtered dataset"
@@ -176,11 +187,24 @@ class Examples:
         return check_example(example, name)
 
 
-class Rows:
-    """The examples of a dict of arrays, one at a time."""
+class _Names(Sequence[str]):
+    """The names of examples, made when they are needed."""
 
-    def __init__(self, arrays: Mapping[str, Any]):
-        self._arrays = arrays
+    def __init__(self, name_of: Callable[[int], str], indices: list[int]):
+        self._name_of, self._indices = name_of, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._name_of(self._indices[place])
+
+
+class Rows:
+    """The examples of a dict of arrays, one at a time; `describe` as for `Examples`."""
+
+    def __init__(self, arrays: Mapping[str, Any], describe: Callable[[int], str] | None = None):
+        self._arrays, self.describe = arrays, describe
 
     def __len__(self) -> int:
         return len(next(iter(self._arrays.values())))
@@ -200,6 +224,10 @@ class Subset:
 
     def __getitem__(self, index: int) -> Any:
         return self._items[int(self._indices[index])]
+
+    def describe(self, index: int) -> str:
+        """Return what the source says about an item."""
+        return self._items.describe(int(self._indices[index]))
 
     @property
     def take(self) -> Callable[[np.ndarray], Batch]:
@@ -271,7 +299,7 @@ def checked_batch_transform(function: Function) -> Callable[[Batch, np.random.Ge
     return checked
 
 
-def check_labels(batch: Batch, classes: int | None, names: list[str]) -> None:
+def check_labels(batch: Batch, classes: int | None, names: Sequence[str]) -> None:
     """Raise DataError for an integer array `label` with a number that is not a class.
 
     Args:
@@ -352,7 +380,7 @@ def _in_32_bits(array: np.ndarray, name: str, key: str) -> np.ndarray:
 
 
 def stack(
-    examples: list[Batch], names: list[str], *, like: tuple[Batch, str] | None = None
+    examples: list[Batch], names: Sequence[str], *, like: tuple[Batch, str] | None = None
 ) -> Batch:
     """Return examples as a batch.
 

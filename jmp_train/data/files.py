@@ -9,6 +9,17 @@ from jmp_train.data.dataset import DataError
 from jmp_train.errors import nearest
 
 
+def named(path: str) -> Path:
+    """Return the path that a user named.
+
+    Raises:
+      DataError: for a name that no file has.
+    """
+    if not path or "\0" in path:
+        raise DataError(f"the path is {path!r}; expected the name of a file or a folder")
+    return Path(path)
+
+
 def check_file(path: Path, kind: str) -> None:
     """Check that a path is a regular file.
 
@@ -18,25 +29,25 @@ def check_file(path: Path, kind: str) -> None:
         path does not exist, the error suggests a file of this kind.
 
     Raises:
-      ValueError: if it is not, with the path and the nearest file in its folder.
+      DataError: if it is not, with the path and the nearest file in its folder.
     """
     try:
         if path.is_file():
             return
         if path.is_dir():
-            raise ValueError(f"{path} is a folder; expected a {kind} file")
+            raise DataError(f"{path} is a folder; expected a {kind} file")
         if path.exists():
-            raise ValueError(f"{path} is not a regular file; expected a {kind} file")
+            raise DataError(f"{path} is not a regular file; expected a {kind} file")
         if not path.parent.is_dir():
-            raise ValueError(f"{path} does not exist; its folder does not exist either")
+            raise DataError(f"{path} does not exist; its folder does not exist either")
         pattern = f"*{kind}" if kind.startswith(".") else "*"
         names = sorted(file.name for file in path.parent.glob(pattern) if file.is_file())
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     hint = nearest(path.name, names) if names else f"its folder has no {kind} files"
     if len(names) > 20 and not hint.startswith("did you mean"):
         hint = f"its folder has {len(names)} {kind} files, none with a similar name"
-    raise ValueError(f"{path} does not exist; {hint}")
+    raise DataError(f"{path} does not exist; {hint}")
 
 
 def check_folder(path: Path) -> None:
@@ -85,10 +96,10 @@ def available_memory() -> int | None:
 
 
 def check_memory(path: Path, need: int) -> None:
-    """Raise ValueError for a file whose arrays need more bytes than are free."""
+    """Raise DataError for a file whose arrays need more bytes than are free."""
     available = available_memory()
     if available is not None and need > available:
-        raise ValueError(
+        raise DataError(
             f"{path} needs {need / 2**30:.3g} GiB of memory; expected at most the "
             f"{available / 2**30:.3g} GiB that are free"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,13 +13,14 @@ from typing import Any, cast
 import numpy as np
 
 from jmp_train.data.dataset import DataError
-from jmp_train.data.files import check_folder, within
+from jmp_train.data.files import check_folder, named, within
 from jmp_train.errors import nearest
 from jmp_train.types import Batch
 
 #: Endings of the images that are read, each by Pillow.
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_16_BITS = re.compile(r"\b(RGB|RGBA|RGBX|RGBa|LA|CMYK);16[BLN]")  # Pillow's raw modes
 _LARGEST_IMAGE = 2**28  # pixels; a small file may claim to be huge
 
 
@@ -44,6 +46,8 @@ def read_image(path: Path | str, channels: int, size: int | None = None) -> np.n
                 raise ValueError(f"it has {image.size[0]} by {image.size[1]} pixels")
             if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
                 raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel")
+            if _16_BITS.search(str(getattr(image, "tile", ""))):  # and cut them here
+                raise ValueError(f"its mode is {image.mode}, of 16 bits a channel")
             if size is not None:
                 image.draft(MODES[channels], (size, size))  # a JPEG is decoded at a reduced size
             pixels = image.convert(MODES[channels])
@@ -126,6 +130,10 @@ class ImageFolder:
         """The number of classes."""
         return len(self.class_names)
 
+    def describe(self, index: int) -> str:
+        """Return the file of an example."""
+        return self._files[index]
+
     def __len__(self) -> int:
         return len(self._files)
 
@@ -172,12 +180,12 @@ def image_folder(
         raise DataError(f"size is {size}; expected 1 to {2**14}")
     if channels not in MODES:
         raise DataError(f"channels is {channels}; expected 1, 3 or 4")
-    train = ImageFolder(path, size, channels, follow_links=follow_links)
+    train = ImageFolder(named(path), size, channels, follow_links=follow_links)
     if held_out is None:
         return train
     names = train.class_names
     return train, ImageFolder(
-        held_out, size, channels, follow_links=follow_links, class_names=names
+        named(held_out), size, channels, follow_links=follow_links, class_names=names
     )
 
 

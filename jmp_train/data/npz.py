@@ -57,7 +57,7 @@ def read_npy(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     with stream:
         try:
-            shape, dtype = npy_header(stream, path.stat().st_size)
+            shape, _, dtype = npy_header(stream, path.stat().st_size)
         except Exception as error:
             raise _damaged(path, name, error) from error
         refuse_objects(path, {name: dtype})
@@ -128,7 +128,7 @@ def read_headers(path: Path, file: zipfile.ZipFile, names: Iterable[str]) -> dic
             raise ValueError(f"{path} has no array {name!r}; {hint}")
         try:
             with file.open(entries[name]) as stream:
-                shape, dtype = npy_header(stream, entries[name].file_size)
+                shape, _, dtype = npy_header(stream, entries[name].file_size)
             found[name] = Header(shape, dtype, entries[name])
         # zipfile, its decompressors and NumPy's parser raise many types for damaged files.
         except Exception as error:
@@ -136,8 +136,9 @@ def read_headers(path: Path, file: zipfile.ZipFile, names: Iterable[str]) -> dic
     return found
 
 
-def npy_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and dtype of an array of so many bytes, its header included."""
+def npy_header(stream: IO[bytes], end: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return the shape, whether the order is Fortran's, and the dtype of an array that ends at a place
+    in a stream, which is at its header."""
     readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -146,14 +147,14 @@ def npy_header(stream: IO[bytes], size: int) -> tuple[tuple[int, ...], np.dtype]
         version = np.lib.format.read_magic(stream)
         if version not in readers:
             raise ValueError(f"its .npy version is {version}, expected 1.0 or 2.0")
-        shape, _, dtype = readers[version](stream)
+        shape, fortran, dtype = readers[version](stream)
     if min(shape, default=0) < 0:
         raise ValueError(f"its shape is {shape}")
     claimed = math.prod(shape) * dtype.itemsize
-    stored = size - stream.tell()
+    stored = end - stream.tell()
     if not dtype.hasobject and claimed != stored:
         raise ValueError(f"its shape {shape} of {dtype} needs {claimed} bytes, and it has {stored}")
-    return shape, dtype
+    return shape, fortran, dtype
 
 
 def read_entry(path: Path, file: zipfile.ZipFile, name: str, header: Header) -> np.ndarray:

@@ -7,11 +7,11 @@ their numbers of examples and the number of classes.
 from __future__ import annotations
 
 import bisect
-import contextlib
+import collections
+import errno
 import itertools
 import json
-import os
-import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ import numpy as np
 
 from jmp_train.data.dataset import Arrays, DataError, Dataset
 from jmp_train.data.examples import Examples, Rows
-from jmp_train.data.files import check_folder
+from jmp_train.data.files import check_folder, named
+from jmp_train.data.whole_folder import appearing, check_new
 from jmp_train.types import Batch, Json
 
 _INDEX = "records.json"
 _VERSION = 1
+_OPEN = 64  # files of a source that stay open in a process
 _PARTS = ("train", "held_out")
 _DTYPES = ("bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32")
 
@@ -44,10 +46,12 @@ class Records:
         check_folder(self._folder)
         index = _read_index(self._folder)
         self.classes: int | None = index["classes"]
+        names = index.get("class_names")
+        self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)
         self._files = [self._folder / shard["file"] for shard in index["shards"]]
         counts = [shard["examples"] for shard in index["shards"]]
         self._starts = [0, *itertools.accumulate(counts)]
-        self._readers: list[Any] = [None] * len(counts)  # opened when they are read
+        self.__setstate__({})
         for number, count in enumerate(counts):
             found = self._reader(number).num_records()
             if found != count:
@@ -74,27 +78,44 @@ class Records:
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"{self._files[shard]}: record {record} is damaged: {what}") from error
 
+    def describe(self, index: int) -> str:
+        """Return the file and the number of an example's record."""
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return f"{self._files[shard]}: record {index - self._starts[shard]}"
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": [None] * len(self._readers)}  # for a worker process
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock")}
+        return kept  # for a worker process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def _reader(self, shard: int) -> Any:
-        if self._readers[shard] is None:
-            from array_record.python.array_record_module import ArrayRecordReader
+        """Return the reader of a file. The last ones stay open; another ends with its last reading."""
+        with self._lock:
+            reader = self._readers.pop(shard, None) or self._open(self._files[shard])
+            self._readers[shard] = reader
+            if len(self._readers) > _OPEN:
+                self._readers.popitem(last=False)
+            return reader
 
-            file = self._files[shard]
-            if file.is_symlink() or not file.is_file():
-                raise DataError(
-                    f"{file} is no file of the folder; expected those that {_INDEX} names"
-                )
-            try:
-                # Without its own threads: the worker processes and threads read beside each other.
-                self._readers[shard] = ArrayRecordReader(
-                    str(file), options="readahead_buffer_size:0"
-                )
-            except Exception as error:
-                what = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DataError(f"{file} is no ArrayRecord file: {what}") from error
-        return self._readers[shard]
+    def _open(self, file: Path) -> Any:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        if file.is_symlink() or not file.is_file():
+            raise DataError(f"{file} is no file of the folder; expected those that {_INDEX} names")
+        try:
+            file.open("rb").close()  # the reader's own error for this would look like damage
+            # Without its own threads: the worker processes and threads read beside each other.
+            return ArrayRecordReader(str(file), options="readahead_buffer_size:0")
+        except OSError as error:
+            hint = "; expected a larger limit, ulimit -n" if error.errno == errno.EMFILE else ""
+            raise DataError(f"{file} cannot be read: {error.strerror}{hint}") from None
+        except Exception as error:
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"{file} is no ArrayRecord file: {what}") from error
 
 
 def array_records(path: str, held_out: str | None = None) -> Any:
@@ -109,7 +130,7 @@ def array_records(path: str, held_out: str | None = None) -> Any:
     Raises:
       DataError: as `Records`.
     """
-    folder = Path(path)
+    folder = named(path)
     check_folder(folder)
     parts = [folder / name for name in _PARTS]
     if all(part.is_dir() for part in parts) and not (folder / _INDEX).exists():
@@ -119,11 +140,16 @@ def array_records(path: str, held_out: str | None = None) -> Any:
             )
         return tuple(map(Records, parts))
     train = Records(folder)
-    return train if held_out is None else (train, Records(held_out))
+    return train if held_out is None else (train, Records(named(held_out)))
 
 
 def write_records(
-    examples: Any, folder: str | Path, *, shards: int = 1, classes: int | None = None
+    examples: Any,
+    folder: str | Path,
+    *,
+    shards: int = 1,
+    classes: int | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> list[Path]:
     """Write examples into ArrayRecord files, in their order.
 
@@ -132,6 +158,7 @@ def write_records(
       folder: folder to write; it appears when all is written.
       shards: number of files, of about equally many examples.
       classes: number of classes, to be kept with them.
+      class_names: name of each class, to be kept with them.
 
     Returns:
       The files, of which the last is the index.
@@ -151,8 +178,8 @@ def write_records(
     """
     folder = Path(folder)
     check_new(folder)
-    with _appearing(folder) as place:
-        files = _write_part(examples, place, shards, classes)
+    with appearing(folder) as place:
+        files = _write_part(examples, place, shards, classes, class_names)
     return [folder / name for name in files]
 
 
@@ -177,23 +204,12 @@ def pack(dataset: Dataset, folder: str | Path, *, shards: int = 1) -> dict[str, 
     folder = Path(folder)
     check_new(folder)
     parts = dict(zip(_PARTS, (_items(dataset.train), _items(dataset.eval)), strict=True))
-    with _appearing(folder) as place:
+    with appearing(folder) as place:
         for name, items in parts.items():
             of_part = min(shards, max(len(items), 1))
-            _write_part(items, place / name, of_part, dataset.spec.class_count)
+            spec = dataset.spec
+            _write_part(items, place / name, of_part, spec.class_count, spec.class_names)
     return {name: len(items) for name, items in parts.items()}
-
-
-def check_new(folder: Path) -> None:
-    """Raise DataError for a path that exists, but for an empty folder."""
-    try:
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            return
-        exists = os.path.lexists(folder)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror}") from None
-    if exists:
-        raise DataError(f"{folder} exists; expected a new folder")
 
 
 def _items(source: Any) -> Any:
@@ -209,7 +225,9 @@ def _items(source: Any) -> Any:
     )
 
 
-def _write_part(items: Any, place: Path, shards: int, classes: int | None) -> list[str]:
+def _write_part(
+    items: Any, place: Path, shards: int, classes: int | None, names_of: tuple[str, ...] | None
+) -> list[str]:
     """Write examples and their index; return the names of the files."""
     count = len(items)
     if not 1 <= shards <= count:
@@ -224,6 +242,7 @@ def _write_part(items: Any, place: Path, shards: int, classes: int | None) -> li
     index = {
         "version": _VERSION,
         "classes": classes,
+        **({} if names_of is None else {"class_names": names_of}),
         "shards": [{"file": n, "examples": s} for n, s in zip(names, sizes, strict=True)],
     }
     (place / _INDEX).write_text(json.dumps(index, indent=1) + "\n")
@@ -259,24 +278,6 @@ def _storable(example: Batch) -> Batch:
     return {name: np.asarray(array, order="C") for name, array in example.items()}
 
 
-@contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write, which gets the name of `folder` in the end, or is removed."""
-    place = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place.mkdir()
-        yield place
-        os.replace(place, folder)
-    except OSError as error:
-        raise DataError(f"{folder} cannot be written: {error.strerror}") from error
-    except RuntimeError as error:  # of ArrayRecord's writer
-        what = (str(error).strip() or "RuntimeError").splitlines()[0]
-        raise DataError(f"{folder} cannot be written: {what}") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def _read_index(folder: Path) -> Json:
     """Return the index of a folder.
 
@@ -303,10 +304,12 @@ def _read_index(folder: Path) -> Json:
 
 def _is_index(index: Json) -> bool:
     whole: Callable[[Any], bool] = lambda n: isinstance(n, int) and not isinstance(n, bool)
-    shards, classes = index.get("shards"), index.get("classes")
+    shards, classes, names = map(index.get, ("shards", "classes", "class_names"))
     return (
         whole(index.get("version"))
         and (classes is None or (whole(classes) and 1 < classes < 2**31))
+        and (names is None or (isinstance(names, list) and len(names) == classes))
+        and all(isinstance(name, str) for name in names or ())
         and isinstance(shards, list)
         and bool(shards)
         and all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jmp_train.data.columns import Columns
-from jmp_train.data.dataset import DataError
-from jmp_train.data.files import check_file, check_memory, within
+from jmp_train.data.dataset import DataError, Described
+from jmp_train.data.files import check_file, check_memory, named, within
 from jmp_train.types import Batch
 
 _ENDINGS = (".csv", ".parquet")
@@ -60,14 +61,17 @@ def table(
         raise DataError(f"inputs is {inputs!r}; expected another name for the array of the inputs")
     wanted = Columns(label, target, columns, inputs)
     read = _in_memory if in_memory else RowGroups
-    train = read(Path(path), wanted)
-    return train if held_out is None else (train, read(Path(held_out), wanted))
+    train = read(named(path), wanted)
+    return train if held_out is None else (train, read(named(held_out), wanted))
 
 
 def _in_memory(path: Path, columns: Columns) -> dict[str, np.ndarray]:
     """Return the arrays of a file or of a folder."""
     files = _files(path)
     opened = [_open(file) for file in files]
+    starts = np.cumsum([0, *(sum(table.groups) for table in opened)])
+    if not starts[-1]:
+        raise DataError(f"{path} has no rows; expected at least one")
     columns.choose([(file, table.names) for file, table in zip(files, opened, strict=True)])
     wanted = [*columns.numeric, *([] if columns.label is None else [columns.label])]
     parts, labels = [], []
@@ -76,9 +80,14 @@ def _in_memory(path: Path, columns: Columns) -> dict[str, np.ndarray]:
         parts.append(columns.arrays(file, found))
         labels += [] if columns.label is None else [(file, found[columns.label])]
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if not len(arrays[columns.name]):
-        raise DataError(f"{path} has no rows; expected at least one")
-    return {**arrays, "label": columns.number(labels)} if labels else arrays
+    arrays.update({"label": columns.number(labels)} if labels else {})
+    return Described(arrays, functools.partial(_row_of, files, starts), columns.class_names)
+
+
+def _row_of(files: list[Path], starts: np.ndarray, index: int) -> str:
+    """Return the file and the row of an example; file n begins with row `starts[n]` of all."""
+    file = int(np.searchsorted(starts, index, side="right")) - 1
+    return f"{files[file]}: row {index - starts[file] + 1}"
 
 
 class RowGroups:
@@ -125,6 +134,17 @@ class RowGroups:
         """The number of classes, if they are every integer from 0."""
         found = np.array([0]) if self._labels is None else np.unique(self._labels)
         return len(found) if found[0] == 0 and found[-1] == len(found) - 1 > 0 else None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The names of the classes, if the labels are texts."""
+        return self._columns.class_names
+
+    def describe(self, index: int) -> str:
+        """Return the file and the row of an example."""
+        block = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number, _, before = self._groups[block]
+        return f"{self._files[number]}: row {before + index - self._starts[block] + 1}"
 
     @property
     def blocks(self) -> tuple[np.ndarray, int]:
@@ -222,9 +242,8 @@ def _open(file: Path) -> _Table:
     if file.suffix.lower() == ".csv":
         check_memory(file, file.stat().st_size)
         whole = guarded(lambda: csv.read_csv(file))
-        return _Table(
-            whole.column_names, [whole.num_rows], lambda names, _=None: whole.select(names)
-        )
+        names = guarded(lambda: whole.column_names)  # decodes them
+        return _Table(names, [whole.num_rows], lambda names, _=None: whole.select(names))
     opened = guarded(lambda: parquet.ParquetFile(file, memory_map=True))
     sizes = [opened.metadata.row_group(n).num_rows for n in range(opened.num_row_groups)]
 

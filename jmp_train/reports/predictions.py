@@ -15,7 +15,7 @@ def predictions_table(
 ) -> Table:
     """Return the first predictions as a table, one row per example.
 
-    The probabilities beside a class are shown as that of the class. Labels are shown by number.
+    The probabilities beside a class are shown as that of the class. Labels are shown by number, and texts as they are.
 
     Args:
       predictions: arrays by name, one row per example.
@@ -56,6 +56,8 @@ def _cell(row: Any) -> str:
 
 def _number(x: Any) -> str:
     kind = x.dtype.kind
+    if kind == "U":
+        return _escaped(x.item())
     return str(x.item()) if kind in "iub" else f"{float(x):.4g}"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 import uuid
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import default_settings, flatten, settings_in
+from jmp_train.data.dataset import Dataset
 from jmp_train.errors import UsageError
 from jmp_train.records.checkpoints import Checkpoints
 from jmp_train.records.metrics import replace_text, strict_json, write_json
@@ -18,6 +21,7 @@ from jmp_train.types import Json
 
 # Left by a process that was killed before its run began, or written by `profile`.
 _NO_RUN = {"lock", "config.json.partial", "profile"}
+_EXAMPLES = "examples"  # a key of spec.json
 
 
 def read_config(run_dir: Path) -> tuple[str, Json]:
@@ -64,16 +68,56 @@ def write_config(run_dir: Path, name: str, experiment: AnyExperiment) -> None:
         raise not_writable(run_dir, error) from None
 
 
-def write_spec(run_dir: Path, spec: DataSpec) -> None:
-    """Write spec.json, from which the model can be built without the data.
+def write_spec(run_dir: Path, dataset: Dataset) -> None:
+    """Write spec.json, from which the model can be built without the data, with the numbers of examples.
 
     Raises:
       UsageError: if the directory cannot be written.
     """
+    values = {**dataset.spec.to_json(), _EXAMPLES: _counts(dataset)}
     try:
-        write_json(run_dir / "spec.json", spec.to_json())
+        write_json(run_dir / "spec.json", values)
     except OSError as error:
         raise not_writable(run_dir, error) from None
+
+
+def check_same_data(run_dir: Path, dataset: Dataset, force: bool) -> list[str]:
+    """Return what changed in the data since the run of a directory began.
+
+    Compared are the numbers of examples and the names of classes, as far as both are known: a run of an
+    earlier version stored neither, and a stream has no number of examples.
+
+    Raises:
+      UsageError: for a change without `force`.
+    """
+    try:
+        saved = json.loads((run_dir / "spec.json").read_text(encoding="utf-8"))
+        counts, names = saved.get(_EXAMPLES) or {}, saved.get("class_names") or ()
+        changed = [
+            f"{part} examples {counts[part]} -> {count}"
+            for part, count in _counts(dataset).items()
+            if counts.get(part, count) not in (count, None) and count is not None
+        ]
+        now = dataset.spec.class_names or ()
+        pairs = itertools.zip_longest(names, now) if names and now else ()
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return []  # written anew when the run resumes
+    renamed = (f"class {n} {a!r} -> {b!r}" for n, (a, b) in enumerate(pairs) if a != b)
+    changed += itertools.islice(renamed, 1)  # the first, of perhaps a thousand
+    if changed and not force:
+        raise UsageError(
+            f"{run_dir} holds a run on other data: {', '.join(changed)}; expected the same "
+            "data, another --run-dir, or --force to resume with these"
+        )
+    return changed
+
+
+def _counts(dataset: Dataset) -> dict[str, int | None]:
+    """Return the numbers of examples; None for a stream."""
+    held_out = dataset.eval
+    held_out = next(iter(held_out.values())) if isinstance(held_out, Mapping) else held_out
+    parts = {"training": dataset.train, "held-out": held_out}
+    return {name: len(x) if isinstance(x, Sized) else None for name, x in parts.items()}
 
 
 def read_spec(run_dir: Path) -> DataSpec | None:

@@ -22,6 +22,26 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Raise SystemExit at SIGTERM, so that what is half done is removed; a second one ends the process
+    at once."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_DFL)
+        raise SystemExit(128 + signum)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread may handle signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def collect_signals(*, notice: bool = False) -> Iterator[list[int]]:
     """Collect the first ending signal in a list; a second signal has its usual effect.
 

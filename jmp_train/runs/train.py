@@ -22,6 +22,7 @@ from jmp_train.runs.check_evaluation import check_evaluation
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import (
     check_directory,
+    check_same_data,
     config_json,
     not_writable,
     open_checkpoints,
@@ -125,11 +126,12 @@ def _train_in(
                 print_line(console, line)
             # The run may have begun since.
             changed = check_directory(run_dir, name, experiment, asked_warmup, force)
+            changed += check_same_data(run_dir, parts.dataset, force)
             if changed:
                 print_line(console, f"changed: {', '.join(changed)}")
             if not (run_dir / "config.json").exists():  # a kill leaves a directory that is a run's
                 write_config(run_dir, name, experiment)
-                write_spec(run_dir, parts.dataset.spec)
+                write_spec(run_dir, parts.dataset)
             with contextlib.closing(
                 open_checkpoints(run_dir, experiment, clean=True)
             ) as checkpoints:
@@ -167,7 +169,7 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
     if finished is not None:
         return finished
     write_config(run_dir, context.name, experiment)
-    write_spec(run_dir, context.parts.dataset.spec)
+    write_spec(run_dir, context.parts.dataset)
     context.checkpoints.set_aside_after(start.step)
     show_header(context, start.state.params)
     with stage(context.console, "compiling"), one_line_errors():

@@ -1,6 +1,9 @@
 """Folders of images: what an example is, and what is refused."""
 
+import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from helpers.command_line import call
 from PIL import Image
 
 import jmp_train as jt
-from jmp_train.data import DataError, ImageFolder, image_folder
+from jmp_train.data import DataError, ImageFolder, image_folder, table
 from jmp_train.data.images import read_image
 
 SIZE = 8
@@ -72,7 +75,7 @@ def test_an_example_is_an_image_from_0_to_1_and_the_place_of_its_class(flowers):
 
 def test_the_data_know_their_classes(flowers):
     dataset = jt.Data(image_folder, path=str(flowers), size=SIZE, channels=1).load()
-    assert dataset.spec.classes == 2
+    assert dataset.spec.classes == 2 and dataset.spec.class_names == ("rose", "tulip")
     assert dataset.spec.example["image"].shape == (SIZE, SIZE, 1)
     assert (len(dataset.train), len(dataset.eval)) == (10, 3)
 
@@ -93,6 +96,7 @@ def refused(match, path, **options):
 
 
 def test_folders_of_another_form_are_one_line(flowers, tmp_path):
+    refused("the path is ''; expected the name of a file or a folder", "")
     refused("flower does not exist; did you mean 'flowers'", tmp_path / "flower")
     refused("README is a file; expected a folder", flowers / "README")
     refused("deeper has no folders; expected one for each class", flowers / "rose" / "deeper")
@@ -157,8 +161,70 @@ def store_16_bits(file):
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(file)
 
 
+def png_of_16_bits(file, kind=2, numbers=3):
+    """Write a PNG as its specification says, which Pillow cannot; `kind` is its colour type."""
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, kind, 0, 0, 0)),
+        (b"IDAT", zlib.compress(2 * bytes(1 + 2 * 2 * numbers))),
+        (b"IEND", b""),
+    )
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    ]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("kind,numbers", [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_a_png_of_16_bits_is_refused_and_not_cut_to_8(tmp_path, kind, numbers):
+    png_of_16_bits(tmp_path / "x.png", kind, numbers)
+    for channels in (1, 3, 4):
+        with pytest.raises(
+            ValueError, match=r"16|more than 8.*; expected a complete image of 8 bits"
+        ):
+            read_image(tmp_path / "x.png", channels)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("ending", [".png", ".bmp", ".tif", ".webp"])
+def test_images_of_8_bits_or_fewer_are_read(tmp_path, mode, ending):
+    if ending == ".bmp" and mode in ("LA", "RGBA"):
+        mode = "RGB"
+    image = Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode)
+    image.save(tmp_path / f"x{ending}", **({"lossless": True} if ending == ".webp" else {}))
+    assert (read_image(tmp_path / f"x{ending}", 3) == 255).all()
+
+
+def test_a_file_with_a_new_line_in_its_name_is_one_line(flowers):
+    name = flowers / "tulip" / "a\nb\x1b[31m.png"
+    name.write_text("no image")
+    images = ImageFolder(flowers, SIZE)
+    place = next(i for i in range(len(images)) if "\n" in images.describe(i))
+    with pytest.raises(DataError, match=r"tulip/a\\nb\\x1b\[31m\.png cannot be read") as caught:
+        images[place]
+    assert str(caught.value).isprintable()
+    missing = jt.Data(table, path=str(flowers / "a\nb.csv"))
+    with pytest.raises(DataError, match=r"^/.*a\\nb\.csv does not exist; its folder has no .csv"):
+        missing.load()
+
+
+def test_a_label_out_of_range_is_named_with_its_file(flowers):
+    save(flowers / "aster" / "1.png")
+    loaded = jt.Data(image_folder, path=str(flowers), held_out=str(flowers), size=SIZE, classes=2)
+    with pytest.raises(
+        DataError, match=r"^example 8 \(.*/tulip/0\.png\): 'label' is 2; expected 0 to 1"
+    ):
+        loaded.load().train.draw(np.arange(14), np.random.default_rng(0))
+
+
+def test_an_image_is_read_for_a_prediction_with_settings_that_are_no_options(flowers):
+    data = jt.Data(image_folder, path=str(flowers), size=np.array(6), channels=1)
+    assert data.image_reader(flowers / "tulip" / "1.png").shape == (6, 6, 1)
+
+
 @pytest.mark.parametrize(
-    "damage", [truncate, replace_by_text, claim_many_pixels, store_16_bits, os.remove]
+    "damage",
+    [truncate, replace_by_text, claim_many_pixels, store_16_bits, png_of_16_bits, os.remove],
 )
 def test_an_image_that_cannot_be_read_is_named_with_its_example(flowers, damage):
     data = jt.Data(image_folder, path=str(flowers), held_out=str(flowers), size=SIZE)
@@ -187,12 +253,15 @@ def here(flowers, monkeypatch, quick_runs):
     monkeypatch.chdir(flowers.parent)
     (flowers.parent / "experiments").mkdir()
     (flowers.parent / "experiments" / "flowers.py").write_text(EXPERIMENT)
+    return flowers
 
 
 def test_the_command_line_trains_on_a_folder_and_predicts_on_one_of_images(here, capsys):
     status, out, err = call(capsys, "train", "flowers", "--run-dir", "run", "--data.size", "6")
     assert status == 0 and "image_folder: 10 training examples, 3 held out" in out, err
-    status, out, err = call(capsys, "predict", "run", "flowers/tulip")
+    (here / "tulip" / "._0.png").write_text("of macOS")
+    words = ["flowers/tulip", "--output", "out.json"]
+    status, out, err = call(capsys, "predict", "run", *words)
     rows = [line.split() for line in out.splitlines()[1:7]]
     assert status == 0 and err == ""
     assert [row[0] for row in rows] == [f"{n}.png" for n in range(6)]
@@ -202,7 +271,17 @@ def test_the_command_line_trains_on_a_folder_and_predicts_on_one_of_images(here,
         {"image": np.stack([images[i]["image"] for i in range(7, 13)])}
     )
     assert [row[1] for row in rows] == [str(c) for c in found["class"]]
-    assert [row[2] for row in rows] == [f"{p:.4f}" for p in found["probability"].max(-1)]
+    names = [("rose", "tulip")[c] for c in found["class"]]
+    assert [row[2] for row in rows] == names
+    assert [row[3] for row in rows] == [f"{p:.4f}" for p in found["probability"].max(-1)]
+    written = json.loads((here.parent / "out.json").read_text())
+    assert [row["class_name"] for row in written] == names
+    # A run of a version that stored no names has none.
+    spec = json.loads((here.parent / "run" / "spec.json").read_text())
+    assert spec.pop("class_names") == ["rose", "tulip"]
+    (here.parent / "run" / "spec.json").write_text(json.dumps(spec))
+    _, out, _ = call(capsys, "predict", "run", "flowers/tulip")
+    assert "class" in out and "class_name" not in out
 
 
 def test_a_missing_folder_ends_with_status_2(here, capsys):

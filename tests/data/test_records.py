@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -178,7 +180,7 @@ def test_what_exists_is_not_replaced(folder):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(DataError, match="cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(DataError, match="cannot be written: no folder can be made in .*file"):
         write_records(rows(), tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -186,6 +188,62 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_name_that_is_too_long_is_one_line(tmp_path):
     with pytest.raises(DataError, match="cannot be written: File name too long"):
         write_records(rows(), tmp_path / ("x" * 300))
+
+
+def test_any_number_of_files_is_read_with_few_of_them_open(tmp_path):
+    write_records(rows(150), tmp_path / "out", shards=150)
+    expected, before = rows(150), len(os.listdir("/proc/self/fd"))
+    records = Records(tmp_path / "out")
+
+    def read(seed):
+        order = np.random.default_rng(seed).permutation(150).tolist()
+        for index in order:
+            assert_same(records[index], expected[index])
+        return len(os.listdir("/proc/self/fd"))
+
+    with ThreadPoolExecutor(8) as threads:
+        assert max(threads.map(read, range(16))) - before < 90
+
+
+def test_a_limit_of_open_files_is_not_called_damage(tmp_path):
+    write_records(rows(60), tmp_path / "out", shards=60)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1])
+        )
+        with pytest.raises(
+            DataError, match="cannot be read: Too many open files; expected a larger"
+        ):
+            Records(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(Records(tmp_path / "out")) == 60
+
+
+def test_a_label_out_of_range_is_named_with_its_record(tmp_path):
+    write_records([*rows(10), {**rows(1)[0], "label": np.int32(5)}], tmp_path / "out", shards=2)
+    path = str(tmp_path / "out")
+    loaded = jt.Data(array_records, path=path, held_out=path, classes=3).load()
+    file = "00001-of-00002.array_record"
+    with pytest.raises(DataError, match=rf"^example 10 \(.*{file}: record 5\): 'label' is 5; exp"):
+        loaded.train.draw(np.array([2, 10]), np.random.default_rng(0))
+    dropping = jt.Data(
+        array_records, path=path, held_out=path, transform=lambda e: {"x": e["x"][: e["label"]]}
+    )
+    with pytest.raises(
+        DataError, match=r"^example 2 \(.*record 2\): 'x' has the shape .*, as in ex"
+    ):
+        dropping.load().train.draw(np.array([2, 1]), np.random.default_rng(0))
+
+
+def test_names_of_classes_are_kept(tmp_path):
+    write_records(rows(), tmp_path / "out", classes=3, class_names=("a", "b", "c"))
+    dataset = jt.Data(array_records, path=str(tmp_path / "out")).load()
+    assert dataset.spec.class_names == ("a", "b", "c")
+    pack(dataset, tmp_path / "packed")
+    again = jt.Data(array_records, path=str(tmp_path / "packed")).load()
+    assert again.spec == dataset.spec
 
 
 def changed(**changes):
@@ -208,6 +266,9 @@ def first_shard(**changes):
         (changed(version="1"), "is damaged"),
         (changed(classes=1), "is damaged"),
         (changed(classes=10**30), "is damaged"),
+        (changed(class_names=["a", "b"]), "is damaged"),
+        (changed(class_names=[1, 2, 3]), "is damaged"),
+        (changed(class_names="abc"), "is damaged"),
         (lambda index: "[" * 100_000, "records.json cannot be read"),
         (changed(shards=[]), "is damaged"),
         (changed(shards=[1]), "is damaged"),
@@ -314,6 +375,8 @@ def test_the_command_packs_what_an_experiment_trains_on(here, capsys):
     assert losses("points") == losses("packed") and len(losses("packed")) > 8
     status, _, err = call(capsys, "pack", "points", "out")
     assert (status, err) == (2, "jmp-train: out exists; expected a new folder\n")
+    status, out, _ = call(capsys, "pack", "points", "--help")
+    assert status == 0 and "--shards" in out and "--data.examples" in out
 
 
 @pytest.mark.parametrize(
@@ -324,7 +387,8 @@ def test_the_command_packs_what_an_experiment_trains_on(here, capsys):
         (["pionts", "new"], "unknown experiment 'pionts'; did you mean 'points'?"),
         (["points", "new", "--shards", "0"], "shards is 0; expected at least 1"),
         (["points", "new", "--data.exmaples", "9"], "--data.examples"),
-        (["points", "new", "--data.examples", "1"], "eval_share 0.2 of 1 examples is 0"),
+        (["points", "new", "--data.examples", "1"], "points: eval_share 0.2 of 1 examples is 0"),
+        (["points", ""], "the path is ''; expected the name of a file or a folder"),
     ],
 )
 def test_wrong_words_are_one_line_and_write_nothing(here, capsys, words, line):

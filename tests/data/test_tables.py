@@ -163,6 +163,56 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     refused(tmp_path / "tables", "is a link that leads out of", label="name")
 
 
+def test_a_label_out_of_range_is_named_with_file_and_row(tmp_path):
+    (tmp_path / "parts").mkdir()
+    for part, labels in enumerate(([0, 1, 0, 1], [1, 0, 7])):
+        columns = {"a": np.arange(len(labels)) / 2, "label": labels}
+        write_parquet(tmp_path / "parts" / f"{part}.parquet", columns)
+    path = str(tmp_path / "parts")
+    where = r"\(.*1\.parquet: row 3\)"
+    for options in ({"eval_share": 0.5}, {"held_out": path}):
+        data = jt.Data(table, path=path, label="label", classes=2, **options)
+        with pytest.raises(DataError, match=f"the first 7 {where}; expected 0 to 1"):
+            data.load()
+        with pytest.raises(DataError, match=rf"^example 6 {where}: 'label' is 7"):
+            data = jt.Data(table, path=path, label="label", classes=2, in_memory=False, **options)
+            part = data.load()
+            for source in (part.train, part.eval):
+                source.draw(np.arange(len(source)), np.random.default_rng(0))
+        shifted = lambda e: {**e, "label": e["label"] - (e["label"] == 7) * 9}
+        data = jt.Data(table, path=path, label="label", transform=shifted, **options)
+        with pytest.raises(DataError, match=rf"^example 6 {where}: 'label' is -2"):
+            part = data.load()
+            for source in (part.train, part.eval):
+                source.draw(np.arange(len(source)), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("dtype,bad", [("int64", -1), ("uint64", 2**63 + 1), ("int64", 2**31)])
+def test_an_integer_that_is_no_class_is_named_with_its_row(tmp_path, dtype, bad):
+    columns = {"a": [1.0, 2.0], "label": np.array([0, bad], dtype)}
+    file = write_parquet(tmp_path / "x.parquet", columns)
+    refused(file, f"row 2: 'label' is {bad}; expected an integer from 0", label="label")
+
+
+def test_texts_of_every_arrow_type_are_labels(tmp_path):
+    for kind in (pa.string(), pa.large_string(), pa.string_view()):
+        columns = {"a": pa.array([1.0, 2.0]), "label": pa.array(["b", "a"], kind)}
+        parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
+        arrays = table(str(tmp_path / "x.parquet"), label="label")
+        assert arrays["label"].tolist() == [1, 0] and arrays.class_names == ("a", "b")
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["", "__index_level_0__"])
+def test_an_index_of_pandas_is_no_input(tmp_path, ending, name):
+    columns = {name: np.arange(3), "a": [1.0, 2.0, 3.0], "label": [0, 1, 0]}
+    file = WRITERS[ending](tmp_path / f"x{ending}", columns)
+    refused(
+        file, rf"has the column '{name}', an index of pandas; expected index=False", label="label"
+    )
+    assert table(str(file), label="label", columns=("a",))["x"].shape == (3, 1)
+
+
 def test_missing_values_are_named_with_their_row(tmp_path):
     columns = {"length": pa.array([1.0, None]), "name": pa.array(["a", "b"])}
     parquet.write_table(pa.table(columns), tmp_path / "x.parquet")
@@ -177,12 +227,13 @@ def test_missing_values_are_named_with_their_row(tmp_path):
         ("", "cannot be read: Empty CSV file"),
         ("a,b\n1,2\n3\n", "cannot be read: CSV parse error: Expected 2 columns, got 1"),
         ("a,a\n1,2\n", "has the column 'a' twice"),
-        ("a,b\n", "has no rows|expected numbers"),
+        ("a,b\n", "x.csv has no rows; expected at least one"),
+        (b"caf\xe9,b\n1,2\n", "x.csv cannot be read: 'utf-8' codec can't decode byte 0xe9"),
         ("a\n1\n", "has no columns beside a; expected inputs"),
     ],
 )
 def test_a_damaged_csv_file_is_one_line(tmp_path, content, match):
-    (tmp_path / "x.csv").write_text(content)
+    (tmp_path / "x.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(tmp_path / "x.csv", match, label="a")
 
 
@@ -206,6 +257,9 @@ def test_a_damaged_parquet_file_gives_numbers_or_one_line(tmp_path, step):
 
 
 def test_files_of_another_kind_are_one_line(tmp_path):
+    refused("", "the path is ''; expected the name of a file or a folder")
+    with pytest.raises(DataError, match=r"^/.*flowers.csv does not exist; its folder has no"):
+        jt.Data(table, path=str(tmp_path / "flowers.csv")).load()
     refused(tmp_path / "flowers.csv", "does not exist; its folder has no .csv files")
     (tmp_path / "x.xlsx").write_text("")
     refused(tmp_path / "x.xlsx", "expected a .csv or .parquet file")

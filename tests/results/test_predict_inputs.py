@@ -11,9 +11,9 @@ from PIL import Image
 
 import jmp_train as jt
 from jmp_train.data.dataset import DataError
-from jmp_train.data.inputs import read_inputs
 from jmp_train.errors import UsageError
 from jmp_train.results.export import export_run
+from jmp_train.results.read_inputs import read_inputs
 from jmp_train.spec import DataSpec
 
 pytestmark = pytest.mark.usefixtures("quick_runs")

@@ -105,6 +105,7 @@ def _read_folder(
     )
     try:
         found = sorted(f for f in path.iterdir() if f.suffix.lower() in readers and f.is_file())
+        found = [file for file in found if file.name[0] != "."]
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not found:
