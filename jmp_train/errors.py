@@ -22,3 +22,14 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 class UsageError(Exception):
     """Wrong input from the user; the message states what was given, expected and nearest."""
+
+
+class DataError(UsageError, ValueError):
+    """Data that cannot be trained on; the message, one line, names the example or the batch.
+
+    >>> print(DataError("the name of a file may have a new\\nline"))
+    the name of a file may have a new\\nline
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))

@@ -17,6 +17,7 @@ FLOORS = {
     "fields": 1,
     "configurable": 2,
     "spec": 1,
+    "whole_folder": 1,
     "numerics": 1,
     "tree": 2,
     "loss_scales": 3,

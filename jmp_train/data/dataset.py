@@ -8,20 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jmp_train.errors import UsageError
+from jmp_train.errors import DataError
 from jmp_train.spec import DataSpec
 from jmp_train.types import Batch
 
-
-class DataError(UsageError, ValueError):
-    """Data that cannot be trained on; the message, one line, names the example or the batch.
-
-    >>> print(DataError("the name of a file may have a new\\nline"))
-    the name of a file may have a new\\nline
-    """
-
-    def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+__all__ = ["Arrays", "DataError", "Dataset", "Described", "Source"]
 
 
 class Source(Protocol):

@@ -21,8 +21,8 @@ import numpy as np
 from jmp_train.data.dataset import Arrays, DataError, Dataset
 from jmp_train.data.examples import Examples, Rows
 from jmp_train.data.files import check_folder, named
-from jmp_train.data.whole_folder import appearing, check_new
 from jmp_train.types import Batch, Json
+from jmp_train.whole_folder import appearing, check_new
 
 _INDEX = "records.json"
 _VERSION = 1

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jmp_train.data.dataset import DataError
+from jmp_train.errors import DataError
 
 
 def check_new(folder: Path) -> None:
