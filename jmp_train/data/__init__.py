@@ -1,5 +1,6 @@
 """Data sets that need no download, and batches in an order that is a pure function of a seed."""
 
+from jmp_train.data import augment
 from jmp_train.data.arrays import NpzConfig
 from jmp_train.data.batches import eval_batches, iterate, train_batches
 from jmp_train.data.data import Data
@@ -30,6 +31,7 @@ __all__ = [
     "TextConfig",
     "array_records",
     "arrays_on_disk",
+    "augment",
     "compression_baselines",
     "eval_batches",
     "image_folder",

@@ -19,6 +19,7 @@ from jmp_train.configurable import (
     parameters_of,
     settings_of,
 )
+from jmp_train.data.augment import Chain
 from jmp_train.data.bad import OnBad, unmarked
 from jmp_train.data.dataset import Arrays, DataError, Dataset, Described
 from jmp_train.data.examples import (
@@ -396,6 +397,8 @@ def _with_purpose(parts: list[_Form]) -> list[_Form]:
 
 def _without_generator(transform: Function | None) -> Function | None:
     """Return a transform that evaluation applies; None for one that takes random numbers."""
+    if isinstance(transform, Chain):
+        return transform.in_evaluation
     return None if transform is None or takes_generator(transform) else transform
 
 

@@ -1,0 +1,1 @@
+"""Changes of images in NumPy arrays: windows and resampling, colours, operations of Pillow."""
