@@ -56,6 +56,7 @@ assert loss.dtype == jnp.float32 and params.dtype == jnp.float32
 PRINTS = {
     "README.md": ["True 32768.0", "layers/2  Linear      p=full,c=full,o=full  layers/2"],
     "docs/autocast.md": ["dot_general"],
+    "docs/data.md": ["160 40 2 (3,)", "(4, 16, 16, 3)"],
     "docs/sources.md": [
         "2 (24, 24, 3) 16",
         "2 (2,) 24",

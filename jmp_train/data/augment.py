@@ -9,6 +9,7 @@ Evaluation leaves the transforms out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import reprlib
 from typing import Any
 
@@ -152,7 +153,7 @@ class Chain:
         """The transforms that take no random numbers; None without any."""
         inner = [t.in_evaluation if isinstance(t, Chain) else t for t in self.transforms]
         kept = [t for t in inner if t is not None and not takes_generator(t)]
-        return (lambda batch: _in_turn(kept, batch)) if kept else None
+        return functools.partial(_in_turn, kept) if kept else None
 
 
 def _in_turn(transforms: list[Function], batch: Any) -> Any:

@@ -371,11 +371,11 @@ class _Form:
             options: dict[str, Any] = {"classes": classes, "on_bad": config.on_bad}
             return Stream(self.made, transform, batch_transform, config.workers, **options)
         in_memory = isinstance(self.made, Mapping)
-        if transform is not None or not in_memory:
+        if transform is not None or not in_memory or (self.held_out and batch_transform):
             items = Rows(self.made, self.describe) if in_memory else self.made
             options = {"numbers": self.numbers, "classes": classes, "on_bad": config.on_bad}
             return Examples(items, transform, batch_transform, **options)
-        if self.held_out and batch_transform is None:
+        if self.held_out:
             return self.made
         return Arrays(self.made, batch_transform and checked_batch_transform(batch_transform))
 

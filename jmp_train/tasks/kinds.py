@@ -130,9 +130,11 @@ def _loss_fn(net: Functional, task: Task, call: Function) -> Function:
     def loss_fn(
         params: PyTree, batch: Batch, *, key: Key | None = None, model_state: PyTree = None
     ) -> Any:
+        if task.augment is not None:
+            batch = task.augment(batch, _given(key))
         bound = _Call(net, params, model_state, True, key)
         outputs = call(bound, batch)
-        loss = _mean(task.loss(outputs, batch), batch)
+        loss = _mean((task.train_loss or task.loss)(outputs, batch), batch)
         aux = {}
         for name, fn in task.metrics.items():
             with naming(name):
@@ -140,6 +142,20 @@ def _loss_fn(net: Functional, task: Task, call: Function) -> Function:
         return (loss, aux) if model_state is None else (loss, aux, bound.state)
 
     return loss_fn
+
+
+def _given(key: Key | None) -> Key:
+    """Return the key of a step.
+
+    Raises:
+      ValueError: for none.
+    """
+    if key is None:
+        raise ValueError(
+            "the task changes its batches at random and the loss was called without a key; expected "
+            "stepper.init(..., key=...), or loss_fn(..., key=...)"
+        )
+    return key
 
 
 def _mean(losses: Any, batch: Batch) -> Any:

@@ -73,6 +73,12 @@ class Task:
     the network; None calls it with the arrays of `inputs`, and casts outputs to the output dtype."""
     predict_call: Callable[[Function, Batch], Outputs] | None = None
     """`call` for predictions, without targets; None uses that of the loss."""
+    train_loss: Metric | None = None
+    """`loss` of training steps, such as one with label smoothing; None uses `loss`."""
+    augment: Callable[[Batch, Key], Batch] | None = None
+    """`augment(batch, key)` returns a changed batch in training steps, such as one with mixed images,
+    before the network is called; the loss and the metrics of training are given it too. It is traced
+    with the step, for each micro-batch with a key of its own."""
     generate: Callable[..., jax.Array] | None = None
     """`generate(net, spec, prompt, key, length=, temperature=)` continues a text."""
 
@@ -84,6 +90,10 @@ class Task:
         if not callable(self.loss):
             line = f"loss is {self.loss!r}; expected a function loss(outputs, batch)"
             raise ValueError(line)  # noqa: TRY004  (a value in an experiment, like any other)
+        for field in ("train_loss", "augment"):
+            value = getattr(self, field)
+            if value is not None and not callable(value):
+                raise ValueError(f"{field} is {value!r}; expected a function, or None")
         if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
             raise ValueError("metrics are not a dict of functions; expected {'name': function}")
         for name in self.metrics:
