@@ -99,11 +99,8 @@ class Examples:
         """Return the examples with these indices, or good ones in their place, and what was bad."""
         names = _Names(self._name, indices)
         if self._transform is None and hasattr(self._items, "take"):
-            try:
+            with contextlib.suppress(DataError):  # below, the error of a single example names it
                 return self._taken(indices, names), Bad()
-            except DataError:
-                if not self._skips:
-                    raise
         if not self._skips:
             examples = [self._one(i, g) for i, g in zip(indices, generators, strict=True)]
             self._first = self._first or (examples[0], names[0])
@@ -120,10 +117,7 @@ class Examples:
 
     def _taken(self, indices: list[int], names: Sequence[str]) -> Batch:
         """Return the examples with these indices, read at once."""
-        try:
-            found = self._items.take(np.asarray(indices))
-        except DataError as error:
-            raise DataError(f"a batch with {self._number(indices[0])}: {error}") from error
+        found = self._items.take(np.asarray(indices))
         batch = check_example(found, f"the batch with {names[0]}")
         first = {name: array[0] for name, array in batch.items()}
         self._first = self._first or (first, names[0])

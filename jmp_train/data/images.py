@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 import re
@@ -36,31 +37,66 @@ def read_image(path: Path | str, channels: int, size: int | None = None) -> np.n
     Raises:
       ValueError: for a damaged image, one of more than 8 bits a channel, and without Pillow.
     """
+    return _read(path, str(path), channels, size)
+
+
+def decode_image(
+    content: bytes, channels: int, size: int | None = None, *, name: str = "the image"
+) -> np.ndarray:
+    """Return an image from the bytes of its file, as `read_image` does.
+
+    Args:
+      content: bytes of a file that Pillow reads.
+      channels: as for `read_image`.
+      size: as for `read_image`.
+      name: name of the image in messages.
+
+    Raises:
+      ValueError: as `read_image`.
+
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (6, 4), (1, 2, 3)).save(file, "PNG")
+    >>> decode_image(file.getvalue(), channels=3, size=2)[0, 0]
+    array([1, 2, 3], dtype=uint8)
+    """
+    return _read(io.BytesIO(content), name, channels, size)
+
+
+def _read(source: Any, name: str, channels: int, size: int | None) -> np.ndarray:
+    """Return the image in a file, which is a path or open; `name` is for messages."""
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError(f"{path} is an image; expected Pillow: pip install pillow") from None
+        raise ValueError(f"{name} is an image; expected Pillow: pip install pillow") from None
     try:
-        with Image.open(path) as image:
-            if math.prod(image.size) > _LARGEST_IMAGE:
-                raise ValueError(f"it has {image.size[0]} by {image.size[1]} pixels")
-            if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
-                raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel")
-            if _16_BITS.search(str(getattr(image, "tile", ""))):  # and cut them here
-                raise ValueError(f"its mode is {image.mode}, of 16 bits a channel")
-            if size is not None:
-                image.draft(MODES[channels], (size, size))  # a JPEG is decoded at a reduced size
-            pixels = image.convert(MODES[channels])
-            if size is not None:
-                pixels = pixels.crop(_middle(*pixels.size))
-                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.asarray(pixels)
+        with Image.open(source) as image:
+            array = _pixels(image, channels, size)
     except Exception as error:  # Pillow's decoders raise many types for damaged files
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} cannot be read: {what}; expected a complete image of 8 bits"
+            f"{name} cannot be read: {what}; expected a complete image of 8 bits"
         ) from error
     return array[..., None] if channels == 1 else array
+
+
+def _pixels(image: Any, channels: int, size: int | None) -> np.ndarray:
+    """Return the pixels of an image that Pillow opened."""
+    from PIL import Image
+
+    if math.prod(image.size) > _LARGEST_IMAGE:
+        raise ValueError(f"it has {image.size[0]} by {image.size[1]} pixels")
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
+        raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel")
+    if _16_BITS.search(str(getattr(image, "tile", ""))):  # and cut them here
+        raise ValueError(f"its mode is {image.mode}, of 16 bits a channel")
+    if size is not None:
+        image.draft(MODES[channels], (size, size))  # a JPEG is decoded at a reduced size
+    pixels = image.convert(MODES[channels])
+    if size is not None:
+        pixels = pixels.crop(_middle(*pixels.size))
+        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(pixels)
 
 
 def _middle(width: int, height: int) -> tuple[int, int, int, int]:
@@ -176,10 +212,7 @@ def image_folder(
     >>> len(images), images.class_names, images[1]["image"].shape, images[1]["label"]
     (2, ('cat', 'dog'), (16, 16, 3), np.int32(1))
     """
-    if not 1 <= size <= 2**14:
-        raise DataError(f"size is {size}; expected 1 to {2**14}")
-    if channels not in MODES:
-        raise DataError(f"channels is {channels}; expected 1, 3 or 4")
+    check_image_size(size, channels)
     train = ImageFolder(named(path), size, channels, follow_links=follow_links)
     if held_out is None:
         return train
@@ -189,17 +222,30 @@ def image_folder(
     )
 
 
+def check_image_size(size: int, channels: int) -> None:
+    """Raise DataError for a height and width, or a number of channels, that is not possible."""
+    if not 1 <= size <= 2**14:
+        raise DataError(f"size is {size}; expected 1 to {2**14}")
+    if channels not in MODES:
+        raise DataError(f"channels is {channels}; expected 1, 3 or 4")
+
+
+def as_floats(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels, uint8, as float32 from 0 to 1."""
+    return pixels.astype(np.float32) / np.float32(255)
+
+
 def _read_floats(path: Path | str, channels: int, size: int) -> np.ndarray:
     """Return an image, float32 (size, size, channels) from 0 to 1."""
-    return read_image(path, channels, size).astype(np.float32) / np.float32(255)
+    return as_floats(read_image(path, channels, size))
 
 
-def _reader(settings: dict[str, Any]) -> Callable[[Path], np.ndarray]:
-    """Return the function that reads one image as `image_folder` with these settings does."""
+def image_reader(settings: dict[str, Any]) -> Callable[[Path], np.ndarray]:
+    """Return the function that reads one image as data with these settings do."""
     return functools.partial(_read_floats, channels=settings["channels"], size=settings["size"])
 
 
-cast(Any, image_folder).image_reader = _reader  # how predict reads an image
+cast(Any, image_folder).image_reader = image_reader  # how predict reads an image
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -32,7 +32,7 @@ from jmp_train.data.workers import (
 from jmp_train.types import Batch, Function, Json
 
 _EXAMPLE = 2  # purpose of a stream of random numbers, beside those of data.batches
-_PASS = "pass_over_data"  # a key that no state of Grain has
+PASS, SEED = "pass_over_data", "seed_of_run"  # keys that no state of Grain has
 
 
 class PassIterator:
@@ -67,14 +67,14 @@ class PassIterator:
     ):
         reader = _Reader(transform, classes, skips=on_bad == "skip")
         batches = _Batches(source, reader, batch_size, seed)
-        self._workers = workers
+        self._workers, self._seed = workers, seed
         self._items = read_in_workers(batches, workers) if workers else iter(batches)
         self._begin = self._items.get_state()
         self.start_pass(index)
 
     def start_pass(self, index: int) -> None:
         """Move to the beginning of a pass."""
-        self.set_state(_at_pass(self._begin, index))
+        self.set_state(_at_pass(self._begin, index, self._seed))
 
     def __iter__(self) -> PassIterator:
         return self
@@ -185,20 +185,24 @@ class _BatchesIterator(grain.DatasetIterator):
         return np.random.Generator(np.random.Philox(seeds))
 
     def get_state(self) -> Json:
-        ours = {_PASS: self._pass, "read": self._read, "ended": self._ended}
+        ours = {PASS: self._pass, "read": self._read, "ended": self._ended}
         return {**ours, "examples": self._parent.get_state()}
 
     def set_state(self, state: Json) -> None:
-        self._pass, self._read, self._ended = state[_PASS], state["read"], state["ended"]
+        self._pass, self._read, self._ended = state[PASS], state["read"], state["ended"]
         self._parent.set_state(state["examples"])
 
 
-def _at_pass(state: Any, index: int) -> Any:
-    """Return a copy of the state at the beginning of a pass, for another pass, in each worker."""
+def _at_pass(state: Any, index: int, seed: int) -> Any:
+    """Return a copy of the state at the beginning of a pass, for another pass, in each worker.
+
+    An iterator of a source has the number of the pass in its state, and the seed of the run, if it has
+    the keys `PASS` and `SEED` there.
+    """
     if isinstance(state, dict):
-        copy = {key: _at_pass(value, index) for key, value in state.items()}
-        return {**copy, _PASS: index} if _PASS in copy else copy
-    return [_at_pass(value, index) for value in state] if isinstance(state, list) else state
+        copy = {key: _at_pass(value, index, seed) for key, value in state.items()}
+        return {**copy, **{k: v for k, v in ((PASS, index), (SEED, seed)) if k in copy}}
+    return [_at_pass(value, index, seed) for value in state] if isinstance(state, list) else state
 
 
 def stack_examples(examples: Sequence[Any]) -> Batch:
