@@ -60,6 +60,7 @@ PRINTS = {
     "docs/sources.md": [
         "2 (24, 24, 3) 16",
         "2 (2,) 24",
+        "3 (4,) 60 12",
         "True 16 4",
         "3 (4,) 120 int32",
         "flowers.npz has no array 'y'; expected one of x, labels",

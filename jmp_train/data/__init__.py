@@ -8,12 +8,14 @@ from jmp_train.data.dataset import Arrays, DataError, Dataset, Source
 from jmp_train.data.digits import DigitsConfig
 from jmp_train.data.examples import Examples
 from jmp_train.data.glyphs import GlyphsConfig
+from jmp_train.data.hubs import hugging_face
 from jmp_train.data.images import ImageFolder, image_folder
 from jmp_train.data.on_disk import arrays_on_disk
 from jmp_train.data.records import Records, array_records, pack, write_records
 from jmp_train.data.streams import Stream
 from jmp_train.data.tables import table
 from jmp_train.data.text import TextConfig, compression_baselines
+from jmp_train.data.tfds import tfds_data
 
 __all__ = [
     "Arrays",
@@ -34,10 +36,12 @@ __all__ = [
     "augment",
     "compression_baselines",
     "eval_batches",
+    "hugging_face",
     "image_folder",
     "iterate",
     "pack",
     "table",
+    "tfds_data",
     "train_batches",
     "write_records",
 ]

@@ -1,11 +1,13 @@
 """Every source of data on disk: trained from the command line, killed, and resumed bitwise."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.command_line import call
+from helpers.hub_data import prepare_tfds, save_hugging_face
 from helpers.marks import first_quick
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from PIL import Image
@@ -30,7 +32,7 @@ EXPERIMENT = jt.Experiment(
     Model(
         Mlp, inputs=lambda spec: spec.size("image"), outputs=lambda spec: spec.classes, hidden=(8,)
     ),
-    jt.Data(data.SOURCE, path="files", OPTIONS),
+    jt.Data(data.SOURCE, OPTIONS),
     steps=16,
     batch_size=4,
     log_every=1,
@@ -59,25 +61,60 @@ def write_table():
     Path("files", "1.csv").write_text("\n".join(rows))
 
 
-SOURCES = {"array_records": write_array_records, "image_folder": write_images, "table": write_table}
+SOURCES = {
+    "array_records": (write_array_records, 'path="files"'),
+    "image_folder": (write_images, 'path="files"'),
+    "table": (write_table, 'path="files", label="label", inputs="image"'),
+}
+_COLUMNS = 'columns=("image",), size=6'
+HUBS = {
+    "rows": ("hugging_face", partial(save_hugging_face, "files"), f'path="files", {_COLUMNS}'),
+    "stream": (
+        "hugging_face",
+        partial(save_hugging_face, "files"),
+        f'path="files", {_COLUMNS}, streaming=True, held_out="test", buffer=6',
+    ),
+    "tfds": (
+        "tfds_data",
+        partial(prepare_tfds, "files"),
+        f'name="trees", data_dir="files", {_COLUMNS}',
+    ),
+}
 
 
 @pytest.mark.parametrize("workers", first_quick(("0", "2")))
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch, capsys, quick_runs, source, workers):
     monkeypatch.chdir(tmp_path)
-    SOURCES[source]()
-    options = 'label="label", inputs="image"' if source == "table" else ""
+    write, options = SOURCES[source]
+    write()
+    assert_resumes_bitwise(capsys, source, options, workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ("0", "2"))
+@pytest.mark.parametrize("kind", HUBS)
+def test_a_killed_run_on_a_hub_resumes_bitwise(
+    tmp_path, monkeypatch, capsys, quick_runs, kind, workers
+):
+    monkeypatch.chdir(tmp_path)
+    source, write, options = HUBS[kind]
+    write()
+    assert_resumes_bitwise(capsys, source, options, workers)
+
+
+def assert_resumes_bitwise(capsys, source, options, workers):
     code = EXPERIMENT.replace("SOURCE", source).replace("OPTIONS", options)
     Path("experiments").mkdir()
     Path("experiments", "own.py").write_text(code)
     words = ["train", "own", "--data.workers", workers, "--run-dir"]
-    assert call(capsys, *words, "whole")[0] == 0
+    status, _, err = call(capsys, *words, "whole")
+    assert status == 0, err
     Path("kill").touch()
     assert call(capsys, *words, "cut")[0] == 143
     Path("kill").unlink()
     status, out, _ = call(capsys, *words, "cut")
-    assert status == 0 and "step 16/16" in out
+    assert status == 0 and "step 16/16" in out and "again" not in out
     assert_same_arrays(final_arrays(Path("cut")), final_arrays(Path("whole")))
     assert losses("cut") == losses("whole")
 
