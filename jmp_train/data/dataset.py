@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -81,3 +82,8 @@ class Dataset(NamedTuple):
     """Returns facts about the data for summary.json."""
     workers: int = 0
     """Number of processes that read the training examples; 0 reads them in a thread."""
+    files: Mapping[str, str] = MappingProxyType({})
+    """Texts by the name of a file in the directory of a run, such as tokenizer.json. `load(run_dir=)`
+    finds them there when a run is resumed or evaluated."""
+    notes: tuple[str, ...] = ()
+    """Lines about what was loaded, which a run shows."""

@@ -95,11 +95,17 @@ def available_memory() -> int | None:
         return None
 
 
-def check_memory(path: Path, need: int) -> None:
-    """Raise DataError for a file whose arrays need more bytes than are free."""
+def check_memory(path: Path, need: int, hint: str = "") -> None:
+    """Raise DataError for a file whose arrays need more bytes than are free.
+
+    Args:
+      path: the file, or a folder of files.
+      need: number of bytes.
+      hint: what to do then, for the end of the message.
+    """
     available = available_memory()
     if available is not None and need > available:
         raise DataError(
             f"{path} needs {need / 2**30:.3g} GiB of memory; expected at most the "
-            f"{available / 2**30:.3g} GiB that are free"
+            f"{available / 2**30:.3g} GiB that are free{'; ' if hint else ''}{hint}"
         )

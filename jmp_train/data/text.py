@@ -1,4 +1,4 @@
-"""Text as bytes: English text that Python includes, or a file."""
+"""Text as tokens, bytes or those of a trained tokenizer: text that Python includes, or files."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import dataclasses
 import gzip
 import hashlib
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from jmp_train.data.bpe import LARGEST, SMALLEST
 from jmp_train.data.dataset import Dataset
-from jmp_train.data.files import check_file
+from jmp_train.data.documents import HINT, Parts, hold_out, read_documents, split_texts
+from jmp_train.data.files import check_file, check_memory
+from jmp_train.data.token_data import TOKENIZER, DocumentSettings, load_documents, tokens_of_run
+from jmp_train.data.tokens import Tokens, token_dtype
+from jmp_train.data.windows import Windows, held_out_windows
 from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
-from jmp_train.types import Batch
 
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
@@ -68,16 +73,26 @@ def compression_baselines(train: bytes, held_out: bytes) -> dict[str, dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Bytes of Python's documentation topics, or of a text file."""
+    """Text of Python's documentation topics, of a file, or of the files of a folder."""
 
     name: ClassVar[str] = "text"
 
     path: str = ""
-    """Path of a text file; empty: the documentation topics that Python includes."""
+    """Path of a text file, or of a folder of .txt, .md and other text files; empty: the documentation
+    topics that Python includes."""
     length: int = 128
-    """Context length in bytes."""
+    """Context length in tokens."""
     eval_share: float = 0.1
     """Fraction of the text to hold out, from its end."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """bytes: each byte is a token; bpe: byte-pair encoding, trained on the training text."""
+    vocabulary: int = 4096
+    """Largest number of tokens of bpe."""
+    packed: bool = False
+    """Whether rows have whole documents, each of which attends to itself alone; otherwise rows are
+    windows of the documents one after the other."""
+    separator: str = ""
+    """Text between two documents of a file; empty: each file is one document."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -87,12 +102,40 @@ class TextConfig:
             raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
         if "\0" in self.path:
             raise ValueError(f"path is {self.path!r}; expected the name of a text file")
-        if self.path:
+        if not SMALLEST <= self.vocabulary <= LARGEST:
+            raise ValueError(
+                f"vocabulary is {self.vocabulary}; expected {SMALLEST} to {LARGEST}: 256 bytes and the "
+                "end of a document are tokens"
+            )
+        if self.path and not os.path.isdir(self.path):
             check_file(Path(self.path), "text")
 
-    def load(self) -> Dataset:
-        """Load windows of length + 1 bytes, uint8: inputs are all but the last byte, targets all but
-        the first.
+    @property
+    def has_documents(self) -> bool:
+        """Whether the text is documents with an end; otherwise it is bytes, of any kind."""
+        return (
+            self.tokenizer != "bytes"
+            or self.packed
+            or bool(self.separator)
+            or (bool(self.path) and os.path.isdir(self.path))
+        )
+
+    def tokens_of(self, run_dir: Path) -> Tokens | None:
+        """Return the tokenizer of a run on documents; None for one on bytes of any kind.
+
+        Raises:
+          DataError: if tokenizer.json cannot be read.
+        """
+        return tokens_of_run(self.tokenizer, run_dir) if self.has_documents else None
+
+    @property
+    def run_files(self) -> tuple[str, ...]:
+        """Names of the files in a run's directory that other software needs to use its model."""
+        return (TOKENIZER,) if self.tokenizer == "bpe" else ()
+
+    def load(self, run_dir: Path | None = None) -> Dataset:
+        """Load windows of length + 1 tokens: inputs are all but the last token, targets all but the
+        first. Bytes are uint8; other tokens uint16 or int32.
 
         Training: the training text is divided into as many equal parts as there are disjoint
         windows. Each epoch takes one window from each part, with a new random start in the part.
@@ -101,9 +144,26 @@ class TextConfig:
         Every held-out byte is therefore predicted exactly once, after at least half a length of
         text. The text before the first held-out bytes is the end of the training text.
 
+        Documents have an end token before the first and after each one. Their batches have
+        `target_bytes` too, int32 (batch, length): the bytes of each target, for bits per byte. Packed
+        rows have `segments` and a `mask` (`jmp_train.data.packing.PackedRows`); evaluation predicts
+        every held-out token once, without the training text.
+
+        Args:
+          run_dir: the directory of a run, whose tokenizer is used if it has one; None: train one.
+
         Raises:
-          ValueError: if the text is too short for the length.
+          ValueError: if the text is too short for the length, larger than the memory, or not UTF-8
+            where it is documents; and for a damaged tokenizer.json.
         """
+        if self.has_documents:
+            settings = DocumentSettings(
+                self.length, self.eval_share, self.tokenizer, self.vocabulary, self.packed
+            )
+            parts = hold_out(self._documents(), self.eval_share)
+            return load_documents(parts, settings, run_dir, _facts_of(parts))
+        if self.path:
+            check_memory(Path(self.path), os.path.getsize(self.path), HINT)
         text = Path(self.path).read_bytes() if self.path else documentation()
         data = np.frombuffer(text, np.uint8)
         split = len(data) - round(self.eval_share * len(data))
@@ -112,7 +172,7 @@ class TextConfig:
                 f"length is {self.length}; expected less than the {split} bytes of training text, "
                 f"and at least one held-out byte (there are {len(data) - split})"
             )
-        held_out = _held_out_windows(data, split, self.length)
+        held_out = held_out_windows(data, split, self.length)
         return Dataset(
             train=Windows(data[:split], self.length),
             eval=held_out,
@@ -120,35 +180,19 @@ class TextConfig:
             facts=lambda: _facts(text, split),
         )
 
+    def _documents(self) -> list[bytes]:
+        if not self.path:
+            from pydoc_data.topics import topics
 
-class Windows:
-    """A source of windows of a text: one from each of equal parts, with a random start in the part.
-
-    There are as many parts as disjoint windows.
-    """
-
-    def __init__(self, text: np.ndarray, length: int):
-        self._windows = np.lib.stride_tricks.sliding_window_view(text, length + 1)
-        self._parts = max(len(self._windows) // length, 1)
-
-    def __len__(self) -> int:
-        return self._parts
-
-    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
-        size = len(self._windows) / self._parts
-        start = ((rows + rng.random(rows.shape)) * size).astype(np.int64)
-        return {"tokens": self._windows[np.minimum(start, len(self._windows) - 1)]}
-
-
-def _held_out_windows(data: np.ndarray, split: int, length: int) -> dict[str, np.ndarray]:
-    """Return windows that predict every byte from `split`, and a mask of the scored predictions."""
-    stride = length // 2
-    ends = np.minimum(np.arange(split + stride, len(data) + stride, stride), len(data))
-    starts = ends - length - 1
-    predicted = starts[:, None] + 1 + np.arange(length)  # index of each predicted byte
-    fresh = np.concatenate([[split], ends[:-1]])  # end of the previous window
-    windows = np.lib.stride_tricks.sliding_window_view(data, length + 1)
-    return {"tokens": windows[starts], "mask": predicted >= fresh[:, None]}
+            texts = [topics[name].encode() for name in sorted(topics)]
+            return split_texts(texts, self.separator)
+        tokens = 256 if self.tokenizer == "bytes" else self.vocabulary
+        return read_documents(
+            Path(self.path),
+            self.separator,
+            memory=2 + token_dtype(tokens).itemsize,  # the text, a decoded copy, and the tokens
+            zero_ends=self.tokenizer == "bytes",
+        )
 
 
 def _facts(text: bytes, split: int) -> dict[str, Any]:
@@ -161,3 +205,18 @@ def _facts(text: bytes, split: int) -> dict[str, Any]:
     if len(text) <= _LARGEST_COMPRESSED:
         facts["bits_per_byte_of_compressors"] = compression_baselines(text[:split], text[split:])
     return facts
+
+
+def _facts_of(parts: Parts) -> Callable[[], dict[str, Any]]:
+    """Return a function that returns `_facts`; a large text does not stay in memory for it."""
+    train, held_out = b"".join(parts.train), b"".join(parts.held_out)
+    if len(train) + len(held_out) <= _LARGEST_COMPRESSED:
+        return lambda: _facts(train + held_out, len(train))
+    digest = hashlib.sha256(train)
+    digest.update(held_out)
+    facts = {
+        "sha256": digest.hexdigest(),
+        "training_bytes": len(train),
+        "held_out_bytes": len(held_out),
+    }
+    return lambda: facts

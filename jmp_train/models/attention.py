@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.types import DTypeLike
+
+
+class Segments(NamedTuple):
+    """Documents that share a row: a token attends to its own, whose positions begin at 0."""
+
+    ids_BxT: jax.Array
+    """int32, the same number for neighbouring tokens of one document."""
+    positions_BxT: jax.Array
+    """int32, positions of the tokens in their documents."""
+
+    @classmethod
+    def of(cls, ids_BxT: jax.Array) -> Segments:
+        """Return segments from the number of each token's document.
+
+        >>> Segments.of(jnp.array([[1, 1, 2, 2, 2]])).positions_BxT.tolist()
+        [[0, 1, 0, 1, 2]]
+        """
+        place_T = jnp.arange(ids_BxT.shape[1])
+        begins_BxT = jnp.diff(ids_BxT, axis=1, prepend=ids_BxT[:, :1]) != 0
+        starts_BxT = jax.lax.cummax(jnp.where(begins_BxT, place_T, 0), axis=1)
+        return cls(ids_BxT, place_T - starts_BxT)
 
 
 def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000.0) -> jax.Array:
@@ -19,7 +40,7 @@ def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000
 
     Args:
       x_BxTxHxK: queries or keys, (batch, positions, heads, features); an even number of features.
-      positions_T: int32, (positions,).
+      positions_T: int32, (positions,); or (batch, positions), other ones in each row.
       theta: base of the angles; the longest wavelength is about 2 pi times `theta` positions.
 
     Returns:
@@ -33,23 +54,30 @@ def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000
     """
     half = x_BxTxHxK.shape[-1] // 2
     frequencies = theta ** (-np.arange(half) / half)
-    angles_TxF = positions_T[:, None] * jnp.asarray(frequencies, jnp.float32)
-    cos, sin = (f(angles_TxF)[:, None, :] for f in (jnp.cos, jnp.sin))
+    angles_TxF = positions_T[..., None] * jnp.asarray(frequencies, jnp.float32)
+    cos, sin = (f(angles_TxF)[..., None, :] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return rotated.astype(x_BxTxHxK.dtype)
 
 
-def causal_attention(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array) -> jax.Array:
+def causal_attention(
+    q_BxTxHxK: jax.Array,
+    k_BxTxHxK: jax.Array,
+    v_BxTxHxK: jax.Array,
+    segments: Segments | None = None,
+) -> jax.Array:
     """Compute attention of each position over itself and earlier positions; softmax in float32.
 
     On NVIDIA GPUs since Ampere, half precision uses cuDNN's fused kernel, which does not store the
-    scores of all pairs. Otherwise XLA computes attention.
+    scores of all pairs. Otherwise XLA computes attention. With segments, XLA always does, for the
+    fused kernel takes them only as a bias for all pairs.
 
     Args:
       q_BxTxHxK: queries, (batch, positions, heads, features).
       k_BxTxHxK: keys, of the same shape and dtype.
       v_BxTxHxK: values, of the same shape and dtype.
+      segments: documents in each row, which do not attend to each other; None: one.
 
     Returns:
       Weighted means of the values, of the same shape and dtype.
@@ -60,6 +88,15 @@ def causal_attention(q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.
     [1.0, 2.0]
     """
     implementation = _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1])
+    if segments is not None:
+        ids_BxT, position = segments.ids_BxT, jnp.arange(q_BxTxHxK.shape[1])
+        same_BxTxT = ids_BxT[:, :, None] == ids_BxT[:, None, :]
+        mask_Bx1xTxT = (same_BxTxT & (position[:, None] >= position[None, :]))[:, None]
+        if implementation == "plain":
+            return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask_Bx1xTxT)
+        return jax.nn.dot_product_attention(
+            q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, mask=mask_Bx1xTxT, implementation="xla"
+        )
     if implementation != "plain":
         return jax.nn.dot_product_attention(
             q_BxTxHxK,
@@ -81,8 +118,8 @@ def masked_attention(
       q_BxTxHxK: queries, (batch, positions, heads, features).
       k_BxSxHxK: keys, (batch, keys, heads, features).
       v_BxSxHxK: values, of the same shape as the keys.
-      mask_TxS: bool, (positions, keys); True where a query attends to a key. Each query needs at
-        least one key.
+      mask_TxS: bool, (positions, keys), or (batch, 1, positions, keys); True where a query attends to
+        a key. Each query needs at least one key.
 
     Returns:
       Weighted means of the values, of the shape and dtype of the queries.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jmp_train.models.attention import causal_attention, masked_attention, rotary
+from jmp_train.models.attention import Segments, causal_attention, masked_attention, rotary
 from jmp_train.types import DTypeLike, Key
 
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
@@ -49,16 +49,23 @@ class Attention(nnx.Module):
         self.out = _linear(config.width, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
 
     def __call__(
-        self, x_BxTxD: jax.Array, position: Any, cache: Cache | None
+        self,
+        x_BxTxD: jax.Array,
+        position: Any,
+        cache: Cache | None,
+        segments: Segments | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Mix positions that start at `position`; with a cache, `x_BxTxD` has that position only."""
+        """Mix positions that start at `position`; with a cache, `x_BxTxD` has that position only.
+
+        With segments, positions are those in the documents.
+        """
         batch, length, width = x_BxTxD.shape
         shape = (batch, length, 3, self.heads, width // self.heads)
         q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.moveaxis(self.qkv(x_BxTxD).reshape(shape), 2, 0)
-        positions_T = position + jnp.arange(length)
+        positions_T = position + jnp.arange(length) if segments is None else segments.positions_BxT
         q_BxTxHxK, k_BxTxHxK = (rotary(x, positions_T) for x in (q_BxTxHxK, k_BxTxHxK))
         if cache is None:
-            mixed_BxTxHxK = causal_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)
+            mixed_BxTxHxK = causal_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, segments)
         else:
             slots = cache.k_BxSxHxK.shape[1]
             write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
@@ -93,11 +100,16 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
-        self, x_BxTxD: jax.Array, position: Any, cache: Cache | None, key: Key | None
+        self,
+        x_BxTxD: jax.Array,
+        position: Any,
+        cache: Cache | None,
+        key: Key | None,
+        segments: Segments | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         rngs = None if key is None else nnx.Rngs(dropout=key)
         drop = lambda y: self.dropout(y, deterministic=rngs is None, rngs=rngs)
-        mixed_BxTxD, cache = self.attention(self.norm1(x_BxTxD), position, cache)
+        mixed_BxTxD, cache = self.attention(self.norm1(x_BxTxD), position, cache, segments)
         x_BxTxD = x_BxTxD + drop(mixed_BxTxD)
         return x_BxTxD + drop(self.mlp(self.norm2(x_BxTxD))), cache
 
@@ -167,7 +179,13 @@ class Gpt(nnx.Module):
         self.blocks = blocks(rngs)
         self.norm = _norm(config.width, dtypes, rngs=rngs)
 
-    def score(self, tokens_BxT1: jax.Array, loss: TokenLoss, key: Key | None = None) -> jax.Array:
+    def score(
+        self,
+        tokens_BxT1: jax.Array,
+        loss: TokenLoss,
+        key: Key | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the loss of each token but the first, given the tokens before it.
 
         Args:
@@ -176,18 +194,25 @@ class Gpt(nnx.Module):
             logits are the product of features and table, for `chunk` tokens at a time. `loss` runs inside the network, so the network's
             policy applies to it, and it does not need the logits of all tokens in memory at once.
           key: key for dropout; None disables dropout.
+          segments: int32, (batch, length), as in a call, of the tokens but the last.
 
         Returns:
           Losses, (batch, length).
         """
-        x_BxTxD = self._features(tokens_BxT1[:, :-1], key)
+        x_BxTxD = self._features(tokens_BxT1[:, :-1], key, segments)
         x_NxD, targets_BxT = x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), tokens_BxT1[:, 1:]
         losses_N = loss(x_NxD, self._table(x_NxD), targets_BxT.reshape(-1), self.loss_chunk)
         return losses_N.reshape(targets_BxT.shape)
 
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Return the logits of the token after each token, float32 (batch, length, vocabulary)."""
-        return self._logits(self._features(tokens_BxT, None))
+    def __call__(self, tokens_BxT: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Return the logits of the token after each token, float32 (batch, length, vocabulary).
+
+        Args:
+          tokens_BxT: integers, (batch, length).
+          segments: int32, (batch, length), the number of each token's document, for rows of several:
+            a token attends to its own document, whose positions begin at 0. None: one document.
+        """
+        return self._logits(self._features(tokens_BxT, None, segments))
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
         """Return an empty cache of `slots` positions for `decode`, for all blocks."""
@@ -207,11 +232,19 @@ class Gpt(nnx.Module):
         x_Bx1xD, cache = self._blocks(self.embed(token_B[:, None]), None, position, cache)
         return self._logits(self.norm(x_Bx1xD))[:, 0], cache
 
-    def _features(self, tokens_BxT: jax.Array, key: Key | None) -> jax.Array:
-        return self.norm(self._blocks(self.embed(tokens_BxT), key)[0])
+    def _features(
+        self, tokens_BxT: jax.Array, key: Key | None, ids_BxT: jax.Array | None
+    ) -> jax.Array:
+        segments = None if ids_BxT is None else Segments.of(ids_BxT)
+        return self.norm(self._blocks(self.embed(tokens_BxT), key, segments=segments)[0])
 
     def _blocks(
-        self, x_BxTxD: jax.Array, key: Key | None, position: Any = 0, cache: Cache | None = None
+        self,
+        x_BxTxD: jax.Array,
+        key: Key | None,
+        position: Any = 0,
+        cache: Cache | None = None,
+        segments: Segments | None = None,
     ) -> Any:
         block, params = nnx.split(self.blocks)
         keys = (
@@ -222,7 +255,7 @@ class Gpt(nnx.Module):
 
         def body(x_BxTxD: jax.Array, part: Any) -> tuple[jax.Array, Any]:
             params, cache, key = part
-            return nnx.merge(block, params)(x_BxTxD, position, cache, key)
+            return nnx.merge(block, params)(x_BxTxD, position, cache, key, segments)
 
         if self.remat != "none":
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -37,14 +39,18 @@ class Parts(NamedTuple):
     left_out: list[Bad]  # the examples that the last evaluation left out
 
 
-def build(experiment: AnyExperiment) -> Parts:
+def build(experiment: AnyExperiment, run_dir: Path | None = None) -> Parts:
     """Build the parts of an experiment.
+
+    Args:
+      experiment: the experiment.
+      run_dir: the directory of its run, whose files the data may need, such as a tokenizer.
 
     Raises:
       UsageError: if the data cannot be read, a rule matches no module, or the learning rate schedule
         cannot be computed.
     """
-    dataset = load_dataset(experiment)
+    dataset = load_dataset(experiment, run_dir)
     task = make_task_of(experiment, dataset.spec)
     evaluate = make_evaluate(task.metrics_fn, task.precision, cast_batch=False)
     size = eval_batch_size(dataset.eval, experiment.batch_size)
@@ -68,14 +74,16 @@ def build(experiment: AnyExperiment) -> Parts:
     return Parts(dataset, task, stepper, batches, evaluate_held_out, left_out)
 
 
-def load_dataset(experiment: AnyExperiment) -> Dataset:
-    """Load the data of an experiment.
+def load_dataset(experiment: AnyExperiment, run_dir: Path | None = None) -> Dataset:
+    """Load the data of an experiment; arguments as in `build`.
 
     Raises:
       UsageError: if they cannot be read, or are no dataset.
     """
     try:
-        dataset = own_of(experiment.data).load()
+        load = own_of(experiment.data).load
+        takes_directory = "run_dir" in inspect.signature(load).parameters
+        dataset = load(run_dir=run_dir) if takes_directory else load()
     except (OSError, ValueError) as error:  # a missing or damaged file
         raise UsageError(str(error)) from None
     if not isinstance(dataset.train, Stream) and not hasattr(dataset.train, "draw"):

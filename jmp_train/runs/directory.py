@@ -120,6 +120,19 @@ def _counts(dataset: Dataset) -> dict[str, int | None]:
     return {name: len(x) if isinstance(x, Sized) else None for name, x in parts.items()}
 
 
+def write_files(run_dir: Path, files: Mapping[str, str]) -> None:
+    """Write the files of a run's data, such as tokenizer.json.
+
+    Raises:
+      UsageError: if the directory cannot be written.
+    """
+    try:
+        for name, text in files.items():
+            replace_text(run_dir / name, text)
+    except OSError as error:
+        raise not_writable(run_dir, error) from None
+
+
 def read_spec(run_dir: Path) -> DataSpec | None:
     """Return the spec of a run's data; None for a run of a version that did not store it.
 

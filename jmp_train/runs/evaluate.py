@@ -35,7 +35,7 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment, console: Console | No
     experiment, _ = fit_warmup(experiment)
     with matmul_precision(experiment.matmul_precision):
         with stage(console, "loading data"):
-            parts = build(experiment)
+            parts = build(experiment, run_dir)
         check_evaluation(experiment, parts)
         with stage(console, "restoring a checkpoint"):
             restored = restore_newest(run_dir, experiment, parts)

@@ -29,6 +29,7 @@ from jmp_train.runs.directory import (
     read_config,
     run_id,
     write_config,
+    write_files,
     write_spec,
 )
 from jmp_train.runs.events import Events
@@ -115,14 +116,14 @@ def _train_in(
         check_directory(run_dir, name, experiment, asked_warmup, force)
         trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
         with stage(console, "loading data"):
-            parts = build(experiment)
+            parts = build(experiment, run_dir)
         if stopped:  # before anything is written
             raise Stopped(stopped[0], 0, run_dir)
         check_evaluation(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
         with lock_directory(run_dir, console):
-            for line in filter(None, (unused_devices_line(), scaled)):
+            for line in filter(None, (unused_devices_line(), scaled, *parts.dataset.notes)):
                 print_line(console, line)
             # The run may have begun since.
             changed = check_directory(run_dir, name, experiment, asked_warmup, force)
@@ -132,6 +133,7 @@ def _train_in(
             if not (run_dir / "config.json").exists():  # a kill leaves a directory that is a run's
                 write_config(run_dir, name, experiment)
                 write_spec(run_dir, parts.dataset)
+                write_files(run_dir, parts.dataset.files)
             with contextlib.closing(
                 open_checkpoints(run_dir, experiment, clean=True)
             ) as checkpoints:
@@ -170,6 +172,7 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
         return finished
     write_config(run_dir, context.name, experiment)
     write_spec(run_dir, context.parts.dataset)
+    write_files(run_dir, context.parts.dataset.files)
     context.checkpoints.set_aside_after(start.step)
     show_header(context, start.state.params)
     with stage(context.console, "compiling"), one_line_errors():

@@ -26,12 +26,15 @@ def language_modelling(tokens: str = "tokens") -> Task:
     called with the tokens but the last, and returns logits, (batch, length, vocabulary), each from
     the tokens up to its own.
 
-    Metrics: `bits_per_byte` (bits per token; a token of the bundled texts is a byte), and `loss` in
-    nats. Losses are float32 under every precision. Predictions: `loss`, float32 (batch, length), of each
+    Metrics: `bits_per_byte`, and `loss` in nats per token. If a batch has `target_bytes`, (batch,
+    length), the bytes that each token but the first stands for, bits are divided by them; otherwise a
+    token is a byte. Losses are float32 under every precision. Predictions: `loss`, float32 (batch, length), of each
     token but the first; `logits`, float32 (batch, vocabulary), of the last token. The task also generates texts, with a network that
     has the methods `empty_cache` and `decode` of `Gpt`, or else by calls with a window of tokens.
 
-    A mask is (batch,), or (batch, length) for the tokens but the first.
+    A mask is (batch,), or (batch, length) for the tokens but the first. If a batch has `segments`,
+    int32 (batch, length), the numbers of the documents of the tokens but the last, the network gets
+    them as `segments=`, and the mask says which predictions stay within a document.
 
     Args:
       tokens: name of the tokens in a batch, integers.
@@ -41,16 +44,17 @@ def language_modelling(tokens: str = "tokens") -> Task:
         tokens_BxT1 = batch[tokens].astype(jnp.int32)
         check_mask(batch, tokens_BxT1[:, 1:].shape, "the losses of the tokens but the first")
         if net.has("score"):
-            return net(tokens_BxT1, token_losses, method="score")
-        return logits_losses(net(tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
+            return _call(net, batch, tokens_BxT1, token_losses, method="score")
+        return logits_losses(_call(net, batch, tokens_BxT1[:, :-1]), tokens_BxT1[:, 1:])
 
     def score(net: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         tokens_BxT1 = batch[tokens].astype(jnp.int32)
-        return losses(net, batch), net(tokens_BxT1[:, :-1])[:, -1].astype(jnp.float32)
+        logits_BxTxV = _call(net, batch, tokens_BxT1[:, :-1])
+        return losses(net, batch), logits_BxTxV[:, -1].astype(jnp.float32)
 
     return Task(
         loss=lambda losses, batch: losses,
-        metrics={"bits_per_byte": lambda losses, batch: losses / math.log(2)},
+        metrics={"bits_per_byte": _bits_per_byte},
         inputs=(tokens,),
         metric="bits_per_byte",
         call=losses,
@@ -58,6 +62,34 @@ def language_modelling(tokens: str = "tokens") -> Task:
         predict=lambda scored: {"loss": scored[0], "logits": scored[1]},
         generate=functools.partial(_generate, tokens),
     )
+
+
+def _bits_per_byte(losses: jax.Array, batch: Batch) -> Any:
+    """Return the bits of each token, and if tokens are not bytes its bytes, as weights."""
+    bits = losses / math.log(2)
+    if "target_bytes" not in batch:
+        return bits
+    sizes = batch["target_bytes"]
+    if sizes.shape != losses.shape:
+        raise ValueError(
+            f"'target_bytes' has shape {sizes.shape}; expected {losses.shape}, the tokens but the first"
+        )
+    return bits, sizes
+
+
+def _call(net: Any, batch: Batch, *args: Any, **options: Any) -> jax.Array:
+    """Call a network, with the segments of a batch if it has them."""
+    if "segments" not in batch:
+        return net(*args, **options)
+    try:
+        return net(*args, segments=batch["segments"], **options)
+    except TypeError as error:
+        if "'segments'" not in str(error):
+            raise
+        raise ValueError(
+            "the rows are packed, and the network takes no argument 'segments'; expected one that does, "
+            "as Gpt, or data that are not packed"
+        ) from None
 
 
 def _generate(

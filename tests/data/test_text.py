@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import TextConfig, compression_baselines, eval_batches, iterate, train_batches
-from jmp_train.data.text import _held_out_windows, documentation
+from jmp_train.data.text import documentation
+from jmp_train.data.windows import held_out_windows
 
 
 def test_the_text_is_every_topic_in_order_and_its_end_is_held_out():
@@ -35,7 +36,7 @@ def test_every_held_out_byte_is_predicted_once_with_half_a_window_before_it(size
     if not length < split < size:
         return
     # Each byte of this text is its own place in it.
-    windows = _held_out_windows(np.arange(size), split, length)
+    windows = held_out_windows(np.arange(size), split, length)
     tokens, mask = windows["tokens"], windows["mask"]
     assert tokens.shape == (len(mask), length + 1)
     np.testing.assert_array_equal(np.diff(tokens, axis=1), 1)
