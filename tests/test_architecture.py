@@ -58,6 +58,7 @@ LIBRARIES = {
     "tensorflow_datasets": {"data"},
     "mlflow": {"records"},
     "tensorboardX": {"records"},
+    "tokenizers": {"data"},
     "docstring_parser": {"cli"},
     "tyro": {"cli"},
     "wandb": {"records"},

@@ -47,9 +47,9 @@ class PredictOptions:
     prompt: str | None = None
     """Text to continue with a language model; None: INPUT, or else "The "."""
     length: int = 200
-    """Number of bytes to add to a text."""
+    """Number of tokens to add to a text: bytes, unless the run has a tokenizer."""
     temperature: float = 0.8
-    """Divisor of the logits: 0 takes the likeliest byte, 1 draws bytes by their probability."""
+    """Divisor of the logits: 0 takes the likeliest token, 1 draws tokens by their probability."""
     seed: int = 0
     """Random seed of the draws."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train.config.settings import settings_in
+from jmp_train.data.data import own_of
 from jmp_train.errors import UsageError, nearest
 from jmp_train.records.metrics import strict_json
 from jmp_train.records.provenance import package_version, package_versions
@@ -55,20 +56,27 @@ def export_run(
       force: whether to write over existing files.
 
     Returns:
-      The files: the arrays or the program, and the manifest, JSON beside it.
+      The files: the arrays or the program, files of the run that its data name, such as
+      tokenizer.json, and the manifest, JSON beside it.
 
     Raises:
       UsageError: as `check_export`; if the files cannot be written; for parameters that overflow
-        `dtype`; and for a network that cannot be lowered.
+        `dtype`; for a network that cannot be lowered; and for a damaged tokenizer.json.
     """
     check_export(format, Path(output), force=force)
-    files = _files(format, Path(output))
+    model, manifest_file = _files(format, Path(output))
+    copies = _copies(run)
+    files = [model, *(model.with_name(name) for name in copies), manifest_file]
     write: dict[str, Callable[[Path], Json]] = {
         "safetensors": lambda path: _write_safetensors(run, dtype, path),
         "stablehlo": lambda path: _write_stablehlo(run, path),
     }
-    with whole_files(files, force=force) as (partial, manifest):
+    with whole_files(files, force=force) as (partial, *copied, manifest):
         contents = write[format](partial)
+        if copies:
+            contents["files"] = list(copies)
+        for path, content in zip(copied, copies.values(), strict=True):
+            path.write_bytes(content)
         values = strict_json(_manifest(run, format, files[0].name, contents))
         manifest.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return files
@@ -81,6 +89,14 @@ def _files(format: str, output: Path) -> list[Path]:
         raise UsageError(f"the output is {str(output)!r}; expected {ending!r} as its ending")
     file = output if output.suffix == ending else output / f"model{ending}"
     return [file, file.with_name(file.name + ".json")]
+
+
+def _copies(run: Run) -> dict[str, bytes]:
+    """Return the files that the run's data name, by their names; they are checked first."""
+    names = getattr(own_of(run.experiment.data), "run_files", ())
+    if names:
+        _ = run.tokenizer
+    return {name: (run.directory / name).read_bytes() for name in names}
 
 
 def _manifest(run: Run, format: str, file: str, contents: Json) -> Json:

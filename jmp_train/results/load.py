@@ -21,6 +21,7 @@ from jmp_train.config.settings import with_settings
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.data.data import own_of
 from jmp_train.data.dataset import DataError
+from jmp_train.data.tokens import Tokens, until_end
 from jmp_train.errors import UsageError, nearest
 from jmp_train.policy.precision import get_precision
 from jmp_train.records.checkpoints import Checkpoints, DoesNotFit, Restored
@@ -158,17 +159,19 @@ class Run:
         """Continue a text.
 
         Args:
-          prompt: text or bytes, for a model of bytes; or token numbers.
+          prompt: text or bytes, for a model of bytes or of a tokenizer; or token numbers.
           length: number of tokens to add.
           temperature: divisor of the logits before a token is drawn; 0 takes the likeliest token.
           seed: random seed of the draws.
 
         Returns:
           What follows the prompt, in its type: text (bytes that are no UTF-8 as escapes), bytes, or an
-          int32 array.
+          int32 array. In a run on documents, a text follows the beginning of a document, and ends
+          before the first end of a document.
 
         Raises:
-          UsageError: if the model does not continue texts, and for text if its tokens are not bytes.
+          UsageError: if the model does not continue texts; for text if its tokens are neither bytes nor
+            those of a tokenizer; and for a tokenizer.json that cannot be read.
           ValueError: for an empty prompt, an unknown token, a length below 1, and a temperature that
             is negative or not finite.
         """
@@ -185,12 +188,42 @@ class Run:
             key = jax.random.key(seed)
             added = self._generate(self.params, tokens, key, length=length, temperature=temperature)
         added = np.asarray(added)
-        if isinstance(prompt, str):
-            return bytes(added.astype(np.uint8)).decode("utf-8", "backslashreplace")
-        return bytes(added.astype(np.uint8)) if isinstance(prompt, bytes) else added
+        if not isinstance(prompt, (str, bytes)):
+            return added
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            text = bytes(added.astype(np.uint8))
+        else:
+            text = tokenizer.decode(until_end(added, tokenizer.end))
+        return text.decode("utf-8", "backslashreplace") if isinstance(prompt, str) else text
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokens | None:
+        """The tokenizer of a run on documents; None if its texts are bytes, or token numbers.
+
+        Raises:
+          DataError: if tokenizer.json in the directory of the run is missing or damaged, or has another
+            number of tokens than the model.
+        """
+        tokens_of = getattr(own_of(self.experiment.data), "tokens_of", None)
+        tokenizer = None if tokens_of is None else tokens_of(self.directory)
+        if tokenizer is not None and len(tokenizer.sizes) != self.spec.class_count:
+            raise DataError(
+                f"the tokenizer of {self.directory} has {len(tokenizer.sizes)} tokens; expected "
+                f"{self.spec.class_count}, as the model has"
+            )
+        return tokenizer
 
     def _tokens(self, prompt: Any) -> np.ndarray:
         if isinstance(prompt, (str, bytes)):
+            if self.tokenizer is not None:
+                raw = (
+                    prompt.encode("utf-8", "surrogateescape") if isinstance(prompt, str) else prompt
+                )
+                if not raw:
+                    raise ValueError("the prompt is empty; expected at least one character")
+                (tokens,) = self.tokenizer.encode([raw])
+                return np.concatenate([np.array([self.tokenizer.end], tokens.dtype), tokens])
             if self.spec.class_count != 256:
                 raise UsageError(
                     f"the prompt is text, and the model has {self.spec.class_count} tokens; expected a "
