@@ -65,6 +65,7 @@ PRINTS = {
         "3 (4,) 120 int32",
         "flowers.npz has no array 'y'; expected one of x, labels",
     ],
+    "docs/gpt.md": ["20 True ['mask', 'segments', 'target_bytes', 'tokens']"],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/trackers.md": ["start page 0", "train 20 ['accuracy']", "finish 20", "stopped True"],
     "docs/results.md": ["[0 1] (2, 2)", "(1, 2) (2, 32)", "[0 1 1] rings/model.stablehlo"],
