@@ -114,6 +114,7 @@ def test_bits_per_byte_are_the_loss_of_all_tokens_over_the_bytes(trained):
 def test_a_run_continues_texts_with_its_own_tokenizer(run):
     folder, own = run
     loaded = jt.load_run(folder, experiment=own)
+    assert loaded.tokenizer is not None
     text = loaded.generate("The naïve ", 12, temperature=1.0)
     raw = loaded.generate("The naïve ".encode(), 12, temperature=1.0)
     assert isinstance(text, str) and raw.decode("utf-8", "backslashreplace") == text and raw
