@@ -8,11 +8,11 @@ from typing import Any
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment, take_positional
 from jmp_train.config.find import find_experiment
-from jmp_train.data.files import named
-from jmp_train.data.records import pack
+from jmp_train.data.pack import pack
 from jmp_train.errors import UsageError
 from jmp_train.reports.stages import stage, terminal_alone
 from jmp_train.runs.signals import exit_on_sigterm
+from jmp_train.sources.files import named
 from jmp_train.whole_folder import check_new
 
 

@@ -17,13 +17,13 @@ from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import choose_run, take_run
 from jmp_train.data.data import own_of
-from jmp_train.data.files import check_file
 from jmp_train.errors import UsageError
 from jmp_train.reports.predictions import predictions_table
 from jmp_train.reports.stages import stage, terminal_alone
 from jmp_train.results.load import Run, load_run
 from jmp_train.results.outputs import check_ending, check_free, whole_files, write_predictions
 from jmp_train.results.read_inputs import read_inputs
+from jmp_train.sources.files import check_file
 
 _LARGEST_PROMPT = 2**20  # bytes
 _ARRAYS = (".npz", ".npy")

@@ -8,14 +8,15 @@ from jmp_train.data.dataset import Arrays, DataError, Dataset, Source
 from jmp_train.data.digits import DigitsConfig
 from jmp_train.data.examples import Examples
 from jmp_train.data.glyphs import GlyphsConfig
-from jmp_train.data.hubs import hugging_face
-from jmp_train.data.images import ImageFolder, image_folder
-from jmp_train.data.on_disk import arrays_on_disk
-from jmp_train.data.records import Records, array_records, pack, write_records
+from jmp_train.data.pack import pack, write_records
 from jmp_train.data.streams import Stream
-from jmp_train.data.tables import table
 from jmp_train.data.text import TextConfig, compression_baselines
-from jmp_train.data.tfds import tfds_data
+from jmp_train.sources.hubs import hugging_face
+from jmp_train.sources.images import ImageFolder, image_folder
+from jmp_train.sources.on_disk import arrays_on_disk
+from jmp_train.sources.records import Records, array_records
+from jmp_train.sources.tables import table
+from jmp_train.sources.tfds import tfds_data
 
 __all__ = [
     "Arrays",

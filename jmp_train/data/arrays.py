@@ -10,15 +10,15 @@ from typing import ClassVar
 import numpy as np
 
 from jmp_train.data.dataset import Arrays, Dataset
-from jmp_train.data.files import available_memory
-from jmp_train.data.npz import (
+from jmp_train.fields import check_fields
+from jmp_train.sources.files import available_memory
+from jmp_train.sources.npz import (
     Header,
     open_npz,
     read_entry,
     read_headers,
     refuse_objects,
 )
-from jmp_train.fields import check_fields
 from jmp_train.spec import DataSpec
 
 _SPLIT_SEED = 0  # constant, so that the held-out examples do not depend on the run's seed

@@ -17,9 +17,10 @@ import numpy as np
 from jmp_train.data.bad import Bad, unmarked
 from jmp_train.data.dataset import DataError, Source
 from jmp_train.data.examples import Examples, regroup, stack
-from jmp_train.data.order import Order, generator, order_of
+from jmp_train.data.order import Order, order_of
 from jmp_train.data.streams import Stream, StreamIterator
 from jmp_train.data.workers import close_workers, next_of_workers, read_in_workers, start_workers
+from jmp_train.sources.random import generator
 from jmp_train.types import Batch, Json
 
 _DRAW = 1  # purpose of a stream of random numbers, beside those of data.order

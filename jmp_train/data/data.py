@@ -21,18 +21,12 @@ from jmp_train.configurable import (
 )
 from jmp_train.data.augment import Chain
 from jmp_train.data.bad import OnBad, unmarked
-from jmp_train.data.dataset import Arrays, DataError, Dataset, Described
-from jmp_train.data.examples import (
-    Examples,
-    Rows,
-    Subset,
-    check_example,
-    checked_batch_transform,
-    expected_labels,
-    takes_generator,
-)
+from jmp_train.data.dataset import Arrays, DataError, Dataset
+from jmp_train.data.examples import Examples, Rows, Subset, checked_batch_transform, takes_generator
 from jmp_train.data.streams import Stream, check_leading_axes
 from jmp_train.fields import check_fields
+from jmp_train.sources.checks import check_example, expected_labels
+from jmp_train.sources.described import Described
 from jmp_train.spec import DataSpec
 from jmp_train.types import Batch, Function
 

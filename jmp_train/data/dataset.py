@@ -13,7 +13,7 @@ from jmp_train.errors import DataError
 from jmp_train.spec import DataSpec
 from jmp_train.types import Batch
 
-__all__ = ["Arrays", "DataError", "Dataset", "Described", "Source"]
+__all__ = ["Arrays", "DataError", "Dataset", "Source"]
 
 
 class Source(Protocol):
@@ -26,25 +26,6 @@ class Source(Protocol):
     def draw(self, rows: np.ndarray, rng: np.random.Generator) -> Batch:
         """Return the examples with these indices as a batch; `rng` is for random augmentation."""
         ...
-
-
-class Described(dict[str, np.ndarray]):
-    """Arrays by name whose source says where an example is.
-
-    Args:
-      arrays: arrays by name, whose leading axis counts examples.
-      describe: returns where the example with an index is, such as a file and a row.
-      class_names: name of each class, in the order of the labels; None: they have no names.
-    """
-
-    def __init__(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        describe: Callable[[int], str],
-        class_names: tuple[str, ...] | None = None,
-    ):
-        super().__init__(arrays)
-        self.describe, self.class_names = describe, class_names
 
 
 @dataclasses.dataclass(frozen=True)

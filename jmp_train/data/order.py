@@ -8,6 +8,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from jmp_train.sources.random import generator
+
 _SHUFFLE = 0  # purpose of a stream of random numbers, beside that of data.batches
 _LARGEST_PERMUTATION = 2**24  # examples; 128 MiB for an epoch
 _LARGEST_SHUFFLE = 2**32 - 1  # examples, of Grain's index shuffle
@@ -127,9 +129,3 @@ def order_of(source: Any, batch_size: int, *, seed: int) -> Order:
         return Order(len(source), batch_size, seed=seed)
     starts, together = blocks
     return BlockOrder(starts, batch_size, together=together, seed=seed)
-
-
-def generator(seed: int, count: int, purpose: int, *more: int) -> np.random.Generator:
-    """Return the random numbers of a purpose: a pure function of all arguments."""
-    words = [seed, count, purpose, *more]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jmp_train.data.tokens import TokenStream
+from jmp_train.sources.tokens import TokenStream
 from jmp_train.types import Batch
 
 
@@ -98,7 +98,7 @@ class PackedRows:
       end: the token of the end of a document.
       sizes: int32, number of bytes of each token.
 
-    >>> from jmp_train.data.tokens import ByteTokens, stream_of
+    >>> from jmp_train.sources.tokens import ByteTokens, stream_of
     >>> tokens = ByteTokens()
     >>> rows = PackedRows(stream_of([b"ab", b"c"], tokens), 6, tokens.end, tokens.sizes)
     >>> {name: x[0].tolist() for name, x in rows.draw(np.array([0])).items() if name != "target_bytes"}

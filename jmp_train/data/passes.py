@@ -14,14 +14,7 @@ import numpy as np
 
 from jmp_train.data.bad import Bad, OnBad
 from jmp_train.data.dataset import DataError
-from jmp_train.data.examples import (
-    check_example,
-    check_label,
-    check_like,
-    stack,
-    takes_generator,
-    with_generator,
-)
+from jmp_train.data.examples import stack, takes_generator, with_generator
 from jmp_train.data.workers import (
     close_workers,
     next_of_workers,
@@ -29,10 +22,11 @@ from jmp_train.data.workers import (
     start_workers,
     worker_index,
 )
+from jmp_train.sources.checks import check_example, check_label, check_like
+from jmp_train.sources.hub_streams import PASS, SEED
 from jmp_train.types import Batch, Function, Json
 
 _EXAMPLE = 2  # purpose of a stream of random numbers, beside those of data.batches
-PASS, SEED = "pass_over_data", "seed_of_run"  # keys that no state of Grain has
 
 
 class PassIterator:

@@ -14,16 +14,9 @@ import numpy as np
 
 from jmp_train.data.bad import Bad, OnBad, unmarked
 from jmp_train.data.dataset import DataError
-from jmp_train.data.examples import (
-    check_example,
-    check_labels,
-    check_like,
-    checked_batch_transform,
-    regroup,
-    stack,
-    takes_generator,
-)
+from jmp_train.data.examples import checked_batch_transform, regroup, stack, takes_generator
 from jmp_train.data.passes import PassIterator, stack_examples
+from jmp_train.sources.checks import check_example, check_labels, check_like
 from jmp_train.types import Batch, Function, Json
 
 _BATCH = 3  # purpose of a stream of random numbers, beside those of data.batches and data.passes

@@ -14,14 +14,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from jmp_train.data.bpe import LARGEST, SMALLEST
 from jmp_train.data.dataset import Dataset
-from jmp_train.data.documents import HINT, Parts, hold_out, read_documents, split_texts
-from jmp_train.data.files import check_file, check_memory
 from jmp_train.data.token_data import TOKENIZER, DocumentSettings, load_documents, tokens_of_run
-from jmp_train.data.tokens import Tokens, token_dtype
 from jmp_train.data.windows import Windows, held_out_windows
 from jmp_train.fields import check_fields
+from jmp_train.sources.bpe import LARGEST, SMALLEST
+from jmp_train.sources.documents import HINT, Parts, hold_out, read_documents, split_texts
+from jmp_train.sources.files import check_file, check_memory
+from jmp_train.sources.tokens import Tokens, token_dtype
 from jmp_train.spec import DataSpec
 
 _COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {

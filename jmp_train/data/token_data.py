@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jmp_train.data.bpe import read_bpe, train_bpe
 from jmp_train.data.dataset import DataError, Dataset
-from jmp_train.data.documents import Parts
 from jmp_train.data.packing import PackedRows
-from jmp_train.data.tokens import ByteTokens, Tokens, stream_of
 from jmp_train.data.windows import Windows, held_out_windows
+from jmp_train.sources.bpe import read_bpe, train_bpe
+from jmp_train.sources.documents import Parts
+from jmp_train.sources.tokens import ByteTokens, Tokens, stream_of
 from jmp_train.spec import DataSpec
 from jmp_train.types import Batch
 

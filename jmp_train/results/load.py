@@ -21,7 +21,6 @@ from jmp_train.config.settings import with_settings
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.data.data import own_of
 from jmp_train.data.dataset import DataError
-from jmp_train.data.tokens import Tokens, until_end
 from jmp_train.errors import UsageError, nearest
 from jmp_train.policy.precision import get_precision
 from jmp_train.records.checkpoints import Checkpoints, DoesNotFit, Restored
@@ -30,6 +29,7 @@ from jmp_train.results.cast import cast_like
 from jmp_train.results.inputs import abstract_batch, arrays_read, check_inputs, padded_batches
 from jmp_train.runs.build import load_dataset, make_task_of, matmul_precision
 from jmp_train.runs.directory import check_path, open_checkpoints, read_config, read_spec
+from jmp_train.sources.tokens import Tokens, until_end
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import TaskFunctions
 from jmp_train.tree import widen_to_full

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import DataError, TextConfig
-from jmp_train.data.bpe import END, Bpe, read_bpe, train_bpe
 from jmp_train.data.text import documentation
+from jmp_train.sources.bpe import END, Bpe, read_bpe, train_bpe
 
 TEXT = documentation()[:60_000]
 BPE = train_bpe([TEXT], 600)
@@ -59,7 +59,7 @@ def test_the_end_of_a_document_in_a_text_is_ordinary_letters():
 
 def test_a_long_text_is_encoded_in_pieces(monkeypatch):
     (whole,) = BPE.encode([TEXT])
-    monkeypatch.setattr("jmp_train.data.bpe._PIECE", 1000)
+    monkeypatch.setattr("jmp_train.sources.bpe._PIECE", 1000)
     (ids,) = BPE.encode([TEXT])
     assert BPE.decode(ids) == TEXT and abs(len(ids) - len(whole)) < 0.01 * len(whole)
     (ids,) = BPE.encode(["å".encode() * 2500])  # without a new line
@@ -69,7 +69,7 @@ def test_a_long_text_is_encoded_in_pieces(monkeypatch):
 def test_the_same_text_gives_the_same_tokenizer_in_another_process():
     code = """
 import hashlib
-from jmp_train.data.bpe import train_bpe
+from jmp_train.sources.bpe import train_bpe
 from jmp_train.data.text import documentation
 print(hashlib.sha256(train_bpe([documentation()[:60_000]], 600).to_json().encode()).hexdigest())
 """

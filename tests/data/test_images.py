@@ -12,7 +12,7 @@ from PIL import Image
 
 import jmp_train as jt
 from jmp_train.data import DataError, ImageFolder, image_folder, table
-from jmp_train.data.images import read_image
+from jmp_train.sources.images import read_image
 
 SIZE = 8
 RED, BLUE = (200, 30, 40), (20, 60, 220)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jmp_train.data import iterate, train_batches
 from jmp_train.data.packing import PackedRows, best_fit, pieces_of
-from jmp_train.data.tokens import ByteTokens, TokenStream, stream_of, token_dtype
+from jmp_train.sources.tokens import ByteTokens, TokenStream, stream_of, token_dtype
 
 TOKENS = ByteTokens()
 

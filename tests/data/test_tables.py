@@ -277,7 +277,7 @@ def test_files_of_another_kind_are_one_line(tmp_path):
 
 def test_a_table_larger_than_the_memory_is_refused_unread(tmp_path, monkeypatch):
     file = write_parquet(tmp_path / "x.parquet")
-    monkeypatch.setattr("jmp_train.data.files.available_memory", lambda: 100)
+    monkeypatch.setattr("jmp_train.sources.files.available_memory", lambda: 100)
     refused(file, "needs .* GiB of memory; expected at most the", label="name")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import DataError, TextConfig, train_batches
-from jmp_train.data.documents import hold_out, read_documents, text_files
+from jmp_train.sources.documents import hold_out, read_documents, text_files
 
 TEXTS = {"b/2.txt": "två ord", "a.md": "# Title\n", "b/10.rst": "ten", "c.TXT": "end"}
 IN_ORDER = ["a.md", "b/10.rst", "b/2.txt", "c.TXT"]
@@ -110,12 +110,12 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_read(folder, tmp_
 
 
 def test_text_larger_than_the_memory_is_refused_unread(folder, monkeypatch):
-    monkeypatch.setattr("jmp_train.data.files.available_memory", lambda: 10)
+    monkeypatch.setattr("jmp_train.sources.files.available_memory", lambda: 10)
     monkeypatch.setattr("pathlib.Path.read_bytes", None)
     hint = "split the text, or write its tokens with write_records"
     refused(f"texts needs .* GiB of memory; expected at most .* free; {hint}", folder)
     refused(f"a.md needs .*; {hint}", folder / "a.md", packed=True)
-    monkeypatch.setattr("jmp_train.data.files.available_memory", lambda: 5)
+    monkeypatch.setattr("jmp_train.sources.files.available_memory", lambda: 5)
     refused(f"a.md needs .*; {hint}", folder / "a.md")
 
 

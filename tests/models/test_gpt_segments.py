@@ -13,11 +13,11 @@ from helpers.models import gpt
 
 import jmp_train as jt
 from jmp_train.data.packing import PackedRows
-from jmp_train.data.tokens import ByteTokens, stream_of
 from jmp_train.models import attention
 from jmp_train.models import gpt as gpt_file
 from jmp_train.models.attention import Segments, masked_attention
 from jmp_train.models.model import construct
+from jmp_train.sources.tokens import ByteTokens, stream_of
 from jmp_train.spec import DataSpec
 from jmp_train.tasks import make_task
 from tests.models.test_attention import attention_in_float64

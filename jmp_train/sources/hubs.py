@@ -1,7 +1,7 @@
 """Data sets of Hugging Face `datasets`: on disk, of local files, and of the hub.
 
 Code that comes with a data set is never run: only formats of files are read, by the library's own
-readers. TFDS data sets are in `jmp_train.data.tfds`.
+readers. TFDS data sets are in `jmp_train.sources.tfds`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.features import (
+from jmp_train.errors import DataError, nearest
+from jmp_train.sources.features import (
     Column,
     ImageReader,
     Kind,
@@ -26,10 +26,9 @@ from jmp_train.data.features import (
     read_json,
     read_table,
 )
-from jmp_train.data.files import check_folder, within
-from jmp_train.data.hub_streams import ShardStream
-from jmp_train.data.images import image_reader
-from jmp_train.errors import nearest
+from jmp_train.sources.files import check_folder, within
+from jmp_train.sources.hub_streams import ShardStream
+from jmp_train.sources.images import image_reader
 from jmp_train.types import Batch
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # of Dataset and DatasetDict

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.files import check_memory, within
+from jmp_train.errors import DataError
+from jmp_train.sources.files import check_memory, within
 
 #: Endings of the files of a folder that are read.
 TEXTS = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")

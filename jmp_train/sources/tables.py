@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmp_train.data.columns import Columns
-from jmp_train.data.dataset import DataError, Described
-from jmp_train.data.files import check_file, check_memory, named, within
+from jmp_train.errors import DataError
+from jmp_train.sources.columns import Columns
+from jmp_train.sources.described import Described
+from jmp_train.sources.files import check_file, check_memory, named, within
 from jmp_train.types import Batch
 
 _ENDINGS = (".csv", ".parquet")

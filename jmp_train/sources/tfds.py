@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.features import (
+from jmp_train.errors import DataError, nearest
+from jmp_train.sources.features import (
     Column,
     ImageReader,
     Kind,
@@ -22,9 +22,8 @@ from jmp_train.data.features import (
     read_json,
     stack_rows,
 )
-from jmp_train.data.files import within
-from jmp_train.data.images import image_reader
-from jmp_train.errors import nearest
+from jmp_train.sources.files import within
+from jmp_train.sources.images import image_reader
 from jmp_train.types import Batch
 
 _NAME = re.compile(r"(\w+)(?:/([\w.@+-]+))?(?::(\d+\.\d+\.\d+))?", re.ASCII)

@@ -13,14 +13,15 @@ from typing import Any
 import grain
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.features import Column, ImageReader, read_table
-from jmp_train.data.order import generator
-from jmp_train.data.passes import PASS, SEED
+from jmp_train.errors import DataError
+from jmp_train.sources.features import Column, ImageReader, read_table
+from jmp_train.sources.random import generator
 from jmp_train.types import Batch, Json
 
 _ORDER = 4  # purpose of a stream of random numbers, beside those of the modules around
 _ROWS = 64  # that are read at once
+
+PASS, SEED = "pass_over_data", "seed_of_run"  # keys that no state of Grain has
 
 
 class ShardStream(grain.IterDataset):

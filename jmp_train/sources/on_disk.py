@@ -11,10 +11,9 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.files import check_folder, named, within
-from jmp_train.data.npz import npy_header, open_npz, read_headers
-from jmp_train.errors import nearest
+from jmp_train.errors import DataError, nearest
+from jmp_train.sources.files import check_folder, named, within
+from jmp_train.sources.npz import npy_header, open_npz, read_headers
 from jmp_train.types import Batch
 
 _SCALED = ("image",)

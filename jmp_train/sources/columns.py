@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.errors import nearest
+from jmp_train.errors import DataError, nearest
 
 
 class Columns:

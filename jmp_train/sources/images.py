@@ -13,9 +13,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.files import check_folder, named, within
-from jmp_train.errors import nearest
+from jmp_train.errors import DataError, nearest
+from jmp_train.sources.files import check_folder, named, within
 from jmp_train.types import Batch
 
 #: Endings of the images that are read, each by Pillow.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from jmp_train.data.dataset import DataError
-from jmp_train.errors import nearest
+from jmp_train.errors import DataError, nearest
 
 
 def named(path: str) -> Path:

@@ -11,8 +11,8 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from jmp_train.data.files import check_file, check_memory
 from jmp_train.errors import nearest
+from jmp_train.sources.files import check_file, check_memory
 
 
 def open_npz(path: Path) -> zipfile.ZipFile:

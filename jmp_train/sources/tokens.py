@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
+from jmp_train.errors import DataError
 
 
 class Tokens(Protocol):

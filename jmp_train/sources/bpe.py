@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jmp_train.data.dataset import DataError
-from jmp_train.data.tokens import token_dtype
+from jmp_train.errors import DataError
+from jmp_train.sources.tokens import token_dtype
 
 END = "<|endoftext|>"
 """The token of the end of a document, number 0. The same letters in a text are ordinary tokens."""
