@@ -61,7 +61,8 @@ def batches(workload: Workload, batch: int) -> Iterator[dict[str, np.ndarray]]:
     if workload.name == "mlp_digits":
         from sklearn.datasets import load_digits
 
-        images, labels = load_digits(return_X_y=True)
+        digits: Any = load_digits(return_X_y=True)
+        images, labels = digits
         while True:
             drawn = rng.integers(0, len(images), batch)
             image = (images[drawn] / 16).astype(np.float32)

@@ -6,8 +6,9 @@ of the run, as arrays of fixed shapes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -22,7 +23,8 @@ _LETTERS = 400  # bytes of the message that is kept
 _IN_ROW = 100  # as many examples in a row that cannot be read end the run
 
 
-class Bad(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Bad:
     """Examples that were left out."""
 
     count: int = 0

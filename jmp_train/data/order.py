@@ -107,7 +107,7 @@ class BlockOrder(Order):
         kept = self._windows  # replaced, never mutated, as in `Order`
         if (epoch, window) not in kept:
             rows = np.concatenate(
-                [np.arange(self._starts[b], self._starts[b + 1]) for b in blocks.tolist()]
+                [np.arange(*self._starts[b : b + 2].tolist()) for b in blocks.tolist()]
             )
             generator(self._seed, epoch, _SHUFFLE, window).shuffle(rows)
             last = dict(itertools.islice(reversed(kept.items()), 1))

@@ -48,6 +48,7 @@ def write_records(
     >>> rows = [{"x": np.arange(3.0) + i, "label": np.int32(i % 2)} for i in range(10)]
     >>> [file.name for file in write_records(rows, folder, shards=2)]
     ['00000-of-00002.array_record', '00001-of-00002.array_record', 'records.json']
+    >>> from jmp_train.sources.records import Records
     >>> records = Records(folder)
     >>> len(records), records[7]["x"], records[7]["label"]
     (10, array([7., 8., 9.], dtype=float32), array(1, dtype=int32))
@@ -138,7 +139,7 @@ def _write_file(path: Path, examples: Iterator[Batch]) -> None:
         writer.close()
 
 
-def _storable(example: Batch) -> Batch:
+def _storable(example: Batch) -> dict[str, np.ndarray]:
     """Return an example as safetensors stores it, and reads it back.
 
     Raises:

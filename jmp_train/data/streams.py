@@ -57,7 +57,8 @@ class Stream:
                 "on_bad is skip, and the data are batches that a function makes; expected on_bad=stop, "
                 "or data of single examples"
             )
-        self._source, self._on_bad = source, on_bad
+        self._source: Any = source
+        self._on_bad: OnBad = on_bad
         self._transform = transform
         self._augment = batch_transform and checked_batch_transform(batch_transform)
         self._random = batch_transform is not None and takes_generator(batch_transform)

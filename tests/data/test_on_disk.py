@@ -93,7 +93,8 @@ def test_batches_are_those_of_the_arrays_in_memory(tmp_path, write):
     one, other = (iterate(train_batches(d.train, 8, seed=3)) for d in (whole, disk))
     for _ in range(7):  # more than two epochs
         assert_same(next(other), next(one))
-    one.close(), other.close()
+    one.close()
+    other.close()
     held_out, _ = disk.eval.held_out(0, len(disk.eval))
     assert_same(held_out, {k: v.astype(held_out[k].dtype) for k, v in whole.eval.items()})
 

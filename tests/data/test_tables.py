@@ -11,7 +11,7 @@ from helpers.marks import slow
 from pyarrow import parquet
 
 import jmp_train as jt
-from jmp_train.data import DataError, table
+from jmp_train.data import DataError, iterate, table, train_batches
 
 COUNT = 40
 RNG = np.random.default_rng(0)
@@ -317,3 +317,68 @@ def test_the_command_line_chooses_files_and_columns(tmp_path, monkeypatch, capsy
     assert jt.load_run("two").spec.example["image"].shape == (2,)
     status, _, err = call(capsys, "train", "own", "--data.label", "nmae")
     assert (status, err.count("\n")) == (2, 1) and "did you mean 'name'" in err
+
+
+def row_groups(tmp_path, **options):
+    folder = tmp_path / "groups"
+    folder.mkdir()
+    for part in range(3):  # of 7 + 7 + 6 rows each, in groups of 7
+        rows = slice(part * 13, 40 if part == 2 else (part + 1) * 13)
+        write_parquet(folder / f"{part}.parquet", {k: v[rows] for k, v in COLUMNS.items()})
+    return table(str(folder), label="name", in_memory=False, **options)
+
+
+def test_row_groups_have_the_rows_of_the_arrays_in_memory(tmp_path):
+    source = row_groups(tmp_path, target="count")
+    memory = table(str(tmp_path / "groups"), label="name", target="count")
+    assert len(source) == COUNT and source.classes == 3
+    rows = np.random.default_rng(0).permutation(COUNT)
+    for start in range(0, COUNT, 9):
+        part = rows[start : start + 9]
+        found = source.take(part)
+        assert found.keys() == memory.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, memory[name][part])
+    np.testing.assert_array_equal(source[11]["x"], memory["x"][11])
+    starts, together = source.blocks
+    assert starts.tolist() == [0, 7, 13, 20, 26, 33, 40] and together == 4
+
+
+@pytest.mark.parametrize("workers", [0, slow(2)])
+def test_row_groups_are_shuffled_in_blocks_and_split_by_rows(tmp_path, workers):
+    row_groups(tmp_path)
+    options = {"path": str(tmp_path / "groups"), "label": "name", "in_memory": False}
+    loaded = jt.Data(table, eval_share=0.25, workers=workers, **options).load()
+    assert (len(loaded.train), len(loaded.eval), loaded.spec.classes) == (30, 10, 3)
+    batches = iterate(train_batches(loaded.train, 10, seed=0, workers=workers))
+    seen = np.concatenate([next(batches)["x"] for _ in range(3)])
+    batches.close()
+    held_out, _ = loaded.eval.held_out(0, 10)
+    both = np.concatenate([seen, held_out["x"]])
+    np.testing.assert_array_equal(np.sort(both, 0), np.sort(expected(), 0))
+
+
+def test_a_parquet_file_cut_during_a_run_is_one_line(tmp_path):
+    source = row_groups(tmp_path)
+    file = tmp_path / "groups" / "1.parquet"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"^\S*1\.parquet cannot be read: "):
+        source.take(np.array([14]))
+
+
+def test_a_number_that_is_not_finite_is_named_by_its_row_in_the_file(tmp_path):
+    lengths = np.arange(20.0)
+    lengths[16] = np.inf
+    write_parquet(tmp_path / "t.parquet", {"length": lengths, "width": np.arange(20.0)})
+    source = table(str(tmp_path / "t.parquet"), in_memory=False)
+    source.take(np.arange(14))
+    with pytest.raises(DataError, match=r"t\.parquet: row 17: 'length' is inf; expected a finite"):
+        source.take(np.array([15]))
+
+
+def test_csv_files_are_not_read_in_parts(tmp_path):
+    write_csv(tmp_path / "t.csv")
+    with pytest.raises(
+        DataError, match=r"t\.csv is read whole; expected in_memory, or a \.parquet"
+    ):
+        table(str(tmp_path / "t.csv"), label="name", in_memory=False)

@@ -1,0 +1,141 @@
+"""Examples that cannot be used: left out, counted and named, at random, in streams and in workers."""
+
+import grain
+import numpy as np
+import pytest
+from helpers.marks import first_quick
+
+import jmp_train as jt
+from jmp_train.data import DataError, iterate, train_batches
+from jmp_train.data.batches import eval_batches
+
+COUNT = 30
+BAD = {3, 4, 17}
+
+
+class Items:
+    """Examples of which some cannot be read, in one of several ways."""
+
+    def __init__(self, how="unreadable", bad=frozenset(BAD)):
+        self.how, self.bad = how, bad
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        good = {"x": np.full(2, index, np.float32), "label": index % 3}
+        if index not in self.bad:
+            return good
+        if self.how == "unreadable":
+            raise OSError("damaged")
+        if self.how == "other":
+            return {**good, "x": np.zeros(3, np.float32)}
+        if self.how == "label":
+            return {**good, "label": 9}
+        return {**good, "x": "text"}
+
+
+def data(items, **options):
+    return jt.Data(lambda: (items, items), classes=3, on_bad="skip", **options).load()
+
+
+def numbers(batch):
+    return batch["x"][:, 0].astype(int).tolist()
+
+
+@pytest.mark.parametrize("how", ["unreadable", "other", "label", "text"])
+def test_the_next_good_example_takes_the_place_of_a_bad_one(how):
+    batches = iterate(train_batches(data(Items(how)).train, 10, seed=0))
+    whole = iterate(train_batches(data(Items(bad=frozenset())).train, 10, seed=0))
+    replaced = {3: 5, 4: 5, 17: 18}
+    for epoch in range(1, 3):
+        for _ in range(3):
+            expected = [replaced.get(n, n) for n in numbers(next(whole))]
+            batch = next(batches)
+            assert numbers(batch) == expected and batch.keys() == {"x", "label"}
+        # 3 is followed by 4, which is bad too: three reads of bad examples for two of these.
+        assert batches.bad.count == 4 * epoch
+    assert "example" in batches.bad.why and any(f" {n}" in batches.bad.why for n in BAD)
+    whole.close()
+    batches.close()
+
+
+def test_held_out_examples_that_are_bad_do_not_count():
+    left_out = []
+    found = list(eval_batches(data(Items()).eval, 8, left_out.append))
+    kept = [n for batch in found for n, real in zip(numbers(batch), batch["mask"]) if real]
+    assert kept == [n for n in range(COUNT) if n not in BAD]
+    assert sum(bad.count for bad in left_out) == 3 and "example 3" in left_out[0].why
+
+
+def test_a_disk_that_vanished_ends_the_run():
+    items = Items()
+    loaded = data(items)
+    items.bad = frozenset(range(COUNT))
+    batches = iterate(train_batches(loaded.train, 4, seed=0))
+    with pytest.raises(
+        DataError, match="^30 examples in a row cannot be read, the first: example "
+    ):
+        next(batches)
+    batches.close()
+
+
+@pytest.mark.parametrize("workers", first_quick((0, 2)))
+def test_the_count_is_part_of_the_position(workers):
+    loaded = data(Items(), workers=workers)
+    make = lambda: iterate(train_batches(loaded.train, 10, seed=0, workers=workers), 2)
+    batches = make()
+    next(batches)
+    state = batches.get_state()
+    assert state["skipped_examples"] == batches.bad.count > 0
+    rest = [next(batches) for _ in range(2)]
+    again = make()
+    again.set_state(state)
+    for item in rest:
+        np.testing.assert_array_equal(next(again)["x"], item["x"])
+    assert again.bad.count == batches.bad.count
+    batches.close()
+    again.close()
+
+
+def double(example):
+    if int(example["label"]) == 2 and example["x"][0] == 8:
+        raise ValueError("no doubling")
+    return {**example, "x": 2 * example["x"]}
+
+
+def stream(**options):
+    arrays = [{"x": np.full(2, n, np.float32), "label": n % 3} for n in range(COUNT)]
+    arrays[5] = {**arrays[5], "label": 7}
+    arrays[6] = {**arrays[6], "x": np.zeros(1, np.float32)}
+    made = lambda: (grain.MapDataset.source(arrays).to_iter_dataset(),) * 2
+    return jt.Data(made, classes=3, on_bad="skip", transform=double, **options).load()
+
+
+@pytest.mark.parametrize("workers", first_quick((0, 2)))
+def test_a_stream_leaves_out_what_cannot_be_used(workers):
+    loaded = stream(workers=workers)
+    batches = iterate(train_batches(loaded.train, 9, seed=0, workers=workers))
+    seen = [n // 2 for _ in range(3 if not workers else 1) for n in numbers(next(batches))]
+    assert not {5, 6, 8} & set(seen)
+    if not workers:
+        assert seen == [n for n in range(COUNT) if n not in (5, 6, 8)]
+        assert batches.bad.count == 3 and "label" in batches.bad.why
+        assert batches.get_state()["skipped_examples"] == 3
+    batches.close()
+
+
+def test_a_held_out_stream_leaves_them_out_too():
+    left_out = []
+    found = list(eval_batches(stream().eval, 8, left_out.append))
+    kept = [n // 2 for batch in found for n, real in zip(numbers(batch), batch["mask"]) if real]
+    assert kept == [n for n in range(COUNT) if n not in (5, 6, 8)]
+    assert sum(bad.count for bad in left_out) == 3
+
+
+def test_batches_of_a_function_cannot_leave_examples_out():
+    made = lambda: (lambda batch_size: iter([]), [{"x": 1.0}])
+    with pytest.raises(DataError, match="on_bad is skip, and the data are batches that a function"):
+        jt.Data(made, on_bad="skip").load()
+    with pytest.raises(ValueError, match="on_bad"):
+        jt.Data(made, on_bad="ignore")
