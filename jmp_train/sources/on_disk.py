@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -144,9 +145,9 @@ class ArraysOnDisk:
         self._opened: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for descriptor in self.__dict__.get("_opened", {}).values():
-            os.close(descriptor)
+            close(descriptor)
 
 
 def arrays_on_disk(
