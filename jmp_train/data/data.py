@@ -23,6 +23,7 @@ from jmp_train.data.augment import Chain
 from jmp_train.data.bad import OnBad, unmarked
 from jmp_train.data.dataset import Arrays, DataError, Dataset
 from jmp_train.data.examples import Examples, Rows, Subset, checked_batch_transform, takes_generator
+from jmp_train.data.shuffle_window import ShuffledWindows
 from jmp_train.data.streams import Stream, check_leading_axes
 from jmp_train.fields import check_fields
 from jmp_train.sources.checks import check_example, expected_labels
@@ -48,6 +49,7 @@ def Data(
     classes: int | None = None,
     workers: int = 0,
     on_bad: OnBad = "stop",
+    window: int = 0,
     name: str | None = None,
     **fields: Any,
 ) -> Any:
@@ -72,10 +74,12 @@ def Data(
       on_bad: "stop" ends a run with the first example that cannot be read or transformed, is unlike the
         first one, or has a label out of range. "skip" leaves such examples out and counts them; the
         next good one takes the place of one that is read at random. Not for a function of batches.
+      window: number of examples of a Grain `IterDataset` to shuffle together, anew in each pass; 0
+        keeps its order.
       name: name for summary.json; None: the name of the function.
       **fields: values of the function's arguments. A function with a parameter `name`,
         `transform` or `batch_transform` gets the argument of that name above, which then has no other
-        use; one with `eval_share`, `classes`, `workers` or `on_bad` gets it too.
+        use; one with `eval_share`, `classes`, `workers`, `on_bad` or `window` gets it too.
 
     Returns:
       A frozen dataclass whose fields are settings of an experiment.
@@ -91,7 +95,13 @@ def Data(
     >>> len(dataset.train), len(dataset.eval["x"]), dataset.spec.classes
     (40, 10, 2)
     """
-    given = {"eval_share": eval_share, "classes": classes, "workers": workers, "on_bad": on_bad}
+    given = {
+        "eval_share": eval_share,
+        "classes": classes,
+        "workers": workers,
+        "on_bad": on_bad,
+        "window": window,
+    }
     function = load if _is_function(load) else (lambda: load)
     takes = parameters_of(function)
     about = {"transform": transform, "batch_transform": batch_transform}
@@ -130,6 +140,8 @@ class _OwnData(Configured):
     """Number of processes that read training examples; 0 reads them in a thread."""
     on_bad: OnBad = "stop"
     """What an example that cannot be read does: "stop" ends the run, "skip" leaves it out."""
+    window: int = 0
+    """Number of examples of a stream that are shuffled together, anew in each pass; 0: none."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -139,6 +151,8 @@ class _OwnData(Configured):
             raise ValueError(f"classes is {self.classes}; expected at least 2, or None")
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}; expected 0 or more")
+        if self.window < 0:
+            raise ValueError(f"window is {self.window}; expected 0 or more")
 
     @property
     def name(self) -> str:
@@ -362,8 +376,15 @@ class _Form:
                 raise DataError(
                     "transform is for examples, and the data are batches; expected batch_transform"
                 )
+            made, windowed = self.made, config.window > 1 and not self.held_out
+            if windowed and not isinstance(made, grain.IterDataset):
+                raise DataError(
+                    f"window is {config.window}, and the data are batches that a function makes; expected "
+                    "0, or a Grain IterDataset"
+                )
+            made = ShuffledWindows(made, config.window) if windowed else made
             options: dict[str, Any] = {"classes": classes, "on_bad": config.on_bad}
-            return Stream(self.made, transform, batch_transform, config.workers, **options)
+            return Stream(made, transform, batch_transform, config.workers, **options)
         in_memory = isinstance(self.made, Mapping)
         if transform is not None or not in_memory or (self.held_out and batch_transform):
             items = Rows(self.made, self.describe) if in_memory else self.made
