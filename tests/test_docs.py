@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 # Rendered from results, or about commands and files: without Python examples.
 PROSE = {"architecture.md", "benchmarks.md", "profiling.md", "published-models.md", "runs.md"}
-NAMES = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - PROSE)
-PAGES = ["README.md", *(f"docs/{name}" for name in NAMES)]
+FOUND = (path for path in (ROOT / "docs").rglob("*.md") if path.name not in PROSE)
+PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in FOUND)]
 
 SLOW = {
     f"docs/{name}.md"
@@ -65,6 +65,8 @@ PRINTS = {
         "3 (4,) 120 int32",
         "flowers.npz has no array 'y'; expected one of x, labels",
     ],
+    "docs/experiments/cnn.md": ["3.836", "0.003"],
+    "docs/experiments/vit.md": ["1.312", "0.001", "(64 of 2048 values overflow) in square in float16 (Block/norm"],
     "docs/gpt.md": ["20 True ['mask', 'segments', 'target_bytes', 'tokens']"],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/trackers.md": ["start page 0", "train 20 ['accuracy']", "finish 20", "stopped True"],
@@ -92,12 +94,18 @@ def test_examples_of_a_page_run(tmp_path, capsys, monkeypatch, quick_runs, page)
         assert words in printed
 
 
+@pytest.mark.parametrize("family", ["cnn", "vit"])
+def test_a_familys_page_has_the_table_that_was_measured(family):
+    table = (ROOT / f"benchmarks/results/compare_{family}-cpu.md").read_text().strip()
+    assert table in (ROOT / f"docs/experiments/{family}.md").read_text()
+
+
 def test_readme_is_at_most_150_lines():
     assert len(README.splitlines()) <= 150
 
 
 def test_links_between_pages_lead_to_files_and_headings():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for link, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
             target = page.parent / link if link else page
             assert target.exists(), f"{page.name}: {link}"

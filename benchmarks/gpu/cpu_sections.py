@@ -144,6 +144,31 @@ def _loop(rows: Any) -> str:
     )
 
 
+def _data(rows: Any) -> str:
+    ours: dict[str, float] = {}
+    for row in rows:
+        if row["reader"] == "jmp_train":
+            ours[row["source"]] = max(ours.get(row["source"], 0.0), row["ratio"])
+    return (
+        "The fastest of 0 to 2 workers, over the fastest other library: "
+        + ", ".join(f"{source} {number(ratio)}" for source, ratio in ours.items())
+        + "."
+    )
+
+
+def _waiting(rows: Any) -> str:
+    return (
+        "Waiting for data takes "
+        + ", ".join(f"{row['waiting_share']:.2%} ({row['experiment']})" for row in rows)
+        + " of the step time."
+    )
+
+
+def _baselines(rows: Any) -> str:
+    best = (f"{family} {number(max(row.values()))}" for family, row in rows.items())
+    return f"The best held-out accuracy of a classical model: {', '.join(best)}."
+
+
 def _comparison(rows: Any) -> str:
     says = []
     for name, row in rows.items():
@@ -182,6 +207,13 @@ QUESTIONS = {
     "start": Question("How long does it take to start?", _start),
     "batches": Question("How fast are batches of arrays made?", _batches),
     "loop": Question("How fast is the loop of `train`?", _loop),
+    "data": Question("How fast are examples read from files?", _data),
+    "data_waiting": Question("How long does a run wait for data?", _waiting),
+    "compare_cnn": Question(
+        "Do fp16 and bf16 reach fp32's accuracy with batch norm?", _comparison, ("compare_cnn",)
+    ),
+    "compare_vit": Question("Do they with a vision transformer?", _comparison, ("compare_vit",)),
+    "image_baselines": Question("How well do classical models read the same images?", _baselines),
     "compare_mlp": Question(
         "Do fp16 and bf16 reach fp32's accuracy on digits?", _comparison, ("compare_mlp",)
     ),

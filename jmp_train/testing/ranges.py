@@ -23,7 +23,7 @@ from jmp_train.types import DTypeLike, Function
 _ARITHMETIC = frozenset({"add", "add_any", "sub", "mul", "div"})
 
 
-def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -> None:
+def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "float16") -> None:
     """Assert that no operation overflows when a function runs under autocast in a format.
 
     The function runs operation by operation, each rounded as the program says, with every loop
@@ -44,7 +44,8 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -
     Args:
       fn: a function of arrays; `jax.grad` of a loss to test the backward pass too.
       *args: its arguments, pytrees; leaves that are not arrays reach it unchanged.
-      dtype: `"float16"`, `"bfloat16"`, or `"float32"` for the function as it stands.
+      dtype: `"float16"`, `"bfloat16"` or `"float32"`, for the function under autocast; None for the
+        function as it stands, whose results in every floating dtype are tested.
 
     Raises:
       AssertionError: with the first operation that overflows, its place and the magnitude that it
@@ -60,12 +61,9 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike = "float16") -
     Traceback (most recent call last):
     AssertionError: ...
     """
-    dtype = parse_dtype(dtype)
-
-    expected = (
-        f"assert_no_overflow: expected values within {dtype.name} "
-        f"(largest {float(jnp.finfo(dtype).max):.5g})"
-    )
+    dtype = None if dtype is None else parse_dtype(dtype)
+    within = "their dtypes" if dtype is None else f"{dtype.name} (largest {_largest(dtype):.5g})"
+    expected = f"assert_no_overflow: expected values within {within}"
 
     def check(result: Result) -> None:
         number = _infinite_number(result.eqn)
@@ -169,9 +167,9 @@ class Result(NamedTuple):
 
 
 def _check_each(
-    name: str, fn: Function, args: Any, dtype: np.dtype, check: Callable[[Result], None]
+    name: str, fn: Function, args: Any, dtype: np.dtype | None, check: Callable[[Result], None]
 ) -> None:
-    """Call `check` for each result in a format; fail if there is none."""
+    """Call `check` for each result in a format, None for all; fail if there is none."""
     sources: dict[Any, tuple[Equation, Place]] = {}  # the operation that each variable is from
     found = False
 
@@ -179,14 +177,16 @@ def _check_each(
         nonlocal found
         sources.update((v, (eqn, place)) for v in eqn.outvars)
         for n, out in enumerate(outs):
-            if out.dtype == dtype and out.size:
+            if out.size and (is_floating(out.dtype) if dtype is None else out.dtype == dtype):
                 found = True
                 low, wide = np.asarray(widen(out)), lambda n=n: wide_results(eqn, operands)[n]
-                describe_it = lambda: _description(eqn, place, dtype.name, sources)
+                describe_it = lambda out=out: _description(eqn, place, out.dtype.name, sources)
                 check(Result(low, wide, eqn, operands, describe_it))
 
-    observe(TracedFunction(autocast(fn, dtype), args, {}), hook)
-    if not found:
+    observe(TracedFunction(fn if dtype is None else autocast(fn, dtype), args, {}), hook)
+    if not found and dtype is None:
+        raise AssertionError(f"{name}: found no operation with a result in a floating dtype")
+    if not found and dtype is not None:
         raise AssertionError(
             f"{name}: found no operation with a result in {dtype.name}: autocast lowers matrix products "
             f"and what reads them; pass arguments in {dtype.name}, or a function that casts"
@@ -206,6 +206,10 @@ def _description(
     if source is eqn:
         return description
     return f"{description} of the result of {describe(source, place, source.outvars[0].aval.dtype.name)}"
+
+
+def _largest(dtype: np.dtype) -> float:
+    return float(jnp.finfo(dtype).max)
 
 
 def _infinite_number(eqn: Equation) -> float | None:

@@ -62,6 +62,20 @@ def test_a_sum_of_squares_is_named_with_its_place_and_magnitude():
     assert f"overflow) in mul in float16 (encoder/norm; {__file__}:{line} (" in message
 
 
+def test_a_function_as_it_stands_is_tested_in_its_own_dtypes():
+    squares = lambda x: jnp.mean(jnp.square(x.astype(jnp.float16)))
+    x = np.array([1.0, 255.0], np.float32)
+    assert_no_overflow(squares, x, dtype=None)
+    x = np.array([400.0] + 7 * [1.0], np.float32)
+    assert_no_overflow(squares, x, dtype="float16")  # autocast squares in float32
+    assert "their dtypes; found 1.6e+05 (1 of 8 values overflow) in square in float16" in overflow(
+        squares, x, dtype=None
+    )
+    assert "found no operation" in str(
+        pytest.raises(AssertionError, assert_no_overflow, lambda n: n + 1, 3, dtype=None).value
+    )
+
+
 def test_an_overflow_that_nothing_reads_is_found():
     def masked(x):
         y = x @ EYE
