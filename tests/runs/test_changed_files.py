@@ -61,6 +61,7 @@ def test_a_run_on_other_data_is_refused_in_one_line(tmp_path):
     assert jt.train(experiment(4), run)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_force_resumes_on_other_data_which_count_from_then_on(tmp_path):
     jt.train(experiment(2), tmp_path)
     assert jt.train(experiment(4, examples=30), tmp_path, force=True)["steps"] == 4
@@ -69,6 +70,7 @@ def test_force_resumes_on_other_data_which_count_from_then_on(tmp_path):
         jt.train(experiment(8), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_directory_of_an_earlier_version_resumes(tmp_path):
     jt.train(experiment(2), tmp_path)
     spec = tmp_path / "spec.json"

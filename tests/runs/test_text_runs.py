@@ -87,6 +87,7 @@ def run(trained, tmp_path):
     return tmp_path / "run", own
 
 
+@pytest.mark.slow
 def test_bits_per_byte_are_the_loss_of_all_tokens_over_the_bytes(trained):
     """From the loss in nats per token alone, and the held-out files."""
     folder, _ = trained
@@ -111,6 +112,7 @@ def test_bits_per_byte_are_the_loss_of_all_tokens_over_the_bytes(trained):
     assert summary["data"]["vocabulary"] == 300
 
 
+@pytest.mark.slow
 def test_a_run_continues_texts_with_its_own_tokenizer(run):
     folder, own = run
     loaded = jt.load_run(folder, experiment=own)
@@ -130,6 +132,7 @@ def test_a_run_continues_texts_with_its_own_tokenizer(run):
             loaded.generate(prompt)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_uses_its_tokenizer_and_says_what_changed(run, capsys):
     folder, own = run
     before = (folder / "tokenizer.json").read_bytes()
@@ -153,6 +156,7 @@ def test_a_resumed_run_uses_its_tokenizer_and_says_what_changed(run, capsys):
     assert "had no tokenizer.json; it was trained again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_export_has_the_tokenizer(run, tmp_path):
     folder, own = run
     loaded = jt.load_run(folder, experiment=own)
@@ -165,6 +169,7 @@ def test_an_export_has_the_tokenizer(run, tmp_path):
         export_run(loaded, "safetensors", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change,match",
     [
