@@ -20,7 +20,8 @@ import numpy as np
 from record import interleaved, keep
 
 from jmp_train.data import Arrays, Data
-from jmp_train.data.batches import Order, iterate, iterate_rows, train_batches
+from jmp_train.data.batches import iterate, iterate_rows, train_batches
+from jmp_train.data.order import Order
 
 SHAPES = {"digits": (8, 8), "32 x 32 x 3": (32, 32, 3)}
 

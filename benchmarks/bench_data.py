@@ -46,7 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
-        cases = data_rivals.write_cases(Path(folder), images=options.images, rows=options.table_rows)
+        cases = data_rivals.write_cases(
+            Path(folder), images=options.images, rows=options.table_rows
+        )
         rows = [row for case in cases for row in measure(case, options)]
     print(keep("data", rows, **vars(options), load=[load, os.getloadavg()[0]]))
     waits = [waiting(name, options.steps) for name in EXPERIMENTS]

@@ -66,7 +66,11 @@ PRINTS = {
         "flowers.npz has no array 'y'; expected one of x, labels",
     ],
     "docs/experiments/cnn.md": ["3.836", "0.003"],
-    "docs/experiments/vit.md": ["1.312", "0.001", "(64 of 2048 values overflow) in square in float16 (Block/norm"],
+    "docs/experiments/vit.md": [
+        "1.312",
+        "0.001",
+        "(64 of 2048 values overflow) in square in float16 (Block/norm",
+    ],
     "docs/gpt.md": ["20 True ['mask', 'segments', 'target_bytes', 'tokens']"],
     "docs/loss-scaling.md": ["False 65536.0 1", "32768.0 1 1"],
     "docs/trackers.md": ["start page 0", "train 20 ['accuracy']", "finish 20", "stopped True"],

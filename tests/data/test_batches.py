@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmp_train.data import Arrays, eval_batches, iterate, train_batches
-from jmp_train.data.batches import Order, iterate_rows, saved_state, state_at
+from jmp_train.data.batches import iterate_rows, saved_state, state_at
+from jmp_train.data.order import Order
 
 
 def arrays(size):

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from jmp_train.config.find import find_experiment
 from jmp_train.data import DigitsConfig
-from jmp_train.data.batches import _DRAW, _generator
+from jmp_train.data.batches import _DRAW
 from jmp_train.reports.progress import RunProgress
+from jmp_train.sources.random import generator
 
 QUIET = Console(quiet=True)
 
@@ -52,7 +53,7 @@ class PoisonedDigits(DigitsConfig):
 
     def load(self):
         dataset = super().load()
-        states = [str(_generator(0, i, _DRAW).bit_generator.state) for i in self.bad]
+        states = [str(generator(0, i, _DRAW).bit_generator.state) for i in self.bad]
 
         def augment(batch, rng):
             poison = np.nan if str(rng.bit_generator.state) in states else 0

@@ -7,9 +7,9 @@ import pytest
 from flax import linen
 
 import jmp_train as jt
-from jmp_train.data.dataset import Described
 from jmp_train.errors import UsageError
 from jmp_train.runs.directory import check_same_data
+from jmp_train.sources.described import Described
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
