@@ -66,7 +66,9 @@ def _write_rows(folder: Path, count: int) -> None:
 
     rng = np.random.default_rng(0)
     for part in range(4):
-        columns = {f"c{i}": rng.normal(size=count // 4).astype(np.float32) for i in range(_COLUMNS)}
+        columns: dict[str, Any] = {
+            f"c{i}": rng.normal(size=count // 4).astype(np.float32) for i in range(_COLUMNS)
+        }
         columns["label"] = rng.integers(0, _CLASSES, count // 4)
         parquet.write_table(pa.table(columns), folder / f"{part}.parquet", row_group_size=10_000)
 
@@ -164,7 +166,7 @@ def grain_by_hand(case: Case, workers: int) -> Iterator[Any]:
 
 def pytorch(case: Case, workers: int) -> Iterator[Any]:
     """Return the batches of PyTorch's DataLoader."""
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader  # pyright: ignore[reportMissingImports]
 
     if case.name == "rows":
         raise Unable
@@ -201,7 +203,7 @@ def hugging_face(case: Case, workers: int) -> Iterator[Any]:
         tokens = [rows[i]["tokens"] for i in range(len(rows))]
         data = datasets.Dataset.from_dict({"tokens": tokens}).with_format("jax")
     else:
-        files = [str(f) for f in sorted(case.folder.iterdir())]
+        files: Any = [str(f) for f in sorted(case.folder.iterdir())]
         data: Any = datasets.Dataset.from_parquet(files, cache_dir=cache)
         data = data.with_format("jax")
     return _endless(lambda: data.shuffle().iter(case.batch_size, drop_last_batch=True))
@@ -209,7 +211,7 @@ def hugging_face(case: Case, workers: int) -> Iterator[Any]:
 
 def tf_data(case: Case, workers: int) -> Iterator[Any]:
     """Return the batches of tf.data; its threads stand for workers."""
-    import tensorflow as tf
+    import tensorflow as tf  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
     if case.name == "rows":
         raise Unable
