@@ -44,11 +44,6 @@ class Bad:
         """Return these and later ones together."""
         return Bad(self.count + other.count, self.why or other.why)
 
-    def check(self) -> None:
-        """Raise DataError for too many."""
-        if self.count >= _IN_ROW:
-            raise DataError(f"{_IN_ROW} examples of a batch cannot be read, the first: {self.why}")
-
     def marked(self, batch: Batch) -> Batch:
         """Return a batch with this beside its arrays."""
         why = np.frombuffer(self.why.encode()[:_LETTERS].ljust(_LETTERS, b"\0"), np.uint8)
@@ -79,17 +74,38 @@ def next_good(
       size: number of examples.
       why: the message if the example itself is known to be bad; '' if not.
 
+    Returns:
+      The example, and the wanted one if that is bad; the others that are count when they are wanted.
+
     Raises:
       DataError: if too many in a row cannot be read.
     """
-    bad = Bad(int(bool(why)), why)
     tries = min(size, _IN_ROW)
-    for offset in range(bad.count, tries):
+    for offset in range(int(bool(why)), tries):
         try:
-            return read((index + offset) % size), bad
+            return read((index + offset) % size), Bad(int(bool(why)), why)
         except DataError as error:
-            bad = bad.and_(Bad(1, str(error)))
-    raise DataError(
-        f"{tries} examples in a row cannot be read, the first: {bad.why}; expected on_bad=skip for "
-        "single ones"
+            why = why or str(error)
+    raise too_many(tries, why)
+
+
+def check_in_row(count: int, why: str) -> None:
+    """Raise DataError for too many bad examples in a row."""
+    if count >= _IN_ROW:
+        raise too_many(count, why)
+
+
+def too_many(count: int, why: str) -> DataError:
+    """Return the error for so many bad examples in a row, with the message of the first."""
+    return DataError(
+        f"{count} examples in a row cannot be read, the first: {why}; expected on_bad=skip for single "
+        "ones"
     )
+
+
+class Skipped(Exception):
+    """Examples of a stream were left out; the next ones can be read."""
+
+    def __init__(self, bad: Bad):
+        super().__init__(bad.why)
+        self.bad = bad

@@ -22,7 +22,14 @@ from jmp_train.configurable import (
 from jmp_train.data.augment import Chain
 from jmp_train.data.bad import OnBad, unmarked
 from jmp_train.data.dataset import Arrays, DataError, Dataset
-from jmp_train.data.examples import Examples, Rows, Subset, checked_batch_transform, takes_generator
+from jmp_train.data.examples import (
+    Examples,
+    Rows,
+    Subset,
+    checked_batch_transform,
+    row_blocks,
+    takes_generator,
+)
 from jmp_train.data.shuffle_window import ShuffledWindows
 from jmp_train.data.streams import Stream, check_leading_axes
 from jmp_train.fields import check_fields
@@ -355,7 +362,7 @@ class _Form:
             )
         order = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(self.count)
         parts = order[held_out:], order[:held_out]
-        if getattr(self.made, "blocks", None) is not None:
+        if row_blocks(self.made) is not None:
             parts = np.sort(parts[0]), np.sort(parts[1])
         if isinstance(self.made, Mapping):
             arrays = [{k: v[rows] for k, v in self.made.items()} for rows in parts]
@@ -382,9 +389,14 @@ class _Form:
                     f"window is {config.window}, and the data are batches that a function makes; expected "
                     "0, or a Grain IterDataset"
                 )
-            made = ShuffledWindows(made, config.window) if windowed else made
+            skips = config.on_bad == "skip"
+            made = ShuffledWindows(made, config.window, skips=skips) if windowed else made
             options: dict[str, Any] = {"classes": classes, "on_bad": config.on_bad}
             return Stream(made, transform, batch_transform, config.workers, **options)
+        if config.window > 1 and not self.held_out:
+            raise DataError(
+                f"window is {config.window}, and the data are read at random; expected 0, or a stream"
+            )
         in_memory = isinstance(self.made, Mapping)
         if transform is not None or not in_memory or (self.held_out and batch_transform):
             items = Rows(self.made, self.describe) if in_memory else self.made

@@ -21,8 +21,8 @@ class Examples:
 
     Args:
       items: has `len`, and `[i]` returns a dict of arrays, such as a list or a Grain data source. If it
-        has `take(rows)`, which returns the examples with an array of indices as a batch, that reads
-        them where they need no transform of their own. If it has `describe(i)`, the text that returns,
+        has `takes_rows`, True, its `take(rows)` returns the examples with an array of indices as a
+        batch, where they need no transform of their own. If it has `describe(i)`, the text that returns,
         such as the name of a file, is in messages about that example.
       transform: `transform(example)` or `transform(example, rng)` returns a changed example; None
         changes nothing. Each example of each batch has its own random numbers.
@@ -98,8 +98,8 @@ class Examples:
     def _read(self, indices: list[int], generators: list[np.random.Generator]) -> tuple[Batch, Bad]:
         """Return the examples with these indices, or good ones in their place, and what was bad."""
         names = _Names(self._name, indices)
-        if self._transform is None and hasattr(self._items, "take"):
-            with contextlib.suppress(DataError):  # below, the error of a single example names it
+        if self._transform is None and getattr(self._items, "takes_rows", False) is True:
+            with contextlib.suppress(Exception):  # below, the error of a single example names it
                 return self._taken(indices, names), Bad()
         if not self._skips:
             examples = [self._one(i, g) for i, g in zip(indices, generators, strict=True)]
@@ -127,21 +127,19 @@ class Examples:
 
     def _checked_one(self, index: int, rng: np.random.Generator) -> Batch:
         example, name = self._one(index, rng), self._name(index)
+        check_label(example, self._classes, name)
         self._first = self._first or (example, name)
         check_like(example, name, *self._first)
-        check_label(example, self._classes, name)
         return example
 
     @property
     def blocks(self) -> tuple[np.ndarray, int] | None:
         """The blocks that the examples are read in, as `order_of` expects them; None for none."""
-        return getattr(self._items, "blocks", None)
+        return row_blocks(self._items)
 
     def untransformed(self) -> Examples:
-        """Return the same examples as they are read."""
-        on_bad: OnBad = "skip" if self._skips else "stop"
-        numbers, classes = self._numbers, self._classes
-        return Examples(self._items, numbers=numbers, classes=classes, on_bad=on_bad)
+        """Return the same examples as they are read, none of which may be bad."""
+        return Examples(self._items, numbers=self._numbers, classes=self._classes)
 
     def one(self, index: int) -> Batch:
         """Return the example with an index, without a leading axis.
@@ -224,19 +222,27 @@ class Subset:
         return self._items.describe(int(self._indices[index]))
 
     @property
-    def take(self) -> Callable[[np.ndarray], Batch]:
-        """Return `take` of the source; AttributeError for a source without it."""
-        take = self._items.take
-        return lambda rows: take(self._indices[rows])
+    def takes_rows(self) -> bool:
+        """Whether the source reads several items at once."""
+        return getattr(self._items, "takes_rows", False) is True
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """Return items as a batch, of a source that `takes_rows`."""
+        return self._items.take(self._indices[rows])
 
     @property
     def blocks(self) -> tuple[np.ndarray, int] | None:
         """The blocks of the source, with these items alone; None for none."""
-        found = getattr(self._items, "blocks", None)
+        found = row_blocks(self._items)
         if found is None:
             return None
         starts = np.unique(np.searchsorted(self._indices, found[0]))
         return np.append(starts[starts < len(self)], len(self)), found[1]
+
+
+def row_blocks(items: Any) -> tuple[np.ndarray, int] | None:
+    """Return the blocks of a source that `takes_rows` and is read in blocks; None for others."""
+    return getattr(items, "blocks", None) if getattr(items, "takes_rows", False) is True else None
 
 
 def takes_generator(function: Function) -> bool:

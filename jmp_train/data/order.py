@@ -109,7 +109,7 @@ class BlockOrder(Order):
             rows = np.concatenate(
                 [np.arange(*self._starts[b : b + 2].tolist()) for b in blocks.tolist()]
             )
-            generator(self._seed, epoch, _SHUFFLE, window).shuffle(rows)
+            generator(self._seed, epoch, _SHUFFLE, window + 1).shuffle(rows)
             last = dict(itertools.islice(reversed(kept.items()), 1))
             kept = self._windows = {**last, (epoch, window): rows}
         return kept[epoch, window]

@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from jmp_train.data.bad import Bad, OnBad
+from jmp_train.data.bad import Bad, OnBad, Skipped, check_in_row, unmarked
 from jmp_train.data.dataset import DataError
 from jmp_train.data.examples import stack, takes_generator, with_generator
 from jmp_train.data.workers import (
@@ -44,7 +44,9 @@ class PassIterator:
       index: index of the pass.
       classes: as for `Examples`, if bad examples are skipped.
       on_bad: "skip" leaves out examples that cannot be read, are unlike the first one, or have a label
-        out of range; batches are `Bad.marked` then. "stop" raises an error.
+        out of range; batches are `Bad.marked` then. "stop" raises an error. An example that the source
+        cannot read is left out only if it has `continues_after_errors`.
+      first: an example that the others have to be like; None: the first good one.
     """
 
     def __init__(
@@ -58,16 +60,29 @@ class PassIterator:
         index: int,
         classes: int | None = None,
         on_bad: OnBad = "stop",
+        first: Batch | None = None,
     ):
-        reader = _Reader(transform, classes, skips=on_bad == "skip")
-        batches = _Batches(source, reader, batch_size, seed)
+        skips = on_bad == "skip"
+        reads = skips and getattr(source, "continues_after_errors", False)
+        self._batches = _Batches(
+            source, _Reader(transform, classes, first, skips=skips, reads=reads), batch_size, seed
+        )
         self._workers, self._seed = workers, seed
-        self._items = read_in_workers(batches, workers) if workers else iter(batches)
+        self._items = self._open()
         self._begin = self._items.get_state()
+        self._used = False
+        self.tail = Bad()  # what was left out after the last batch of the pass
         self.start_pass(index)
+
+    def _open(self) -> Any:
+        batches, workers = self._batches, self._workers
+        return read_in_workers(batches, workers) if workers else iter(batches)
 
     def start_pass(self, index: int) -> None:
         """Move to the beginning of a pass."""
+        if self._used and not self._workers:  # not all of Grain's iterators can be rewound
+            self._items.close()
+            self._items = self._open()
         self.set_state(_at_pass(self._begin, index, self._seed))
 
     def __iter__(self) -> PassIterator:
@@ -79,9 +94,12 @@ class PassIterator:
             self._reading = True
         while self._ended < max(self._workers, 1):
             batch = next_of_workers(self._items) if self._workers else next(self._items)
-            if batch:
+            self._used = True
+            arrays, bad = unmarked(batch)
+            if arrays:
                 self._ended = 0
                 return batch
+            self.tail = self.tail.and_(bad)
             self._ended += 1  # of the workers, which take turns
         raise StopIteration
 
@@ -92,7 +110,7 @@ class PassIterator:
     def set_state(self, state: Json) -> None:
         """Move to a position that `get_state` returned."""
         self._items.set_state(state)
-        self._reading, self._ended = False, 0
+        self._reading, self._ended, self.tail = False, 0, Bad()
 
     def close(self) -> None:
         """End the threads and worker processes."""
@@ -116,29 +134,50 @@ class _Batches(grain.IterDataset):
 class _Reader:
     """Reads examples of an iterator, and skips bad ones if it is asked to."""
 
-    def __init__(self, transform: Function | None, classes: int | None, *, skips: bool):
-        self._transform, self._classes, self.skips = transform, classes, skips
+    def __init__(
+        self,
+        transform: Function | None,
+        classes: int | None,
+        first: Batch | None,
+        *,
+        skips: bool,
+        reads: bool,
+    ):
+        self._transform, self._classes, self._first = transform, classes, first
+        self.skips, self._reads = skips, reads
         self.seeded = transform is not None and takes_generator(transform)
-        self._first: Batch | None = None
 
     def read(self, examples: Iterator[Any], generator: Callable[[], np.random.Generator]) -> Any:
         """Return the next example, transformed with the random numbers of its position.
 
         Raises:
-          DataError: for a bad one, if they are skipped.
+          Skipped: for one that is left out.
         """
         if not self.skips:
             return self._transformed(next(examples), generator)
-        example = next(examples)  # a source of ours raises DataError here and can be read further
         try:
-            example = check_example(self._transformed(example, generator), "it")
+            example = next(examples)
+        except DataError as error:
+            if self._reads:
+                raise Skipped(Bad(1, str(error))) from error
+            raise
+        try:
+            return self._checked(example, generator)
+        except DataError as error:
+            raise Skipped(Bad(1, str(error))) from error
+
+    def _checked(self, example: Any, generator: Callable[[], np.random.Generator]) -> Batch:
+        name = "an example of the stream"
+        try:
+            example = check_example(self._transformed(example, generator), name)
         except DataError:
             raise
         except Exception as error:  # of the user's transform
-            raise DataError(f"it cannot be transformed: {type(error).__name__}: {error}") from error
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise DataError(f"{name} cannot be transformed: {what}") from error
+        check_label(example, self._classes, name)
         self._first = self._first or example
-        check_like(example, "it", self._first, "the first example")
-        check_label(example, self._classes, "it")
+        check_like(example, name, self._first, "the first example")
         return example
 
     def _transformed(self, example: Any, generator: Callable[[], np.random.Generator]) -> Any:
@@ -156,19 +195,18 @@ class _BatchesIterator(grain.DatasetIterator):
         self._pass, self._read, self._ended = 0, 0, False
 
     def __next__(self) -> Batch:
-        examples, bad = [], Bad()
+        examples, bad, in_row = [], Bad(), 0
         while len(examples) < self._batch_size and not self._ended:
             try:
                 examples.append(self._reader.read(self._parent, self._generator))
+                in_row = 0
             except StopIteration:
                 self._ended = True
-            except DataError as error:
-                if not self._reader.skips:
-                    raise
-                bad = bad.and_(Bad(1, str(error)))
-                bad.check()
+            except Skipped as skipped:
+                bad, in_row = bad.and_(skipped.bad), in_row + 1
+                check_in_row(in_row, bad.why)
         if self._ended:
-            return {}
+            return bad.marked({}) if bad.count else {}
         batch = stack_examples(examples)
         return bad.marked(batch) if self._reader.skips else batch
 

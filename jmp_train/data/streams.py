@@ -59,6 +59,7 @@ class Stream:
             )
         self._source: Any = source
         self._on_bad: OnBad = on_bad
+        self._example: Batch | None = None  # the first good one, if bad ones are skipped
         self._transform = transform
         self._augment = batch_transform and checked_batch_transform(batch_transform)
         self._random = batch_transform is not None and takes_generator(batch_transform)
@@ -75,7 +76,7 @@ class Stream:
         return self._pass(self._transform, batch_size, seed=seed, workers=workers, index=index)
 
     def _pass(self, transform: Function | None, batch_size: int, **options: int) -> PassIterator:
-        given = {"classes": self._classes, "on_bad": self._on_bad}
+        given: Any = {"classes": self._classes, "on_bad": self._on_bad, "first": self._example}
         return PassIterator(self._source, transform, batch_size, **options, **given)
 
     def batches(self, batch_size: int, *, seed: int) -> StreamBatches:
@@ -123,6 +124,7 @@ class Stream:
             for batch, bad in map(unmarked, single):
                 left_out += [bad] if bad.count else []
                 yield batch
+            left_out += [single.tail] if single.tail.count else []
 
     def _check_labels(self, batch: Batch, name: str) -> None:
         check_labels(batch, self._classes, [name] * _size(batch))
@@ -139,6 +141,8 @@ class Stream:
         if batch is None:
             raise DataError("the data are empty; expected at least one example")
         batch = check_batch(unmarked(batch)[0], "batch 0")
+        if self._on_bad == "skip":
+            self._example = {name: array[0] for name, array in batch.items()}
         return self.augment(batch, "batch 0", np.random.default_rng(0))
 
     def _call(self, **values: int) -> Iterator[Batch]:
@@ -301,6 +305,9 @@ class StreamIterator:
         try:
             batch = next(self._opened())
         except StopIteration:
+            if isinstance(self._pass, PassIterator):
+                self.bad = self.bad.and_(self._pass.tail)
+                self._pass.tail = Bad()
             return None
         except (DataError, KeyboardInterrupt):
             raise

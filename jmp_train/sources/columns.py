@@ -79,23 +79,41 @@ class Columns:
         """The columns that `arrays` reads, once the inputs are chosen."""
         return [*self._inputs, *([] if self._target is None else [self._target])]
 
-    def arrays(self, file: Path, table: Any, start: int = 0) -> dict[str, np.ndarray]:
+    def arrays(
+        self, file: Path, table: Any, start: int = 0, *, check: bool = True
+    ) -> dict[str, np.ndarray]:
         """Return the inputs and the target in a PyArrow table, float32.
 
         Args:
           file: for messages.
           table: has the columns `numeric`.
           start: number of rows in the file before those of the table.
+          check: whether to refuse missing values and those that are not finite; if not, missing ones
+            are NaN.
 
         Raises:
           DataError: for a value that is missing, not a number or not finite, with its row.
         """
         x = np.empty((table.num_rows, len(self._inputs)), np.float32)
         for index, name in enumerate(self._inputs):
-            x[:, index] = _numbers(file, name, table[name], start)
+            x[:, index] = _numbers(file, name, table[name], start, check)
         if self._target is None:
             return {self.name: x}
-        return {self.name: x, "target": _numbers(file, self._target, table[self._target], start)}
+        return {
+            self.name: x,
+            "target": _numbers(file, self._target, table[self._target], start, check),
+        }
+
+    def check_row(self, file: Path, arrays: dict[str, np.ndarray], row: int, start: int) -> None:
+        """Raise DataError for a row of unchecked arrays with a value that is not finite."""
+        parts = [np.ravel(array[row]) for array in arrays.values()]
+        values = np.concatenate(parts)
+        if not np.isfinite(values).all():
+            place = int((~np.isfinite(values)).argmax())
+            raise DataError(
+                f"{file}: row {start + row + 1}: {self.numeric[place]!r} is {values[place]}; expected a "
+                "finite number of float32"
+            )
 
     def number(self, columns: Sequence[tuple[Path, Any]]) -> np.ndarray:
         """Return the labels in the columns of some files, numbered and joined; int32 for texts, else int64.
@@ -140,7 +158,7 @@ class Columns:
         )
 
 
-def _numbers(file: Path, name: str, column: Any, start: int) -> np.ndarray:
+def _numbers(file: Path, name: str, column: Any, start: int, check: bool) -> np.ndarray:
     """Return a column as float32.
 
     Raises:
@@ -154,12 +172,13 @@ def _numbers(file: Path, name: str, column: Any, start: int) -> np.ndarray:
             f"{file}: {name!r} is {kind}; expected numbers: choose columns (--data.columns), or make "
             "it the label (--data.label)"
         )
-    _refuse_missing(file, name, column, start)
+    if check:
+        _refuse_missing(file, name, column, start)
     values = np.asarray(column.to_numpy())
     with np.errstate(over="ignore"):
         narrow = values.astype(np.float32)
     bad = ~np.isfinite(narrow)
-    if bad.any():
+    if check and bad.any():
         row = int(bad.argmax())
         raise DataError(
             f"{file}: row {start + row + 1}: {name!r} is {values[row]}; expected a finite number of float32"

@@ -37,6 +37,8 @@ class ShardStream(grain.IterDataset):
       together: number of rows that are shuffled together; None: rows come in order.
     """
 
+    continues_after_errors = True  # after a row that cannot be read, the next one is
+
     def __init__(self, data: Any, columns: list[Column], reader: ImageReader, together: int | None):
         super().__init__()
         self.data, self.columns, self.reader, self.together = data, columns, reader, together

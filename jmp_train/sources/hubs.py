@@ -130,6 +130,8 @@ class HubRows:
       reader: reads the images.
     """
 
+    takes_rows = True
+
     def __init__(self, data: Any, columns: list[Column], reader: ImageReader):
         self._data, self._columns, self._reader = data, columns, reader
         self.classes = _class_count(data, columns)

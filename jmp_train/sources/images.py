@@ -125,6 +125,8 @@ class ImageFolder:
         link that leads out of the folder.
     """
 
+    takes_rows = True
+
     def __init__(
         self,
         path: str | Path,

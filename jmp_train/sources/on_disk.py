@@ -54,6 +54,8 @@ class ArraysOnDisk:
       DataError: for arrays of different numbers of examples.
     """
 
+    takes_rows = True
+
     def __init__(self, arrays: dict[str, Stored]):
         for name, array in arrays.items():
             if not array.shape:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jmp_train.errors import DataError
-from jmp_train.sources.files import check_folder, named
+from jmp_train.sources.files import check_folder, named, within
 from jmp_train.types import Batch, Json
 
 INDEX = "records.json"
@@ -133,6 +133,11 @@ def array_records(path: str, held_out: str | None = None) -> Any:
             raise DataError(
                 f"{folder} has held-out examples in {parts[1]}; expected no held_out beside it"
             )
+        for part in parts:
+            if not within(part, folder):
+                raise DataError(
+                    f"{part} is a link that leads out of {folder}; expected a folder in it"
+                )
         return tuple(map(Records, parts))
     train = Records(folder)
     return train if held_out is None else (train, Records(named(held_out)))

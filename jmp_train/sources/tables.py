@@ -106,6 +106,8 @@ class RowGroups:
 
     _TOGETHER = 4  # row groups whose rows are shuffled together
 
+    takes_rows = True
+
     def __init__(self, path: Path, columns: Columns):
         self._columns, self._files = columns, _files(path)
         for file in self._files:
@@ -168,7 +170,14 @@ class RowGroups:
         found: Batch = {}
         for block in np.unique(blocks).tolist():
             at = np.flatnonzero(blocks == block)
-            for name, array in self._block(block).items():
+            arrays, number = self._block(block), self._groups[block]
+            if not all(
+                np.isfinite(array[rows[at] - self._starts[block]]).all()
+                for array in arrays.values()
+            ):
+                for row in (rows[at] - self._starts[block]).tolist():  # which one it is
+                    self._columns.check_row(self._files[number[0]], arrays, row, number[2])
+            for name, array in arrays.items():
                 if name not in found:
                     found[name] = np.empty((len(rows), *array.shape[1:]), array.dtype)
                 found[name][at] = array[rows[at] - self._starts[block]]
@@ -184,7 +193,7 @@ class RowGroups:
             number, group, start = self._groups[block]
             file = self._files[number]
             found = _open(file).read(self._columns.numeric, group)
-            arrays = self._columns.arrays(file, found, start)
+            arrays = self._columns.arrays(file, found, start, check=False)
             recent = dict(list(kept.items())[-self._TOGETHER :])
             kept = self._kept = {**recent, block: arrays}
         return kept[block]

@@ -105,6 +105,8 @@ class TfdsRows:
       DataError: for a split that cannot be read.
     """
 
+    takes_rows = True
+
     def __init__(self, folder: Path, split: str, columns: list[Column], reader: ImageReader):
         self._folder, self._split = folder, split
         self._columns, self._reader = columns, reader

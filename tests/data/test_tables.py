@@ -371,9 +371,24 @@ def test_a_number_that_is_not_finite_is_named_by_its_row_in_the_file(tmp_path):
     lengths[16] = np.inf
     write_parquet(tmp_path / "t.parquet", {"length": lengths, "width": np.arange(20.0)})
     source = table(str(tmp_path / "t.parquet"), in_memory=False)
-    source.take(np.arange(14))
+    source.take(np.r_[0:16, 17:20])
     with pytest.raises(DataError, match=r"t\.parquet: row 17: 'length' is inf; expected a finite"):
-        source.take(np.array([15]))
+        source.take(np.array([3, 16]))
+
+
+def test_one_bad_row_of_a_row_group_is_left_out_alone(tmp_path):
+    lengths = np.arange(40.0)
+    lengths[9] = np.nan
+    write_parquet(tmp_path / "t.parquet", {"length": lengths, "width": np.arange(40.0)})
+    options = {"path": str(tmp_path / "t.parquet"), "in_memory": False, "eval_share": 0.1}
+    loaded = jt.Data(table, on_bad="skip", **options).load()
+    held_out, left_out = loaded.eval.held_out(0, 4)
+    batches = iterate(train_batches(loaded.train, 12, seed=0))
+    rows = np.concatenate([next(batches)["x"][:, 1] for _ in range(3)])
+    assert batches.bad.count + left_out.count == 1
+    both = np.concatenate([rows, held_out["x"][:, 1]])
+    assert set(range(40)) - set(both.astype(int).tolist()) == {9}
+    batches.close()
 
 
 def test_csv_files_are_not_read_in_parts(tmp_path):

@@ -191,6 +191,7 @@ def test_changed_batch_size_needs_force_and_reorders_the_batches(run, monkeypatc
         class Spied:
             get_state, set_state, skip = iterator.get_state, iterator.set_state, iterator.skip
             can_seek, close = iterator.can_seek, iterator.close
+            bad = property(lambda self: iterator.bad)
 
             def __next__(self):
                 seen.append(take(iterator))
