@@ -187,7 +187,8 @@ def _prepared(name: str, data_dir: str | None) -> Path:
     if version in versions or (version is None and versions):
         folder = base / (version or max(versions, key=lambda v: [int(n) for n in v.split(".")]))
         info = read_json(folder / _INFO)
-        formats = [info.get("fileFormat"), *(info.get("alternativeFileFormats") or [])]
+        others = info.get("alternativeFileFormats")
+        formats = [info.get("fileFormat"), *(others if isinstance(others, list) else [])]
         if "array_record" in formats:
             return folder
         raise DataError(
