@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal as signals
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ EXPERIMENT = jt.Experiment(
 """
 
 
+@pytest.fixture
+def interruptible():
+    """A shell that starts the tests in the background has SIGINT ignored."""
+    before = signals.signal(signals.SIGINT, signals.default_int_handler)
+    yield
+    signals.signal(signals.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("signal,status", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_leaves_nothing(tmp_path, monkeypatch, capsys, signal, status):
     monkeypatch.chdir(tmp_path)
