@@ -125,7 +125,7 @@ def chain(*transforms: Function) -> Chain:
       *transforms: of this module, or functions of an example or a batch, with `rng` or without.
 
     Raises:
-      DataError: for something that is no function.
+      DataError: for a value that cannot be called.
 
     >>> halved = chain(random_flip(), lambda batch: {**batch, "image": batch["image"] / 2})
     >>> halved({"image": np.ones((2, 2, 1))}, np.random.default_rng(0))["image"].max()

@@ -281,7 +281,7 @@ def load_run(
       which: the checkpoint: "best", by the metric of the experiment or of early stopping; "latest"; or
         its step. Without an evaluated checkpoint, the best is the newest. A damaged checkpoint is passed
         over with a warning, unless its step was given.
-      experiment: the experiment of the run, for one that is no file in experiments/; its settings are
+      experiment: the experiment of the run, if it is not a file in experiments/; its settings are
         replaced by those of the run.
       policy: precision policy to predict in; None: the policy and the rules of the run.
 

@@ -135,7 +135,7 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Return an image, uint8, in as many channels as the shape of an example has.
 
     Raises:
-      ValueError: for a damaged image, without Pillow, and for a shape that is no image's.
+      ValueError: for a damaged image, without Pillow, and for a shape that no image can have.
     """
     channels = shape[2] if len(shape) == 3 else 1
     if len(shape) not in (2, 3) or channels not in MODES:

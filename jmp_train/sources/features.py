@@ -56,7 +56,7 @@ def choose(
       where: name of the data in messages.
 
     Raises:
-      DataError: for a missing column, with the nearest one; for a column that is no numbers and no
+      DataError: for a missing column, with the nearest one; for a column of neither numbers nor
         images; for two arrays of one name.
 
     >>> kinds = {"x": Kind("numbers", "float32"), "y": Kind("classes", "ClassLabel", 3)}

@@ -121,8 +121,8 @@ class ImageFolder:
       class_names: names of the folders, in the order of the labels; None: all folders, sorted.
 
     Raises:
-      DataError: for a folder without classes, a class without images, a folder that is no class, and a
-        link that leads out of the folder.
+      DataError: for a folder without classes, a class without images, a folder whose name is not among
+        the class names, and a link that leads out of the folder.
     """
 
     takes_rows = True

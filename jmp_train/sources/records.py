@@ -100,7 +100,9 @@ class Records:
         from array_record.python.array_record_module import ArrayRecordReader
 
         if file.is_symlink() or not file.is_file():
-            raise DataError(f"{file} is no file of the folder; expected those that {INDEX} names")
+            raise DataError(
+                f"{file} is missing from the folder; expected the files that {INDEX} names"
+            )
         try:
             file.open("rb").close()  # the reader's own error for this would look like damage
             # Without its own threads: the worker processes and threads read beside each other.

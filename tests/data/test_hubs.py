@@ -7,7 +7,7 @@ import datasets
 import grain
 import numpy as np
 import pytest
-from helpers.hub_data import LABELS, PIXELS, POINTS, png, rows, save_hugging_face
+from helpers.hub_data import PIXELS, POINTS, assert_written, png, rows, save_hugging_face
 from PIL import Image
 from pyarrow.parquet import write_table
 
@@ -32,17 +32,6 @@ def parquet(tmp_path, monkeypatch):
         rows(part).to_parquet(folder / f"train-{number}.parquet", batch_size=4)
     rows(slice(24, 30)).to_parquet(folder / "test-0.parquet")
     return str(folder)
-
-
-def assert_written(batch, which):
-    np.testing.assert_array_equal(batch["image"], PIXELS[which] / np.float32(255))
-    np.testing.assert_array_equal(batch["points"], POINTS[which])
-    np.testing.assert_array_equal(batch["label"], LABELS[which])
-    assert {name: str(array.dtype) for name, array in batch.items()} == {
-        "image": "float32",
-        "points": "float32",
-        "label": "int32",
-    }
 
 
 def test_rows_at_random_are_the_arrays_that_were_written(saved):

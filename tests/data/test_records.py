@@ -277,7 +277,7 @@ def first_shard(**changes):
         (first_shard(file=3), "is damaged"),
         (
             first_shard(file="other"),
-            "other is no file of the folder; expected those that records.json",
+            "other is missing from the folder; expected the files that records.json",
         ),
         (first_shard(file="records.json"), "has 0 records; expected 3|is no ArrayRecord file"),
         (first_shard(examples=-1), "is damaged"),

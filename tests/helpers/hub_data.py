@@ -12,6 +12,15 @@ LABELS = np.arange(30) % 3
 NAMES = ["ash", "elm", "oak"]
 
 
+def assert_written(batch, which):
+    """Assert that a batch has the examples with these numbers, as they were written."""
+    np.testing.assert_array_equal(batch["image"], PIXELS[which] / np.float32(255))
+    np.testing.assert_array_equal(batch["points"], POINTS[which])
+    np.testing.assert_array_equal(batch["label"], LABELS[which])
+    dtypes = {name: str(array.dtype) for name, array in batch.items() if name != "number"}
+    assert dtypes == {"image": "float32", "points": "float32", "label": "int32"}
+
+
 def png(pixels):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
