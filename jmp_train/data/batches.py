@@ -123,6 +123,7 @@ class BatchIterator:
         self._workers = workers
         self._next = 0  # index of the next batch
         self._items: Iterator[Any] | None = None
+        self.before: Json | None = None  # the state before the last item
         self.bad = Bad()  # examples that were left out, since the first batch
 
     def __iter__(self) -> BatchIterator:
@@ -131,7 +132,9 @@ class BatchIterator:
     def __next__(self) -> Any:
         if self._items is None:
             self._items = self._items_from(self._next)
+        before = self.get_state()
         item = next_of_workers(self._items) if self._workers else next(self._items)
+        self.before = before
         self._next += self._steps_per_call
         if isinstance(item, dict):
             item, bad = unmarked(item)

@@ -185,8 +185,11 @@ class _OwnData(Configured):
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DataError(f"{name} failed: {what}") from error
         if isinstance(made, Dataset):
-            if any(_transforms(self)):
-                raise DataError(f"{name} returned a Dataset; expected no transform beside it")
+            ignored = [f.name for f in dataclasses.fields(_OwnData) if f.name not in takes]
+            ignored = [n for n in ignored if n != "workers" and getattr(self, n) != _DEFAULTS[n]]
+            ignored = ["transform"] * any(_transforms(self)) + ignored
+            if ignored:
+                raise DataError(f"{name} returned a Dataset; expected no {ignored[0]} beside it")
             return made._replace(workers=self.workers)
         paired = isinstance(made, tuple) and len(made) == 2
         forms = [_Form.of(part, name) for part in (made if paired else (made,))]
@@ -194,11 +197,14 @@ class _OwnData(Configured):
         classes = own_of(self)._class_count(forms)
         stated = self.classes or next(filter(None, (form.classes for form in forms)), None)
         train, held_out = (part.source(self, stated) for part in _with_purpose(parts))
+        first = _first(train)
+        if isinstance(train, Examples) and isinstance(held_out, Examples):
+            held_out.expect_like(train)
         count = classes or stated
         return Dataset(
             train=train,
             eval=held_out,
-            spec=DataSpec.of(_first(train), count, forms[0].class_names(count)),
+            spec=DataSpec.of(first, count, forms[0].class_names(count)),
             workers=self.workers,
         )
 
@@ -248,8 +254,8 @@ class _OwnData(Configured):
         label = np.concatenate([np.ravel(array) for array in labels])
         if label.dtype.kind not in "iu":
             return self.classes
-        bad = (label < 0) | (label >= (self.classes or 2**31))
-        if bad.any():
+        bad = _out_of_range(label, self.classes)
+        if bad.any() and self.on_bad == "stop":
             first = int(bad.argmax())
             part = 0 if first < labels[0].size else 1
             of_part = first - part * labels[0].size
@@ -260,16 +266,26 @@ class _OwnData(Configured):
             )
         if self.classes is not None:
             return self.classes
-        found = np.unique(label)
+        found = np.unique(label[~bad])
         return (
             len(found) if len(found) > 1 and found[0] == 0 and found[-1] == len(found) - 1 else None
         )
+
+
+def _out_of_range(label: Any, classes: int | None) -> np.ndarray:
+    """Return which integers of an array are no labels; nothing of an array of another kind, or None."""
+    if label is None or label.dtype.kind not in "iu":
+        return np.zeros(0, np.bool_)
+    return (label < 0) | (label >= (classes or 2**31))
 
 
 def _transforms(config: _OwnData) -> list[Function | None]:
     """Return the transform of examples and that of batches."""
     about = config.__configured__.about
     return [about["transform"], about["batch_transform"]]
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(_OwnData)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,7 +414,10 @@ class _Form:
                 f"window is {config.window}, and the data are read at random; expected 0, or a stream"
             )
         in_memory = isinstance(self.made, Mapping)
-        if transform is not None or not in_memory or (self.held_out and batch_transform):
+        one_by_one = transform is not None or (self.held_out and batch_transform is not None)
+        if in_memory and config.on_bad == "skip":
+            one_by_one |= _out_of_range(self.made.get("label"), classes).any()
+        if one_by_one or not in_memory:
             items = Rows(self.made, self.describe) if in_memory else self.made
             options = {"numbers": self.numbers, "classes": classes, "on_bad": config.on_bad}
             return Examples(items, transform, batch_transform, **options)

@@ -137,6 +137,11 @@ class Examples:
         """The blocks that the examples are read in, as `order_of` expects them; None for none."""
         return row_blocks(self._items)
 
+    def expect_like(self, other: Examples) -> None:
+        """Expect the shapes and dtypes of the first example of others, if the transforms are the same."""
+        if self._transform is other._transform:
+            self._first = other._first
+
     def untransformed(self) -> Examples:
         """Return the same examples as they are read, none of which may be bad."""
         return Examples(self._items, numbers=self._numbers, classes=self._classes)

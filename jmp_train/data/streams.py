@@ -192,6 +192,8 @@ class StreamIterator:
     read again when it resumes.
     """
 
+    before = None  # the state before the last item, which is not kept
+
     def __init__(self, batches: StreamBatches, steps_per_call: int):
         self._batches = batches
         self._steps_per_call = steps_per_call

@@ -123,8 +123,12 @@ class Events:
         if state["next_batch"] != wanted:
             if not batches.can_seek:  # a resumed run reads them again up to it
                 return state_at(wanted)
-            batches.set_state(self._saved)
-            batches.skip(wanted - self._saved["next_batch"])
+            before = batches.before
+            if before is not None and before["next_batch"] == wanted:
+                batches.set_state(before)
+            else:
+                batches.set_state(self._saved)
+                batches.skip(wanted - self._saved["next_batch"])
             state = batches.get_state()
         self._saved = state
         return state

@@ -30,6 +30,7 @@ def _cases():
             yield pytest.param(construct, order, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("construct,order", list(_cases()))
 def test_every_construct_in_every_order(construct, order):
     f, (ours, plain) = CONSTRUCTS[construct], ORDERS[order]

@@ -230,7 +230,8 @@ def ode_gradient(w):
     return -2 * each.sum() * each
 
 
-@pytest.mark.parametrize("policy", first_quick(["mixed_float16", "mixed_bfloat16", None]))
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", None])
 @pytest.mark.parametrize(
     ("loss", "gradient"), [(loop_loss, loop_gradient), (ode_loss, ode_gradient)]
 )

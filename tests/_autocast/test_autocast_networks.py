@@ -141,9 +141,8 @@ def test_every_product_of_a_training_step_is_in_half(name, dtype, short):
     assert products(outside) == {short: plain["f32"]} == products(inside)
 
 
-@pytest.mark.parametrize(
-    "name", [slow(name) if name == "transformer" else name for name in sorted(NETWORKS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_gradients_are_those_of_float32_but_for_rounding(name):
     loss, params, x, labels = loss_and_data(name)
     want = jax.jit(jax.grad(loss))(params, x, labels)

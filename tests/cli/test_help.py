@@ -91,6 +91,7 @@ def test_help_of_a_command_without_its_argument_shows_its_options(capsys, comman
     assert not stop.value.code and out.startswith(f"usage: jmp-train {command} ") and option in out
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_without_a_traceback():
     command = f"{sys.executable} -m jmp_train predict --help | true"
     done = subprocess.run(command, shell=True, check=False, capture_output=True, text=True)

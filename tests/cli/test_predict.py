@@ -206,6 +206,7 @@ def test_a_full_disk_leaves_no_half_file(capsys, here, monkeypatch, full):
     assert not list(here.glob("out*"))
 
 
+@pytest.mark.slow
 def test_a_text_is_continued_from_a_prompt_a_file_or_the_input(capsys, here, monkeypatch):
     (here / "start.md").write_bytes(b"The with")
     options = ["--length", "6", "--temperature", "0"]

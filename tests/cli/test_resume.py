@@ -160,6 +160,7 @@ def test_resume_continues_the_interrupted_run(capsys, here, monkeypatch):
     assert list(config_times()) == [config]
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_prints_its_results(capsys, here):
     assert call(capsys, "train", NAME, *FEW)[0] == 0
     status, out, _ = call(capsys, "train", NAME, *FEW, "--resume")
@@ -168,6 +169,7 @@ def test_resume_of_a_finished_run_prints_its_results(capsys, here):
     assert status == 0 and "changed: steps 12 -> 16" in out and "after 16 steps" in out
 
 
+@pytest.mark.slow
 def test_the_printed_command_names_the_run_in_place_of_resume(capsys, here, monkeypatch):
     assert call(capsys, "train", NAME, *FEW)[0] == 0
     (config,) = config_times()

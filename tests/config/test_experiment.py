@@ -209,10 +209,8 @@ FAMILY = Experiment(
 """
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [*(pytest.param(p, marks=pytest.mark.slow) for p in ("fp32", "bf16")), "fp16"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_a_new_family_takes_a_network_and_few_lines(tmp_path, monkeypatch, precision):
     beyond_the_network = FAMILY_FILE.partition("FAMILY =")[2].strip().splitlines()
     assert len(beyond_the_network) + 5 <= 15  # and the imports

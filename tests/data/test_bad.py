@@ -236,3 +236,37 @@ def test_interleaved_streams_resume_in_later_passes():
         again.set_state(states[place])
         assert [next(again)["x"].tolist() for _ in range(25 - place)] == seen[place:], place
         again.close()
+
+
+def test_labels_in_memory_that_are_no_class_are_left_out():
+    x = np.arange(40, dtype=np.float32)
+    arrays = {"x": x, "label": np.where(x == 6, -1, np.arange(40) % 2)}
+    own = jt.Data(arrays, on_bad="skip", eval_share=0.25).load()
+    batches = iterate(train_batches(own.train, 10, seed=0))
+    seen = np.concatenate([next(batches)["x"] for _ in range(3)])
+    assert own.spec.classes == 2 and 6 not in seen and len(seen) == 30
+    assert batches.bad.count == 1 and "'label' is -1" in batches.bad.why
+    batches.close()
+    with pytest.raises(DataError, match="1 labels are out of range, the first -1"):
+        jt.Data(arrays, eval_share=0.25).load()
+
+
+def test_a_bad_first_held_out_example_does_not_say_what_the_others_are_like():
+    held_out = Items("other", bad=frozenset([0]))
+    own = jt.Data(lambda: (Items(bad=frozenset()), held_out), classes=3, on_bad="skip").load()
+    (batch,) = eval_batches(own.eval, COUNT)
+    assert numbers(batch)[: int(batch["mask"].sum())] == list(range(1, COUNT))
+
+
+@pytest.mark.parametrize(
+    "settings,given",
+    [({"on_bad": "skip"}, "on_bad"), ({"window": 5}, "window"), ({"eval_share": 0.5}, "eval_share"),
+     ({"classes": 3}, "classes"), ({"transform": double}, "transform")],
+)  # fmt: skip
+def test_a_setting_that_a_returned_dataset_cannot_honour_is_refused(settings, given):
+    made = data(Items())
+    assert jt.Data(lambda: made).load().spec == made.spec
+    with pytest.raises(DataError, match=f"returned a Dataset; expected no {given} beside it"):
+        jt.Data(lambda: made, **settings).load()
+    taken = jt.Data(lambda window=0: made, window=5).load()
+    assert taken.spec == made.spec

@@ -66,6 +66,7 @@ def test_a_long_text_is_encoded_in_pieces(monkeypatch):
     assert BPE.decode(ids) == "å".encode() * 2500
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_tokenizer_in_another_process():
     code = """
 import hashlib

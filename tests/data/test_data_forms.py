@@ -6,7 +6,6 @@ import re
 import grain
 import numpy as np
 import pytest
-from helpers.marks import slow
 
 import jmp_train as jt
 from jmp_train.data import DataError, Dataset, eval_batches, iterate, train_batches
@@ -104,7 +103,8 @@ def test_a_restored_position_continues_bitwise_in_every_form(form, at):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-@pytest.mark.parametrize("form", ["list", slow("map dataset")])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["list", "map dataset"])
 def test_batches_do_not_depend_on_the_number_of_workers(form):
     options = {"transform": lambda example, rng: {**example, "own": rng.normal()}}
     alone = take(loaded(form, **options), 5)

@@ -101,12 +101,8 @@ def call(folder, run, *options):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(
-            ("--data.form", "list", "--data.workers", "2"), marks=pytest.mark.slow, id="list"
-        ),
-        pytest.param(
-            ("--data.form", "stream", "--data.workers", "1"), marks=pytest.mark.slow, id="stream"
-        ),
+        ("--data.form", "list", "--data.workers", "2"),
+        ("--data.form", "stream", "--data.workers", "1"),
         ("--data.form", "function"),
     ],
     ids=lambda options: options[1],
@@ -130,7 +126,8 @@ def test_a_killed_run_on_own_data_resumes_bitwise(folder, options):
     assert_same_arrays(final_arrays(folder / "a"), final_arrays(folder / "b"))
 
 
-@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
 def test_an_unreadable_example_ends_the_run_with_its_index(folder, workers):
     ended = call(folder, folder / "a", "--data.form", "bad", "--data.workers", workers)
     assert ended.returncode == 2

@@ -60,6 +60,7 @@ def test_images_are_a_function_of_the_seed_and_begin_alike_for_any_number():
     assert not np.array_equal(other["label"], few["label"])
 
 
+@pytest.mark.slow
 def test_images_are_levels_of_8_bits_and_labels_are_uniform():
     found = GlyphsConfig().draw(8192, FONTS, purpose=0)
     image, label = found["image"], found["label"]

@@ -258,6 +258,7 @@ def points(path, seed, steps):
     return np.concatenate([next(iterator)["points"] for _ in range(steps)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["saved", "parquet"])
 def test_a_stream_resumes_bitwise_at_every_position(request, source):
     path = request.getfixturevalue(source)

@@ -256,6 +256,7 @@ def here(flowers, monkeypatch, quick_runs):
     return flowers
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_on_a_folder_and_predicts_on_one_of_images(here, capsys):
     status, out, err = call(capsys, "train", "flowers", "--run-dir", "run", "--data.size", "6")
     assert status == 0 and "image_folder: 10 training examples, 3 held out" in out, err

@@ -363,6 +363,7 @@ def losses(run):
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_command_packs_what_an_experiment_trains_on(here, capsys):
     status, out, err = call(
         capsys, "pack", "points", "out", "--shards", "2", "--data.examples", "20"

@@ -303,6 +303,7 @@ EXPERIMENT = jt.Experiment(
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_chooses_files_and_columns(tmp_path, monkeypatch, capsys, quick_runs):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").mkdir()

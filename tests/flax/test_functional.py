@@ -51,6 +51,7 @@ def linen_of(precision, dropout=0.0):
 PRECISIONS = ["float32", "mixed_bfloat16", [("last", "float32"), ("**", "mixed_float16")]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["float32", "bf16", "rules"])
 def test_both_libraries_train_alike_from_equal_parameters(precision):
     """Within the rounding of the compute dtype: the libraries order casts and sums in their own way."""

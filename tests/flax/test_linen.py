@@ -50,6 +50,7 @@ def jaxpr_of(model, variables, *args, **options):
     return jax.make_jaxpr(functools.partial(model.apply, **options))(variables, *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ONE_QUICK)
 def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     net = Net()

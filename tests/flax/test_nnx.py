@@ -76,6 +76,7 @@ def test_every_product_runs_in_half_and_the_delicate_rest_in_float32(policy):
     assert set(result_dtypes(jaxpr_of(under, TOKENS), "exp", "rsqrt")) == {"float32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ONE_QUICK)
 def test_values_and_gradients_are_those_of_float32_but_for_rounding(policy):
     net = Net(nnx.Rngs(0))
@@ -201,6 +202,7 @@ def test_a_rule_takes_the_place_of_the_dtype_that_an_author_gave_a_layer():
     assert result_dtypes(jaxpr_of(under, IMAGES)) == {"bfloat16": 1, "float32": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nnx.LSTMCell, nnx.GRUCell, nnx.SimpleCell])
 def test_recurrent_cells_run_in_half(kind):
     class Recurrent(nnx.Module):
@@ -278,6 +280,7 @@ def test_a_linen_module_inside_by_the_bridge():
     assert_contractions_in(*pure(under), jnp.ones((2, 4)))
 
 
+@pytest.mark.slow
 def test_it_trains_with_make_step_and_with_nnx_optimizer():
     under = apply_policy(Noisy(nnx.Rngs(0)), "mixed_float16")
     labels = jnp.arange(4)

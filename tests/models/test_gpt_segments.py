@@ -70,7 +70,8 @@ def test_each_document_has_the_logits_that_it_has_alone(logits):
     assert not np.allclose(packed[:, STARTS[1] : STARTS[3]], logits(tokens)[:, STARTS[1] : STARTS[3]], atol=0.1)  # fmt: skip
 
 
-@pytest.mark.parametrize("remat", ["none", slow("dots"), slow("full")])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_loss_and_its_gradient_are_those_of_the_documents_alone(remat):
     task = task_of(config=dataclasses.replace(CONFIG, remat=remat))
     words = [b"one", b"longer", b"to be"]

@@ -144,7 +144,7 @@ def vit64(model, x):
     return layer_norm64(x, model.norm).mean(1) @ array(model.head.kernel) + array(model.head.bias)
 
 
-@pytest.mark.parametrize("name,oracle", [("resnet", resnet64), ("vit", vit64)])
+@pytest.mark.parametrize("name,oracle", [("resnet", resnet64), slow("vit", vit64)])
 def test_outputs_are_those_of_float64(name, oracle):
     model = randomised(MODELS[name]())
     model.eval()
@@ -196,7 +196,8 @@ def trained(name, policy, steps):
     return stepper, state, batch, losses
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", slow("mixed_float16"), slow("float32")])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float32"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_policy_from_outside_runs_products_in_half_and_learns(name, policy):
     stepper, state, batch, losses = trained(name, policy, 25)

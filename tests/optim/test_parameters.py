@@ -156,6 +156,7 @@ def test_a_skipped_step_leaves_what_the_way_keeps_bitwise(way):
     assert info.finite and raw(state.opt_state) != before
 
 
+@pytest.mark.slow
 @each_way
 @slow_but_adamw
 def test_scan_and_donated_steps_and_plain_optax_agree_bitwise(name, way):
@@ -182,6 +183,7 @@ def test_scan_and_donated_steps_and_plain_optax_agree_bitwise(name, way):
         assert (apart > 0).mean() < 0.02 and apart.max() < 0.02
 
 
+@pytest.mark.slow
 @each_way
 def test_the_state_comes_back_from_orbax_bitwise(tmp_path, way):
     stepper, params = made_stepper("adamw", way), start()

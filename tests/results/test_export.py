@@ -73,18 +73,17 @@ def call_elsewhere(tmp_path, program, batches):
     return [dict(np.load(tmp_path / f"out{i}.npz")) for i in range(len(pairs))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network,settings",
     [
-        pytest.param("linen", {}, marks=pytest.mark.slow),
-        pytest.param("nnx", {}, marks=pytest.mark.slow),
-        pytest.param("plain", {}, marks=pytest.mark.slow),
+        ("linen", {}),
+        ("nnx", {}),
+        ("plain", {}),
         ("linen", {"policy": "mixed_bfloat16"}),
-        pytest.param("nnx", {"policy": "mixed_float16", "ema_decay": 0.5}, marks=pytest.mark.slow),
-        pytest.param(
-            "nnx", {"rules": ("last=float32", "**=mixed_bfloat16")}, marks=pytest.mark.slow
-        ),
-        pytest.param("counting", {}, marks=pytest.mark.slow),
+        ("nnx", {"policy": "mixed_float16", "ema_decay": 0.5}),
+        ("nnx", {"rules": ("last=float32", "**=mixed_bfloat16")}),
+        ("counting", {}),
     ],
     ids=str,
 )

@@ -194,7 +194,7 @@ def test_another_policy_predicts_in_its_dtypes(trained, policy, tolerance):
     np.testing.assert_allclose(run.predict(POINTS)["probability"], stored, atol=tolerance)
 
 
-@pytest.mark.parametrize("network", ["linen", "nnx", "plain"])
+@pytest.mark.parametrize("network", first_quick(["linen", "nnx", "plain"]))
 def test_the_model_is_the_network_with_its_arrays(trained, network):
     folder, own = trained(network)
     run = jt.load_run(folder, experiment=own)
@@ -278,6 +278,7 @@ def language_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_text_is_continued_in_the_type_of_the_prompt(language_model):
     run = jt.load_run(language_model)
     options = {"length": 5, "temperature": 0.0}

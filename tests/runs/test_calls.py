@@ -47,10 +47,8 @@ def train_records(run):
     ]
 
 
-@pytest.mark.parametrize(
-    "noise,resident",
-    [(0.0, True), pytest.param(0.0, False, marks=pytest.mark.slow), slow(0.2, True)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("noise,resident", [(0.0, True), (0.0, False), (0.2, True)])
 def test_automatic_steps_per_call_gives_the_same_run_as_one(tmp_path, monkeypatch, noise, resident):
     fields = {"micro_batches": 4, "ema_decay": 0.9, "data": DigitsConfig(noise=noise)}
     experiment = small("mlp_fp16", **fields)

@@ -37,6 +37,7 @@ def experiment(steps, examples=20, names=("cat", "dog"), held_out=None):
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_other_data_is_refused_in_one_line(tmp_path):
     run = tmp_path / "run"
     jt.train(experiment(2), run)

@@ -1,6 +1,7 @@
 """Data that change between batches end the run in one line, saved before them; schedules are checked."""
 
 import dataclasses
+import json
 
 import grain
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from helpers.saved_arrays import assert_same_arrays, final_arrays
 
 import jmp_train as jt
 from jmp_train.data import DataError
+from jmp_train.data.order import Order
 from jmp_train.errors import UsageError
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -144,6 +146,33 @@ def test_a_grain_stream_that_changes_resumes_where_it_was_refused(tmp_path):
     for name in ("mended", "whole"):
         jt.train(dataclasses.replace(own, data=load(lambda b: b)), tmp_path / name)
     assert_same_arrays(final_arrays(tmp_path / "whole"), final_arrays(tmp_path / "mended"))
+
+
+def test_examples_left_out_of_a_refused_batch_are_not_counted_and_the_others_are(tmp_path):
+    class Damaged(list):
+        def __getitem__(self, index):
+            if index % 10 == 3:
+                raise OSError("damaged")
+            return super().__getitem__(index)
+
+    rows = Damaged({"x": x, "y": x[0]} for x in ROWS)
+    count = iter(range(10**6))  # the first two calls are for the spec and the shapes
+    own = jt.Data(
+        lambda: (rows, HELD_OUT),
+        on_bad="skip",
+        batch_transform=lambda b, rng: other_shape(b) if next(count) == 6 else b,
+    )
+    settings = {"steps": 12, "steps_per_call": 1, "eval_every": 12, "checkpoint_every": 12}
+    run = dataclasses.replace(experiment(None, **settings), data=own)
+    with pytest.raises(DataError, match="the batch of step"):
+        jt.train(run, tmp_path)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    order = Order(len(rows), 8, seed=run.seed)
+    rows_read = np.concatenate(list(order.rows(0, batches=int(saved.name))))
+    metadata = json.loads((saved / "_CHECKPOINT_METADATA").read_text())
+    position = metadata["custom_metadata"]["extra"]["data"]
+    assert int(saved.name) == 4
+    assert position == {"next_batch": 4, "skipped_examples": int((rows_read % 10 == 3).sum())}
 
 
 @pytest.mark.parametrize(

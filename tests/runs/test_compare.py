@@ -21,6 +21,7 @@ def shortened(variants):
     }
 
 
+@pytest.mark.slow
 def test_the_comparison_holds_what_the_runs_say(tmp_path):
     out = io.StringIO()
     variants = shortened(variants_of("mlp", "fp32,fp16"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.marks import first_quick, slow
+from helpers.marks import first_quick
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
 
@@ -104,14 +104,15 @@ def replace_by_a_folder(file):
     file.mkdir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
         flip,
-        slow(lambda file: os.truncate(file, file.stat().st_size // 2)),
-        slow(lambda file: os.truncate(file, 0)),
+        lambda file: os.truncate(file, file.stat().st_size // 2),
+        lambda file: os.truncate(file, 0),
         Path.unlink,
-        slow(replace_by_a_folder),
+        replace_by_a_folder,
     ],
     ids=["flipped", "truncated", "emptied", "missing", "a folder"],
 )

@@ -103,6 +103,7 @@ def test_run_ends_when_the_metric_stops_improving(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path / "checkpoints").steps() == [20, 30, 40]
 
 
+@pytest.mark.slow
 def test_run_without_early_stopping_says_so(tmp_path):
     assert run(tmp_path, small(steps=20))["stopped_early"] is None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
 
@@ -130,7 +131,9 @@ def test_a_process_killed_before_its_first_record_leaves_a_run_that_begins(tmp_p
 # Signals
 
 
-@pytest.mark.parametrize("signum,status", [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+@pytest.mark.parametrize(
+    "signum,status", [("SIGTERM", 143), slow("SIGINT", 130), slow("SIGUSR1", 138)]
+)
 def test_a_signal_ends_a_run_with_its_status_and_the_state_saved(
     tmp_path, monkeypatch, capsys, signum, status
 ):

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.marks import first_quick
 from helpers.saved_arrays import final_arrays
 
 from jmp_train.records.metrics import read_metrics
@@ -80,9 +79,10 @@ def records(run_dir):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    first_quick(("linear_bf16", "mlp_fp16", "gpt_bf16")),
+    ("linear_bf16", "mlp_fp16", "gpt_bf16"),
 )
 def test_a_directory_of_an_earlier_version_resumes_bitwise(tmp_path, name):
     with zipfile.ZipFile(DATA / f"{name}.zip") as file:

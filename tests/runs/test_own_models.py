@@ -243,15 +243,16 @@ def test_a_published_linen_model_trains_from_its_constructor(tmp_path):
     assert summary["eval"]["accuracy"] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "net,policy",
     [
-        slow(NnxNet, "float32"),
+        (NnxNet, "float32"),
         (LinenNet, "mixed_float16"),
-        slow(LinenNet, "float32"),
-        slow(NnxNet, "mixed_float16"),
-        slow(UsualDropout, "float32"),
-        slow(UsualDropout, "mixed_float16"),
+        (LinenNet, "float32"),
+        (NnxNet, "mixed_float16"),
+        (UsualDropout, "float32"),
+        (UsualDropout, "mixed_float16"),
     ],
 )
 def test_a_network_with_state_and_dropout_resumes_bitwise(tmp_path, net, policy):

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from helpers.command_line import call
 from helpers.hub_data import prepare_tfds, save_hugging_face
-from helpers.marks import first_quick
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from PIL import Image
 from pyarrow import parquet
@@ -100,8 +99,9 @@ HUBS = {
 }
 
 
-@pytest.mark.parametrize("workers", first_quick(("0", "2")))
-@pytest.mark.parametrize("source", first_quick(SOURCES))
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ("0", "2"))
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_killed_run_resumes_bitwise(tmp_path, monkeypatch, capsys, quick_runs, source, workers):
     monkeypatch.chdir(tmp_path)
     write, options = SOURCES[source]
@@ -122,6 +122,7 @@ def test_a_killed_run_on_a_hub_resumes_bitwise(
     assert_resumes_bitwise(capsys, source, options, workers)
 
 
+@pytest.mark.slow
 def test_bad_images_end_a_run_or_are_left_out_and_counted(
     tmp_path, monkeypatch, capsys, quick_runs
 ):

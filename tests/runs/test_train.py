@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.marks import slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from helpers.small_runs import QUIET, poisoned, signal_at, small
 from rich.console import Console
@@ -229,6 +228,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_loses_nothing(tmp_path, m
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 40
 
 
+@pytest.mark.slow
 def test_more_steps_may_be_asked_of_a_run(tmp_path):
     train(small("mlp_bf16"), tmp_path, name="mlp_bf16")
     assert train(small("mlp_bf16", steps=60), tmp_path, name="mlp_bf16")["steps"] == 60
@@ -297,7 +297,8 @@ def test_a_nan_stops_a_run_that_names_the_step_and_the_newest_checkpoint(tmp_pat
     assert (summary["steps"], summary["skipped_steps"], summary["rollbacks"]) == (40, 1, 0)
 
 
-@pytest.mark.parametrize("per_call", [5, slow(1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("per_call", [5, 1])
 def test_rollback_resumes_from_the_checkpoint_after_the_bad_batch(tmp_path, per_call):
     experiment = poisoned(22, nonfinite="rollback", steps_per_call=per_call)
     summary = train(experiment, tmp_path, name="mlp_fp32")

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.marks import first_quick
 from optax import contrib
 
 import jmp_train as jt
@@ -129,10 +128,11 @@ def test_float8_parameters_train_with_their_moving_average(dtype):
     np.testing.assert_allclose(state.ema["w"], average, rtol=4 * 2.0**-24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap", [jt.optim.master_weights, jt.optim.stochastic_rounding, jt.optim.kahan]
 )
-@pytest.mark.parametrize("dtype", first_quick(FLOAT8[:2]))
+@pytest.mark.parametrize("dtype", FLOAT8[:2])
 def test_float8_parameters_keep_small_updates_under_the_wrappers(wrap, dtype):
     policy = f"params={dtype},compute=float32,output=float32"
     stepper = jt.make_step(linear, wrap(optax.sgd(2.0**-7)), policy, ema_decay=0.9)

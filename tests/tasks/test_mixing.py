@@ -176,6 +176,7 @@ def stepper(task, policy="float32", **options):
     return made, made.init(run.init(jax.random.key(0))[0], key=jax.random.key(1))
 
 
+@pytest.mark.slow
 def test_steps_mix_anew_without_another_compilation():
     made, state = stepper(tasks.classification(mixup=0.2, cutmix=1.0))
     losses = []

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
-from helpers.marks import slow
 
 import jmp_train as jt
 from jmp_train import tasks
@@ -54,7 +53,8 @@ def lm(network):
 PARAMS = {"embed": {"embedding": jnp.asarray(TABLE)}}
 
 
-@pytest.mark.parametrize("network", [Logits, slow(LinenLogits)])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [Logits, LinenLogits])
 def test_losses_and_gradients_from_logits_equal_those_of_score(network):
     # One softmax of 11 logits of order 5 in float32, in two orders of sums.
     assert jax.tree.map(jnp.shape, lm(network).init(jax.random.key(0))[0]) == {
