@@ -30,6 +30,7 @@ FLOORS = {
     "flax": 6,
     "step": 7,
     "testing": 8,
+    "sharding": 5,
     "sources": 6,
     "data": 7,
     "models": 7,

@@ -17,6 +17,8 @@ from jmp_train.optim.config import OptimizerConfig
 from jmp_train.optim.optimizers import check_parameters
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.records.trackers import Tracker, TrackerName
+from jmp_train.sharding.mesh import MeshShape
+from jmp_train.sharding.placement import Placement
 from jmp_train.spec import DataSpec
 from jmp_train.step.state import TrainState
 from jmp_train.tasks.kinds import get_task, make_task
@@ -65,6 +67,12 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     steps_per_call: int | None = None
     """Number of steps per dispatch to the device; must divide the step counts above. None: chosen
     from them, the size of a step and a limit of 0.1 s. The run is bitwise the same with each."""
+    mesh: str = ""
+    """Devices by axis, such as data=2,fsdp=4; -1 takes all that are left. data: copies of the
+    parameters; fsdp: shares of them; tensor: shares of their products. "": all devices on data."""
+    placement: tuple[str, ...] = ()
+    """Mesh axes of parameters by their paths, each 'PATTERN=AXES', such as '**/up/kernel=-,tensor';
+    first match wins. Other parameters lie where the model says, or by fsdp over their largest axis."""
     data_on_device: bool = True
     """Keep training arrays on the device if they need at most a quarter of its memory; False: send
     each batch. Data with random augmentation are always sent."""
@@ -133,6 +141,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
         if not 0 <= self.seed < 2**32:  # jax.random.key drops the higher bits
             raise ValueError(f"seed is {self.seed}; expected 0 to {2**32 - 1}")
         self._check_steps_per_call()
+        MeshShape.parse(self.mesh)
+        Placement(self.placement)
         if self.batch_size % self.micro_batches:
             raise ValueError(
                 f"batch_size is {self.batch_size}; expected a multiple of micro_batches "

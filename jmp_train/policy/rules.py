@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import itertools
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jmp_train.policy.patterns import check_matches, compiled, first_match
 from jmp_train.policy.policy import Policy, get_policy
 
 _FLOAT32 = Policy(np.float32, np.float32, np.float32)
@@ -64,11 +60,11 @@ class Rules:
             entries = [("**", entries)]
         object.__setattr__(self, "entries", tuple(_rule(entry) for entry in entries))
         for rule in self.entries:
-            _compiled(rule.pattern)
+            compiled(rule.pattern)
 
     def index_of(self, path: str) -> int | None:
         """Return the index of the first rule that matches a path, or None."""
-        return next((i for i, r in enumerate(self.entries) if _compiled(r.pattern)(path)), None)
+        return first_match([rule.pattern for rule in self.entries], path)
 
     def policy_of(self, path: str) -> Policy:
         """Return the policy of the module at a path: its rule's, else its nearest ancestor's."""
@@ -100,15 +96,7 @@ class Rules:
         Raises:
           ValueError: if a rule matches none, with the rule and the nearest paths.
         """
-        paths = list(paths)
-        for pattern, policy in self.entries:
-            if not any(map(_compiled(pattern), paths)):
-                plain = re.sub(r"^re:|\*\*/|[*?^$]", "", pattern)
-                near = difflib.get_close_matches(plain, paths, n=3, cutoff=0.3)
-                found = ", ".join(repr(path) for path in near or paths[:8])
-                raise ValueError(
-                    f"the rule {pattern!r} ({policy}) matches no module; the nearest are {found}"
-                )
+        check_matches({rule.pattern: f" ({rule.policy})" for rule in self.entries}, paths, "module")
 
     def __str__(self) -> str:
         return _table([("pattern", "policy"), *((r.pattern, str(r.policy)) for r in self.entries)])
@@ -150,41 +138,6 @@ def _rule(entry: Any) -> Rule:
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"rule pattern {pattern!r}; expected a glob such as '**/norm*'")
     return Rule(pattern, get_policy(policy))
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> Any:
-    text = pattern.removeprefix("re:") if pattern.startswith("re:") else _regex_of_glob(pattern)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # FutureWarning: possible nested set
-            return re.compile(text).fullmatch
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"rule pattern {pattern!r} is an invalid regular expression: {error}; expected a glob such "
-            "as '**/norm*', or 're:' and a regular expression"
-        ) from None
-
-
-def _regex_of_glob(pattern: str) -> str:
-    regex = ""
-    parts = pattern.split("/")
-    again = [a == b == "**" for a, b in itertools.pairwise(parts)]  # `**/**` equals `**`
-    *firsts, last = [part for part, more in zip(parts, [*again, False], strict=True) if not more]
-    for part in firsts:
-        regex += "(?:[^/]+/)*" if part == "**" else _regex_of_name(part) + "/"
-    if last != "**":
-        return regex + _regex_of_name(last)
-    return regex.removesuffix("/") + "(?:/[^/]+)*" if firsts else ".*"
-
-
-def _regex_of_name(part: str) -> str:
-    pieces = re.split(r"(\*|\?|\[!?[^\]]+\])", part)
-    wild = {"*": "[^/]*", "?": "[^/]"}
-    return "".join(
-        wild.get(p) or (p.replace("[!", "[^") if p.startswith("[") else re.escape(p))
-        for p in pieces
-        if p
-    )
 
 
 def _table(lines: list[tuple[str, ...]]) -> str:

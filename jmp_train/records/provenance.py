@@ -41,13 +41,3 @@ def package_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # used from a folder
         return "not installed"
-
-
-def unused_devices_line() -> str:
-    """Return a line for a process with several devices, of which training uses one; else ""."""
-    devices = jax.local_devices()
-    if len(devices) == 1:
-        return ""
-    return (
-        f"training on 1 of {len(devices)} devices ({devices[0]}); for more: make_step(parallel=...)"
-    )

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,7 +19,9 @@ from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.policy.precision import Precision
+from jmp_train.runs.devices import put_batch, sharded_of
 from jmp_train.runs.user_code import check_schedule, one_line_errors
+from jmp_train.sharding.sharded import Sharded
 from jmp_train.spec import DataSpec
 from jmp_train.step.evaluation import make_evaluate
 from jmp_train.step.state import TrainState
@@ -35,6 +37,7 @@ class Parts(NamedTuple):
     task: TaskFunctions
     stepper: Stepper
     batches: PyTree  # a Grain dataset: one batch for each step
+    sharded: Sharded | None  # how it is split over devices; None for a single one
     evaluate: Callable[[TrainState], dict[str, float]]  # on the held-out data
     left_out: list[Bad]  # the examples that the last evaluation left out
 
@@ -52,8 +55,13 @@ def build(experiment: AnyExperiment, run_dir: Path | None = None) -> Parts:
     """
     dataset = load_dataset(experiment, run_dir)
     task = make_task_of(experiment, dataset.spec)
-    evaluate = make_evaluate(task.metrics_fn, task.precision, cast_batch=False)
+    sharded = sharded_of(experiment, task)
+    metrics_fn = task.metrics_fn if sharded is None else sharded.gathering(task.metrics_fn)
+    evaluate = make_evaluate(metrics_fn, task.precision, cast_batch=False)
     size = eval_batch_size(dataset.eval, experiment.batch_size)
+    if sharded is not None:
+        shards = sharded.batch_shards
+        size = -(-size // shards) * shards
     batches = train_batches(
         dataset.train,
         experiment.batch_size,
@@ -65,13 +73,15 @@ def build(experiment: AnyExperiment, run_dir: Path | None = None) -> Parts:
 
     def evaluate_held_out(state: TrainState) -> dict[str, float]:
         left_out.clear()
-        held_out = eval_batches(dataset.eval, size, left_out.append)
+        held_out: Any = eval_batches(dataset.eval, size, left_out.append)
+        if sharded is not None:
+            held_out = (put_batch(batch, sharded) for batch in held_out)
         metrics = evaluate(state.eval_params, held_out, state.model_state)
         count = sum(bad.count for bad in left_out)
         return {**metrics, "skipped_examples": float(count)} if count else metrics
 
-    stepper = _make_stepper(experiment, task)
-    return Parts(dataset, task, stepper, batches, evaluate_held_out, left_out)
+    stepper = make_stepper(experiment, task, sharded)
+    return Parts(dataset, task, stepper, batches, sharded, evaluate_held_out, left_out)
 
 
 def load_dataset(experiment: AnyExperiment, run_dir: Path | None = None) -> Dataset:
@@ -110,7 +120,10 @@ def make_task_of(
             raise UsageError(str(error)) from None
 
 
-def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
+def make_stepper(
+    experiment: AnyExperiment, task: TaskFunctions, sharded: Sharded | None = None
+) -> Stepper:
+    """Return the train step of an experiment, split over devices or not."""
     if experiment.schedule is not None:
         check_schedule(experiment.schedule)
     return make_step(
@@ -128,6 +141,7 @@ def _make_stepper(experiment: AnyExperiment, task: TaskFunctions) -> Stepper:
         cast_batch=False,
         ema_decay=experiment.ema_decay,
         micro_batches=experiment.micro_batches,
+        parallel=sharded,
     )
 
 
@@ -144,10 +158,26 @@ def check_batch_size(experiment: AnyExperiment, dataset: Dataset) -> None:
 
 
 def first_state(experiment: AnyExperiment, parts: Parts) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step; on several devices, no part of it is ever whole on one."""
     init_key, step_key = jax.random.split(jax.random.key(experiment.seed))
-    params, model_state = jax.jit(parts.task.init)(init_key)
+    places = None
+    if parts.sharded is not None:
+        shapes = jax.eval_shape(parts.task.init, init_key)
+        places = parts.sharded.follow(shapes, shapes[0])
+    params, model_state = jax.jit(parts.task.init, out_shardings=places)(init_key)
     return parts.stepper.init(params, model_state=model_state, key=step_key)
+
+
+def abstract_state(experiment: AnyExperiment, parts: Parts) -> TrainState:
+    """Return the shapes and dtypes of a state, and where each array lies."""
+    state = jax.eval_shape(lambda: first_state(experiment, parts))
+    if parts.sharded is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        places = jax.tree.map(lambda x: device, state)
+    else:
+        places = parts.sharded.follow(state, state.params)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(place, state, places)
 
 
 def matmul_precision(precision: str) -> contextlib.AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from jmp_train.data.batches import Batches, first_batch, iterate, iterate_rows
 from jmp_train.data.dataset import Arrays, DataError, Source
 from jmp_train.data.order import Order
 from jmp_train.runs.build import Parts
+from jmp_train.runs.devices import put_batch
 from jmp_train.runs.loop import last_of_stack
 from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call
 from jmp_train.step.donation import Donating
@@ -51,7 +52,8 @@ def compile_calls(
       start: steps already taken.
     """
     began = time.perf_counter()
-    (device,) = state.step.devices()
+    sharded = parts.sharded
+    device = next(iter(state.step.devices()))
     arrays = _resident_arrays(experiment, parts.dataset.train, device)
     batch = first_batch(parts.batches)
     rows = np.zeros(experiment.batch_size, np.int32)
@@ -69,12 +71,14 @@ def compile_calls(
     if arrays is None:
         iterator = lambda: iterate(parts.batches, steps)
         program = parts.stepper.step if steps == 1 else parts.stepper.scan
-        compiled = program.lower(state, _stacked(batch, steps)).compile()
-        call, last_batch = _on_batches(compiled, batch, steps), last_of_stack
+        item = _stacked(batch, steps)
+        put = lambda item: item if sharded is None else put_batch(item, sharded, steps)
+        compiled = program.lower(state, put(item)).compile()
+        call, last_batch = _on_batches(compiled, batch, steps, put), last_of_stack
     else:
         order = Order(len(parts.dataset.train), experiment.batch_size, seed=experiment.seed)
         iterator = lambda: iterate_rows(order, steps)
-        data = jax.device_put(arrays, device)
+        data = jax.device_put(arrays, device) if sharded is None else sharded.replicate(arrays)
         program = _step_on_rows(parts.stepper.pure_step, steps)
         compiled = program.lower(state, (data, _stacked(rows, steps))).compile()
         call = lambda state, rows: compiled(state, (data, rows))
@@ -130,13 +134,13 @@ def _step_on_rows(pure_step: Callable[..., Any], steps: int) -> Donating:
 
 
 def _on_batches(
-    compiled: Callable[..., Any], first: Batch, steps: int
+    compiled: Callable[..., Any], first: Batch, steps: int, put: Callable[[Any], Any]
 ) -> Callable[[TrainState, Any], tuple[TrainState, StepInfo]]:
     """Return a compiled call whose error for a batch unlike the first one names what differs."""
 
     def call(state: TrainState, item: Any) -> tuple[TrainState, StepInfo]:
         try:
-            return compiled(state, item)
+            return compiled(state, put(item))
         except (TypeError, ValueError) as error:
             difference = _difference(item, first, axes=int(steps > 1))
             if difference is None:

@@ -15,6 +15,8 @@ _MAY_CHANGE = (
     "nonfinite",
     "steps_per_call",
     "data_on_device",
+    "mesh",
+    "placement",
     "optimizer.learning_rate",
     "trackers",
     "early_stop.metric",

@@ -15,7 +15,7 @@ from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError, nearest
 from jmp_train.records.metrics import write_json
-from jmp_train.records.provenance import device_and_versions, unused_devices_line
+from jmp_train.records.provenance import device_and_versions
 from jmp_train.reports.plots import plot_comparison
 from jmp_train.reports.progress import display_name, print_line
 from jmp_train.runs.loop import Diverged
@@ -95,7 +95,7 @@ def compare(
     diverged: dict[str, list[int]] = {label: [] for label in variants}  # their seeds
     fitted = {label: fit_warmup(experiment) for label, experiment in variants.items()}
     variants = {label: experiment for label, (experiment, _) in fitted.items()}
-    for line in dict.fromkeys([unused_devices_line(), *(line for _, line in fitted.values())]):
+    for line in dict.fromkeys(line for _, line in fitted.values()):
         if line:
             print_line(console, line)
     for seed in range(seeds):

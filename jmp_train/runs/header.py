@@ -11,6 +11,7 @@ from jmp_train.data.data import own_of
 from jmp_train.data.streams import Stream
 from jmp_train.reports.progress import print_header
 from jmp_train.runs.context import RunContext
+from jmp_train.sharding.sharded import Sharded
 from jmp_train.types import PyTree
 
 
@@ -24,7 +25,7 @@ def show_header(context: RunContext, params: PyTree) -> None:
     experiment, dataset = context.experiment, context.parts.dataset
     rows = {
         "experiment": context.name,
-        "device": _device(),
+        "device": _device(context.parts.sharded),
         "precision": "\n".join([experiment.policy, *experiment.rules]),
         "parameters": _size(params),
         "data": f"{own_of(experiment.data).name}: {_count(dataset.train)} training examples, "
@@ -44,11 +45,12 @@ def _count(examples: Any) -> str:
     return f"{count:,}"
 
 
-def _device() -> str:
+def _device(sharded: Sharded | None) -> str:
     device = jax.devices()[0]
-    if device.device_kind == device.platform:
-        return device.platform
-    return f"{device.device_kind} ({device.platform})"
+    name = device.platform
+    if device.device_kind != device.platform:
+        name = f"{device.device_kind} ({device.platform})"
+    return name if sharded is None else f"{sharded.mesh.size} x {name}, mesh {sharded}"
 
 
 def _size(params: PyTree) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.settings import flatten
 from jmp_train.data.batches import saved_state, state_at
@@ -18,7 +16,7 @@ from jmp_train.records.checkpoints import DoesNotFit, Restored
 from jmp_train.records.provenance import package_versions
 from jmp_train.reports.progress import print_line
 from jmp_train.reports.stages import stage
-from jmp_train.runs.build import Parts, first_state
+from jmp_train.runs.build import Parts, abstract_state, first_state
 from jmp_train.runs.changes import differences, refused, reordering
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import changed_since, open_checkpoints
@@ -145,11 +143,7 @@ def restore_newest(run_dir: Path, experiment: AnyExperiment, parts: Parts) -> Re
     restored = None
     if (run_dir / "checkpoints").is_dir():
         # By shapes alone: to compute a first state would take as much memory again, and time.
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-            jax.eval_shape(lambda: first_state(experiment, parts)),
-        )
+        like = abstract_state(experiment, parts)
         with contextlib.closing(open_checkpoints(run_dir, experiment)) as checkpoints:
             try:
                 restored = checkpoints.restore_latest(like)

@@ -12,7 +12,6 @@ from rich.console import Console
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
-from jmp_train.records.provenance import unused_devices_line
 from jmp_train.records.trackers import Trackers, make_trackers
 from jmp_train.reports.progress import RunProgress, print_line
 from jmp_train.reports.stages import stage
@@ -123,7 +122,7 @@ def _train_in(
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
         with lock_directory(run_dir, console):
-            for line in filter(None, (unused_devices_line(), scaled, *parts.dataset.notes)):
+            for line in filter(None, (scaled, *parts.dataset.notes)):
                 print_line(console, line)
             # The run may have begun since.
             changed = check_directory(run_dir, name, experiment, asked_warmup, force)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jmp_train.loss_scales.states import NoOpLossScale, check_loss_scale
 from jmp_train.optim.loss_scaling import scales_of
+from jmp_train.sharding.sharded import Sharded
 from jmp_train.step.devices import DataParallel
 from jmp_train.step.donation import DONATED, was_donated
 from jmp_train.step.state import TrainState
@@ -69,10 +70,13 @@ def check_make_step(loss_fn: Any, optimizer: Any, loss_scale: Any, parallel: Any
         )
     if loss_scale is not None:
         check_loss_scale(loss_scale)
-    if parallel is None:
+    if parallel is None or isinstance(parallel, Sharded):
         return
     if not isinstance(parallel, DataParallel):
-        raise TypeError(f"parallel is a {type(parallel).__name__}; expected DataParallel(mesh)")
+        raise TypeError(
+            f"parallel is a {type(parallel).__name__}; expected DataParallel(mesh), or "
+            "sharding.Sharded(mesh)"
+        )
     if not isinstance(parallel.mesh, Mesh):
         raise TypeError(
             f"the mesh of DataParallel is a {type(parallel.mesh).__name__}; expected a "

@@ -15,6 +15,7 @@ from jmp_train.optim.narrow_parameters import apply_updates
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
+from jmp_train.sharding.sharded import Sharded
 from jmp_train.step.accumulation import as_before
 from jmp_train.step.arguments import (
     check_key,
@@ -73,7 +74,7 @@ def make_step(
     ema_decay: float | None = None,
     cast_batch: bool = True,
     micro_batches: int = 1,
-    parallel: DataParallel | None = None,
+    parallel: DataParallel | Sharded | None = None,
 ) -> Stepper:
     """Make the train step of a loss under a precision policy.
 
@@ -119,8 +120,10 @@ def make_step(
         has the examples n, n + N, n + 2 N, ..., so that the parts of a sharded batch have its
         sharding. Each part gets its own key and the model state of the previous part. In the info's
         `aux`, floating scalars are averaged; other leaves get a leading axis.
-      parallel: devices that share each batch; see `DataParallel`. Each device splits its share into
-        micro-batches. None runs the step on the devices of the state and the batch.
+      parallel: devices that share the work. `DataParallel`: each computes the loss of its share of the
+        batch on its own, with a copy of the state, and gradients are summed in a chosen dtype.
+        `Sharded`: parameters and state are split too, and the program is that of the whole batch. None
+        runs the step on the devices of the state and the batch.
 
     Returns:
       A `Stepper`. With the float32 policy and the defaults, its step compiles to the same program
@@ -168,6 +171,16 @@ def make_step(
         check_key(key)
         params = jax.tree.map(_own, params)  # arrays, because a cast ignores Python numbers
         params = precision.cast_to_param(params)
+        if not isinstance(parallel, Sharded):
+            state = whole_state(params, model_state, key)
+            return with_parameters(state) if parallel is None else replicate(state, parallel.mesh)
+        # In one program, whose results are split from the start.
+        params = jax.device_put(params, parallel.shardings(params))
+        made = jax.eval_shape(whole_state, params, model_state, key)
+        places = parallel.follow(made, made.params)
+        return jax.jit(whole_state, out_shardings=places)(params, model_state, key)
+
+    def whole_state(params: PyTree, model_state: PyTree, key: Key | None) -> TrainState:
         model_state = jax.tree.map(_own, widen_to_full(model_state))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -182,7 +195,7 @@ def make_step(
             key=None if key is None else _own(key),
         )
         check_scaled_once(state.opt_state)
-        return with_parameters(state) if parallel is None else replicate(state, parallel.mesh)
+        return state
 
     def step(state: TrainState, batch: PyTree) -> tuple[TrainState, StepInfo]:
         result = grads(state, batch)
@@ -261,30 +274,34 @@ def step_gradients(
     *,
     cast_batch: bool = True,
     micro_batches: int = 1,
-    parallel: DataParallel | None = None,
+    parallel: DataParallel | Sharded | None = None,
 ) -> Callable[[TrainState, PyTree], GradResult]:
     """Make `grads(state, batch)`: the loss and gradients of a step, not jitted.
 
     A skipped step does not change the parameters, so `first_nonfinite` of this function can explain
     the step afterwards. The arguments are those of `make_step`.
     """
+    manual = parallel if isinstance(parallel, DataParallel) else None
+    sharded = parallel if isinstance(parallel, Sharded) else None
     grad_fn = value_and_grad(
-        _loss_and_rest(loss_fn),
+        _loss_and_rest(loss_fn if sharded is None else sharded.gathering(loss_fn)),
         policy,
         has_aux=True,
         cast_batch=cast_batch,
         micro_batches=micro_batches,
-        axis_name=None if parallel is None else parallel.axis_name,
-        reduce_dtype=None if parallel is None else parallel.reduce_dtype,
+        axis_name=None if manual is None else manual.axis_name,
+        reduce_dtype=None if manual is None else manual.reduce_dtype,
     )
-    if parallel is not None:
-        grad_fn = over_devices(grad_fn, parallel, micro_batches)
+    if manual is not None:
+        grad_fn = over_devices(grad_fn, manual, micro_batches)
 
     def grads(state: TrainState, batch: PyTree) -> GradResult:
         check_state(state)
         extras = {} if state.model_state is None else {"model_state": state.model_state}
         if state.key is not None:
             extras["key"] = jax.random.fold_in(state.key, state.step)
+        if sharded is not None:
+            batch = sharded.split(batch)
         return grad_fn(state.params, batch, loss_scale=state.loss_scale, **extras)
 
     return grads

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from jmp_train.numerics.dtypes import at_least_float32
+from jmp_train.sharding.mesh import BATCH_AXES
+from jmp_train.sharding.sharded import batch_shards
 from jmp_train.types import PyTree
 
 
@@ -38,6 +41,16 @@ def token_losses(
     >>> token_losses(x, table, jnp.array([0, 1, 2]), 2).round(4).tolist()  # log 4
     [1.386299967765808, 1.386299967765808, 1.386299967765808]
     """
+    shards = batch_shards()
+    if shards > 1 and len(x_NxD) % shards == 0:
+        # The chunks of each device are of its own tokens, and it sums its own gradient of the embedding.
+        x_SxNxD, targets_SxN = (
+            jax.lax.with_sharding_constraint(y.reshape(shards, -1, *y.shape[1:]), P(BATCH_AXES))
+            for y in (x_NxD, targets_N)
+        )
+        chunk = max(min(chunk, x_SxNxD.shape[1]), 1)
+        each = lambda x_NxD, targets_N: _token_losses(x_NxD, embedding_VxD, targets_N, chunk)
+        return jax.vmap(each)(x_SxNxD, targets_SxN).reshape(-1)
     # A chunk above the number of tokens would be padded, and the padding computed.
     return _token_losses(x_NxD, embedding_VxD, targets_N, max(min(chunk, len(x_NxD)), 1))
 

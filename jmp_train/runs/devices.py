@@ -1,0 +1,68 @@
+"""How a run is split over devices: its mesh, its placement, and its batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jmp_train.config.experiment import AnyExperiment
+from jmp_train.errors import UsageError
+from jmp_train.sharding.mesh import MeshShape, batch_sharding, make_mesh
+from jmp_train.sharding.placement import Placement
+from jmp_train.sharding.sharded import Sharded
+from jmp_train.tasks.task import TaskFunctions
+from jmp_train.types import PyTree
+
+
+def sharded_of(
+    experiment: AnyExperiment, task: TaskFunctions, devices: Any = None
+) -> Sharded | None:
+    """Return how a run is split over the devices of all processes; None for a single device.
+
+    Args:
+      experiment: its mesh, placement and batch size are used.
+      task: for the paths and shapes of the parameters.
+      devices: the devices; None takes those of all processes.
+
+    Raises:
+      UsageError: for a mesh of another number of devices, a batch that it does not divide, and a rule
+        that matches no parameter or does not divide one.
+    """
+    devices = jax.devices() if devices is None else devices
+    try:
+        shape = MeshShape.parse(experiment.mesh).on(len(devices))
+        mesh = make_mesh(shape, devices)
+        sharded = Sharded(mesh, Placement(experiment.placement), placement_of(experiment.model))
+        params, _ = jax.eval_shape(task.init, jax.random.key(0))
+        sharded.place(params)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    parts = shape.shards * experiment.micro_batches
+    if experiment.batch_size % parts:
+        below = max(experiment.batch_size // parts, 1) * parts
+        of = f"{shape.shards} devices" + (
+            f" x {experiment.micro_batches} micro-batches" * (experiment.micro_batches > 1)
+        )
+        raise UsageError(
+            f"batch_size is {experiment.batch_size}, and the mesh {shape} splits it over {of}; expected "
+            f"a multiple of {parts}, such as --batch-size {below}, or another --mesh"
+        )
+    return None if mesh.size == 1 else sharded
+
+
+def placement_of(model: Any) -> tuple[str, ...]:
+    """Return the placement that the network of a model brings, as its attribute `placement`."""
+    found = getattr(model.__configured__.function, "placement", ())
+    return found if isinstance(found, tuple) else ()
+
+
+def put_batch(item: PyTree, sharded: Sharded, steps: int = 1) -> PyTree:
+    """Send an item of the data to the devices, each its share of every batch.
+
+    Args:
+      item: arrays of a batch; with several `steps`, of so many along a leading axis.
+      sharded: how the run is split.
+      steps: number of batches in the item.
+    """
+    return jax.device_put(item, batch_sharding(sharded.mesh, axis=int(steps > 1)))

@@ -1,0 +1,105 @@
+"""Steps whose parameters and batch are split over a mesh by the compiler."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jmp_train.sharding.gather import gathering
+from jmp_train.sharding.mesh import AXES, MeshShape, batch_sharding, replicated
+from jmp_train.sharding.placement import Placed, Placement, place, shardings_of
+from jmp_train.sharding.state import follow
+from jmp_train.types import Function, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """A mesh whose devices share the parameters and each batch.
+
+    For `make_step(parallel=)`. Parameters lie where the rules of a `Placement` say, and the state of the
+    optimizer, averages and corrections with them. A batch is split over the axes `data` and `fsdp`. Where
+    the loss function uses a parameter, it is gathered over `fsdp`, in the dtype of the compute. Means over
+    a batch, of the loss or in BatchNorm, are those of the whole batch.
+
+    Raises:
+      ValueError: for a mesh with other axes than those of `AXES`.
+
+    >>> sharded = Sharded(jax.make_mesh((1, 1, 1), AXES))
+    >>> sharded.place({"w": jax.ShapeDtypeStruct((8, 2), "float32")})[0].bytes
+    64
+    """
+
+    mesh: Mesh
+    """A mesh of `make_mesh`."""
+    placement: Placement = dataclasses.field(default_factory=Placement)
+    """Rules of the user."""
+    defaults: tuple[str, ...] = ()
+    """Rules that the model brings; see `place`."""
+
+    def __post_init__(self) -> None:
+        if tuple(self.mesh.axis_names) != AXES:
+            raise ValueError(
+                f"the mesh has the axes {', '.join(map(str, self.mesh.axis_names))}; expected "
+                f"{', '.join(AXES)}, as of jmp_train.sharding.make_mesh"
+            )
+
+    def __str__(self) -> str:
+        sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        return str(MeshShape(**sizes))
+
+    @property
+    def batch_shards(self) -> int:
+        """Number of parts that a batch is split into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def place(self, params: PyTree) -> tuple[Placed, ...]:
+        """Return where each parameter lies, as `jmp_train.sharding.place` does."""
+        return place(params, self.mesh, self.placement, self.defaults)
+
+    def shardings(self, params: PyTree) -> PyTree:
+        """Return the sharding of each parameter."""
+        return shardings_of(params, self.place(params), self.mesh)
+
+    def follow(self, tree: PyTree, params: PyTree) -> PyTree:
+        """Return the shardings of a tree, such as a whole state, that follow its parameters."""
+        return follow(tree, params, self.shardings(params), self.mesh)
+
+    def gathering(self, function: Function) -> Function:
+        """Return a function of parameters that gathers them where it uses them."""
+        specs_of = lambda params: jax.tree.map(lambda s: s.spec, self.shardings(params))
+        function = gathering(function, specs_of, self.mesh)
+
+        @functools.wraps(function)
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with self.context():
+                return function(*args, **kwargs)
+
+        return inside
+
+    def split(self, batch: PyTree) -> PyTree:
+        """Return a traced batch, split over the devices."""
+        return jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh))
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """Let what is traced inside know the mesh."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            yield
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Copy a tree to every device."""
+        return jax.device_put(tree, replicated(self.mesh))
+
+
+def batch_shards() -> int:
+    """Return the number of parts that a batch is split into, where this is traced; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or tuple(mesh.axis_names) != AXES:
+        return 1
+    return mesh.shape["data"] * mesh.shape["fsdp"]
