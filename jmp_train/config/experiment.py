@@ -73,6 +73,8 @@ class Experiment(Generic[ModelConfig, DataConfig]):
     placement: tuple[str, ...] = ()
     """Mesh axes of parameters by their paths, each 'PATTERN=AXES', such as '**/up/kernel=-,tensor';
     first match wins. Other parameters lie where the model says, or by fsdp over their largest axis."""
+    reduce_dtype: Literal["compute", "float32", "bfloat16", "float16"] = "compute"
+    """Dtype of the sums of gradients over several devices; compute: that of the gradients."""
     data_on_device: bool = True
     """Keep training arrays on the device if they need at most a quarter of its memory; False: send
     each batch. Data with random augmentation are always sent."""

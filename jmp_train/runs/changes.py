@@ -17,6 +17,7 @@ _MAY_CHANGE = (
     "data_on_device",
     "mesh",
     "placement",
+    "reduce_dtype",
     "optimizer.learning_rate",
     "trackers",
     "early_stop.metric",

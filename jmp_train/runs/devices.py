@@ -33,7 +33,10 @@ def sharded_of(
     try:
         shape = MeshShape.parse(experiment.mesh).on(len(devices))
         mesh = make_mesh(shape, devices)
-        sharded = Sharded(mesh, Placement(experiment.placement), placement_of(experiment.model))
+        reduce = None if experiment.reduce_dtype == "compute" else experiment.reduce_dtype
+        sharded = Sharded(
+            mesh, Placement(experiment.placement), placement_of(experiment.model), reduce
+        )
         params, _ = jax.eval_shape(task.init, jax.random.key(0))
         sharded.place(params)
     except ValueError as error:

@@ -11,11 +11,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jmp_train.numerics.dtypes import parse_dtype
 from jmp_train.sharding.gather import gathering
 from jmp_train.sharding.mesh import AXES, MeshShape, batch_sharding, replicated
 from jmp_train.sharding.placement import Placed, Placement, place, shardings_of
 from jmp_train.sharding.state import follow
-from jmp_train.types import Function, PyTree
+from jmp_train.types import DTypeLike, Function, PyTree
+
+REDUCE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,9 @@ class Sharded:
     """Rules of the user."""
     defaults: tuple[str, ...] = ()
     """Rules that the model brings; see `place`."""
+    reduce_dtype: DTypeLike | None = None
+    """Dtype of the sums of gradients over the devices: "float32", "bfloat16" or "float16"; None for that
+    of the compute, in which the gradients are made."""
 
     def __post_init__(self) -> None:
         if tuple(self.mesh.axis_names) != AXES:
@@ -48,6 +54,13 @@ class Sharded:
                 f"the mesh has the axes {', '.join(map(str, self.mesh.axis_names))}; expected "
                 f"{', '.join(AXES)}, as of jmp_train.sharding.make_mesh"
             )
+        if self.reduce_dtype is not None:
+            dtype = parse_dtype(self.reduce_dtype)
+            if dtype.name not in REDUCE_DTYPES:
+                raise ValueError(
+                    f"reduce_dtype is {self.reduce_dtype!r}; expected one of {', '.join(REDUCE_DTYPES)}"
+                )
+            object.__setattr__(self, "reduce_dtype", dtype)
 
     def __str__(self) -> str:
         sizes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
@@ -73,7 +86,7 @@ class Sharded:
     def gathering(self, function: Function) -> Function:
         """Return a function of parameters that gathers them where it uses them."""
         specs_of = lambda params: jax.tree.map(lambda s: s.spec, self.shardings(params))
-        function = gathering(function, specs_of, self.mesh)
+        function = gathering(function, specs_of, self.mesh, self.reduce_dtype)
 
         @functools.wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:
