@@ -2,13 +2,13 @@
 
 Namespaces hold the rest: `jmp_train.optim` (optimizers for narrow parameters), `.loss_scales`
 (interchange, configuration), `.numerics` (formats, rounding, histograms), `.debug` (the first
-non-finite operation, what autocast did), `.flax` (policies on NNX and Linen models), `.testing`
-(assertions for tests).
+non-finite operation, what autocast did), `.flax` (policies on NNX and Linen models), `.sharding`
+(meshes and placements), `.testing` (assertions for tests).
 """
 
 from typing import TYPE_CHECKING, Any
 
-from jmp_train import debug, loss_scales, numerics, optim
+from jmp_train import debug, loss_scales, numerics, optim, sharding
 from jmp_train._autocast.op_rules import OpRules, default_op_rules
 from jmp_train._autocast.regions import with_precision
 from jmp_train._autocast.transform import autocast
@@ -70,6 +70,7 @@ __all__ = [
     "numerics",
     "optim",
     "select_tree",
+    "sharding",
     "tasks",
     "testing",
     "train",

@@ -190,7 +190,8 @@ def _split(
     if not fitting:
         return full, f"no axis is a multiple of fsdp={parts}"
     # A free axis first: one that `tensor` splits too would be gathered in smaller pieces.
-    largest = max(fitting, key=lambda i: (not full[i], left[i], -i))
+    free = [all(mesh.shape[name] == 1 for name in names) for names in full]
+    largest = max(fitting, key=lambda i: (free[i], left[i], -i))
     full[largest] = ("fsdp", *full[largest])
     return full, "the largest axis that divides"
 

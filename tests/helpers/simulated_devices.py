@@ -4,4 +4,6 @@ NEED_DEVICES = {
     "step/four_devices.py": 4,
     "step/sharded_steps.py": 8,
     "optim/sharded_state.py": 8,
+    "sharding/eight_devices.py": 8,
+    "sharding/runs_on_devices.py": 8,
 }
