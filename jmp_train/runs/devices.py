@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,13 +22,13 @@ def sharded_of(
     """Return how a run is split over the devices of all processes; None for a single device.
 
     Args:
-      experiment: its mesh, placement and batch size are used.
+      experiment: its mesh and placement are used.
       task: for the paths and shapes of the parameters.
       devices: the devices; None takes those of all processes.
 
     Raises:
-      UsageError: for a mesh of another number of devices, a batch that it does not divide, and a rule
-        that matches no parameter or does not divide one.
+      UsageError: for a mesh of another number of devices, and a rule that matches no parameter or does
+        not divide one.
     """
     devices = jax.devices() if devices is None else devices
     try:
@@ -41,17 +42,32 @@ def sharded_of(
         sharded.place(params)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    parts = shape.shards * experiment.micro_batches
+    return None if mesh.size == 1 else sharded
+
+
+def check_batch_splits(experiment: AnyExperiment, sharded: Sharded | None) -> None:
+    """Raise UsageError for a batch that the devices cannot share."""
+    shards = 1 if sharded is None else sharded.batch_shards
+    parts = shards * experiment.micro_batches
     if experiment.batch_size % parts:
         below = max(experiment.batch_size // parts, 1) * parts
-        of = f"{shape.shards} devices" + (
-            f" x {experiment.micro_batches} micro-batches" * (experiment.micro_batches > 1)
-        )
+        of = f"{shards} devices"
+        if experiment.micro_batches > 1:
+            of += f" x {experiment.micro_batches} micro-batches"
         raise UsageError(
-            f"batch_size is {experiment.batch_size}, and the mesh {shape} splits it over {of}; expected "
-            f"a multiple of {parts}, such as --batch-size {below}, or another --mesh"
+            f"batch_size is {experiment.batch_size}, and the mesh {sharded} splits it over {of}; "
+            f"expected a multiple of {parts}, such as --batch-size {below}, or another --mesh"
         )
-    return None if mesh.size == 1 else sharded
+
+
+def on_this_machine(experiment: AnyExperiment) -> AnyExperiment:
+    """Return an experiment that was trained elsewhere, on all devices of this machine if its mesh has
+    another number of them."""
+    try:
+        MeshShape.parse(experiment.mesh).on(jax.device_count())
+    except ValueError:
+        return dataclasses.replace(experiment, mesh="")
+    return experiment
 
 
 def placement_of(model: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from jmp_train.config.warmup import fit_warmup
 from jmp_train.reports.stages import stage
 from jmp_train.runs.build import build, matmul_precision
 from jmp_train.runs.check_evaluation import check_evaluation
+from jmp_train.runs.devices import on_this_machine
 from jmp_train.runs.resume import restore_newest
 from jmp_train.types import Json
 
@@ -32,7 +33,7 @@ def evaluate_run(run_dir: Path, experiment: AnyExperiment, console: Console | No
       NoUsableCheckpoint: if none can be loaded.
     """
     console = Console(quiet=True) if console is None else console
-    experiment, _ = fit_warmup(experiment)
+    experiment, _ = fit_warmup(on_this_machine(experiment))
     with matmul_precision(experiment.matmul_precision):
         with stage(console, "loading data"):
             parts = build(experiment, run_dir)

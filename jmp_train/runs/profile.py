@@ -19,6 +19,7 @@ from jmp_train.runs.build import (
     matmul_precision,
 )
 from jmp_train.runs.calls import compile_calls
+from jmp_train.runs.devices import check_batch_splits
 from jmp_train.runs.directory import check_path, not_writable
 from jmp_train.runs.loop import Every, run_loop
 from jmp_train.step.state import StepInfo, TrainState
@@ -50,6 +51,7 @@ def profile_experiment(experiment: AnyExperiment, run_dir: Path, *, steps: int) 
     experiment, _ = fit_warmup(experiment)
     with matmul_precision(experiment.matmul_precision):
         parts = build(experiment)
+        check_batch_splits(experiment, parts.sharded)
         check_batch_size(experiment, parts.dataset)
         state = first_state(experiment, parts)
         # One step a call by default, so that the trace shows each of them.

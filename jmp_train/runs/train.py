@@ -19,6 +19,7 @@ from jmp_train.runs.build import build, check_batch_size, matmul_precision
 from jmp_train.runs.calls import Calls, compile_calls
 from jmp_train.runs.check_evaluation import check_evaluation
 from jmp_train.runs.context import RunContext
+from jmp_train.runs.devices import check_batch_splits
 from jmp_train.runs.directory import (
     check_directory,
     check_same_data,
@@ -118,6 +119,7 @@ def _train_in(
             parts = build(experiment, run_dir)
         if stopped:  # before anything is written
             raise Stopped(stopped[0], 0, run_dir)
+        check_batch_splits(experiment, parts.sharded)
         check_evaluation(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
