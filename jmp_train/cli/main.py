@@ -10,7 +10,18 @@ from collections.abc import Sequence
 from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
-_COMMANDS = ("compare", "eval", "export", "list", "new", "pack", "predict", "profile", "train")
+_COMMANDS = (
+    "compare",
+    "eval",
+    "explain",
+    "export",
+    "list",
+    "new",
+    "pack",
+    "predict",
+    "profile",
+    "train",
+)
 
 # What stands for the first argument where the options of a command are shown without one.
 _NAMED = {"export": "RUN_DIR", "new": "NAME", "predict": "RUN_DIR"}
@@ -40,6 +51,8 @@ usage: jmp-train COMMAND ...
   compare FAMILY [--precisions fp32,fp16,bf16] [--seeds N] [--out DIR]
           [--FIELD VALUE ...]
       train one family in several precisions and seeds, and compare
+  explain NAME [--mesh AXIS=SIZE,...] [--FIELD VALUE ...]
+      print where each parameter lies on a mesh, and the bytes per device
   profile NAME [--run-dir DIR] [--profile-steps N] [--FIELD VALUE ...]
       trace some steps of an experiment, for Perfetto
   --version

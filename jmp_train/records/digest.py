@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any
 
 import jax
@@ -50,21 +51,26 @@ def _sums(leaves: list[Any]) -> list[jax.Array]:
 
 
 def _words(x: Any) -> jax.Array:
-    """Return the bits of an array as uint32; shape=(words,)."""
+    """Return the bits of an array as uint32, in its shape, so that what is split stays so; for wider
+    numbers, with an axis of words at the end."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     x = jnp.asarray(x)
     if x.dtype == jnp.bool_ or jnp.dtype(x.dtype).name in ("int4", "uint4", "int2", "uint2"):
-        return x.astype(jnp.uint32).ravel()  # one to one
+        return x.astype(jnp.uint32)  # one to one
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
     width = x.dtype.itemsize * 8
     unsigned = jnp.uint32 if width > 32 else jnp.dtype(f"uint{width}")
-    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).ravel()
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
 
 
 def _sum(words: jax.Array) -> jax.Array:
-    place = jax.lax.iota(jnp.uint32, words.size)
+    place = jnp.zeros((), jnp.uint32)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        place = place + index * jnp.uint32(stride)
     sums = []
     for start in _STARTS:
         x = words ^ (place * jnp.uint32(0x9E3779B9) + jnp.uint32(start))

@@ -84,6 +84,11 @@ def build(experiment: AnyExperiment, run_dir: Path | None = None) -> Parts:
     return Parts(dataset, task, stepper, batches, sharded, evaluate_held_out, left_out)
 
 
+def parts_of(task: TaskFunctions, stepper: Stepper) -> Parts:
+    """Return parts for the shapes of a state, without data and devices."""
+    return Parts(None, task, stepper, None, None, None, [])  # pyright: ignore
+
+
 def load_dataset(experiment: AnyExperiment, run_dir: Path | None = None) -> Dataset:
     """Load the data of an experiment; arguments as in `build`.
 
