@@ -39,6 +39,7 @@ FLOORS = {
     "records": 8,
     "reports": 10,
     "runs": 11,
+    "plan": 12,
     "results": 12,
     "cli": 13,
     "__main__": 14,

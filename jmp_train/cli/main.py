@@ -18,6 +18,7 @@ _COMMANDS = (
     "list",
     "new",
     "pack",
+    "plan",
     "predict",
     "profile",
     "train",
@@ -53,6 +54,9 @@ usage: jmp-train COMMAND ...
       train one family in several precisions and seeds, and compare
   explain NAME [--mesh AXIS=SIZE,...] [--FIELD VALUE ...]
       print where each parameter lies on a mesh, and the bytes per device
+  plan NAME [--device h100|...] [--mesh AXIS=SIZE,...] [--output FILE]
+          [--FIELD VALUE ...]
+      what a run needs on a device that is not here: memory, communication, time
   profile NAME [--run-dir DIR] [--profile-steps N] [--FIELD VALUE ...]
       trace some steps of an experiment, for Perfetto
   --version

@@ -8,11 +8,11 @@ CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from jmp_train._jaxpr.flops import count_flops, inner_jaxprs
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.types import PyTree
 
@@ -68,54 +68,13 @@ def choose_steps_per_call(
     )  # fmt: skip
 
 
-def count_flops(jaxpr: Any) -> float:
-    """Return the floating-point operations of a jaxpr: products, and one for each other element.
-
-    The body of a scan counts once for each iteration, unlike in XLA's cost analysis; the body of a
-    `while` loop counts once.
-
-    >>> import jax.numpy as jnp
-    >>> count_flops(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 5))).jaxpr)
-    60.0
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        size = float(sum(math.prod(getattr(v.aval, "shape", ())) for v in equation.outvars))
-        inner = [count_flops(body) for body in _bodies(params)]
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * size * math.prod(shape[d] for d in contracted)
-        elif name == "conv_general_dilated":
-            kernel = equation.invars[1].aval.shape
-            features = kernel[params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * size * math.prod(kernel) / features
-        elif name == "cond":
-            total += max(inner)
-        elif inner:
-            total += sum(inner) * (params["length"] if name == "scan" else 1)
-        else:
-            total += size
-    return total
-
-
 def _convolves(jaxpr: Any) -> bool:
     """Return whether a jaxpr has convolutions."""
     return any(
         equation.primitive.name == "conv_general_dilated"
-        or any(map(_convolves, _bodies(equation.params)))
+        or any(map(_convolves, inner_jaxprs(equation.params)))
         for equation in jaxpr.eqns
     )
-
-
-def _bodies(params: dict[str, Any]) -> Iterator[Any]:
-    """Yield the jaxprs in the parameters of an equation."""
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            body = getattr(item, "jaxpr", item)  # of a closed jaxpr
-            if hasattr(body, "eqns"):
-                yield body
 
 
 def bytes_of(tree: PyTree) -> int:

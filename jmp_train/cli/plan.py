@@ -1,0 +1,47 @@
+"""`jmp-train plan NAME`: what a run needs on a device that is not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from jmp_train.cli.options import parse
+from jmp_train.cli.positional import take_experiment
+from jmp_train.config.experiment import AnyExperiment
+from jmp_train.config.find import find_experiment
+from jmp_train.errors import UsageError
+from jmp_train.plan.plan import find_device, make_plan
+from jmp_train.plan.report import report
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArguments:
+    """Compile the step of an experiment for a device that is not here, and print what it needs."""
+
+    experiment: AnyExperiment
+    device: str = "h100"
+    """Kind of the devices: h100, h200, a100, b200, rtx4090, tpu-v5e, tpu-v5p, tpu-v6e or cpu."""
+    output: Path | None = None
+    """File to write the plan to, as JSON."""
+
+    def __post_init__(self) -> None:
+        try:
+            find_device(self.device)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+
+def command(arguments: list[str]) -> None:
+    """Print the plan, and write it as JSON if it is asked for."""
+    name, options = take_experiment(arguments, "plan")
+    default = PlanArguments(find_experiment(name))
+    parsed = parse(PlanArguments, default, options, f"jmp-train plan {name}")
+    plan = make_plan(name, parsed.experiment, find_device(parsed.device))
+    print(report(plan))
+    if parsed.output is not None:
+        try:
+            parsed.output.write_text(json.dumps(plan.to_json(), indent=2), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{parsed.output} cannot be written: {error.strerror}") from None
+        print(f"wrote {parsed.output}")

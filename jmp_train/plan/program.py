@@ -1,0 +1,211 @@
+"""Reads an optimised program of XLA: its collectives, and the bytes that it moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "s4": 4, "u4": 4, "token": 0}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "iota",
+        "all-gather-done",
+        "all-reduce-done",
+        "reduce-scatter-done",
+        "copy-done",
+        "async-done",
+    ]
+)
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) ([\w-]+)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+
+
+class Instruction(NamedTuple):
+    """An instruction of a computation."""
+
+    name: str
+    shape: str
+    operation: str
+    rest: str  # operands and attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """What collectives of a kind send in a step."""
+
+    kind: str
+    dtype: str
+    devices: int
+    """Number of devices that take part in each."""
+    count: int
+    """How often a step runs it."""
+    bytes: int
+    """Bytes of the whole arrays, gathered or before they are scattered, in all runs of a step."""
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each device sends in a step, by rings."""
+        share = (self.devices - 1) / self.devices
+        return int(self.bytes * share * (2 if self.kind == "all-reduce" else 1))
+
+
+class Program:
+    """The computations of an optimised program, and how often a step runs each.
+
+    Args:
+      text: what `as_text()` of a compiled program returns.
+    """
+
+    def __init__(self, text: str):
+        self._computations: dict[str, list[Instruction]] = {}
+        self._entry = ""
+        current: list[Instruction] = []
+        for line in text.splitlines():
+            begins = _COMPUTATION.match(line)
+            if begins:
+                current = self._computations.setdefault(begins[2], [])
+                self._entry = begins[2] if begins[1] else self._entry
+            elif found := _INSTRUCTION.match(line):
+                current.append(Instruction(*found.groups()))
+        self._runs: Counter[str] = Counter()
+        self._fused: set[str] = set()
+        self._count(self._entry, 1)
+
+    def _count(self, name: str, runs: int) -> None:
+        self._runs[name] += runs
+        for item in self._computations.get(name, ()):
+            for kind, called in _called(item):
+                if kind == "calls" and not item.operation.startswith("async"):
+                    self._fused.add(called)
+                if kind != "condition":
+                    times = self._trips(item) if item.operation == "while" else 1
+                    self._count(called, runs * times)
+
+    def _trips(self, item: Instruction) -> int:
+        """Return how often the body of a loop runs: as XLA notes it, or the constant that its condition
+        compares with."""
+        noted = re.search(r'known_trip_count"?:\s*\{"n":\s*"?(\d+)', item.rest)
+        if noted:
+            return int(noted[1])
+        condition = dict(_called(item)).get("condition", "")
+        numbers = [
+            int(found[1])
+            for inner in self._all(condition)
+            if inner.operation == "constant" and (found := re.match(r"(\d+)\)", inner.rest))
+        ]
+        return max(numbers, default=1)
+
+    def _all(self, name: str) -> Iterator[Instruction]:
+        """Yield the instructions of a computation and of those that it calls."""
+        for item in self._computations.get(name, ()):
+            yield item
+            for _, called in _called(item):
+                yield from self._all(called)
+
+    def collectives(self) -> list[Collective]:
+        """Return what the collectives of a step send, the most bytes first."""
+        count: Counter[tuple[str, str, int]] = Counter()
+        sizes: Counter[tuple[str, str, int]] = Counter()
+        seen: set[str] = set()
+        for name, items in self._computations.items():
+            for item in items:
+                kind = item.operation.removesuffix("-start")
+                if kind not in _COLLECTIVES or not self._runs[name]:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", item.rest)
+                if channel and channel[1] in seen:  # a TPU overlaps one with several computations
+                    continue
+                seen |= {channel[1]} if channel else set()
+                devices = _group(item.rest)
+                if devices == 1:
+                    continue
+                scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
+                own = "reduce-scatter" if scattered else kind
+                for dtype, size in _arrays(item, kind):
+                    key = own, dtype, devices
+                    whole = size * devices if kind == "reduce-scatter" else size
+                    sizes[key] += whole * self._runs[name]
+                count[own, _arrays(item, kind)[0][0], devices] += self._runs[name]
+        found = [
+            Collective(kind, dtype, n, count[kind, dtype, n], size)
+            for (kind, dtype, n), size in sizes.items()
+        ]
+        return sorted(found, key=lambda c: -c.sent)
+
+    def bytes_moved(self) -> int:
+        """Return the bytes that the instructions of a step read and write, each array once."""
+        total = 0
+        for name, items in self._computations.items():
+            if name in self._fused or not self._runs[name]:
+                continue
+            shapes = {item.name: item.shape for item in items}
+            for item in items:
+                if item.operation in _FREE:
+                    continue
+                operands = re.findall(r"%([\w.$-]+)", item.rest.partition("), ")[0])
+                read = sum(_bytes(shapes.get(operand, "")) for operand in set(operands))
+                total += (read + _bytes(item.shape)) * self._runs[name]
+        return total
+
+
+def _called(item: Instruction) -> list[tuple[str, str]]:
+    """Return the computations that an instruction runs, and as what."""
+    found = re.findall(r"\b(body|condition|calls|to_apply)=%?([\w.$-]+)", item.rest)
+    if item.operation not in ("while", "fusion", "call", "async-start", "custom-call"):
+        found = [(kind, name) for kind, name in found if kind == "calls"]
+    branches = re.search(r"branch_computations=\{([^}]*)\}", item.rest)
+    if branches:
+        found += [("branch", name.strip().lstrip("%")) for name in branches[1].split(",")]
+    for kind in ("true_computation", "false_computation"):
+        found += [("branch", name) for name in re.findall(rf"{kind}=%?([\w.$-]+)", item.rest)]
+    return found
+
+
+def _arrays(item: Instruction, kind: str) -> list[tuple[str, int]]:
+    """Return the dtype and the bytes of each result of a collective."""
+    shapes = _SHAPE.findall(item.shape)
+    if item.operation.endswith("-start") and kind != "all-reduce":
+        shapes = shapes[len(shapes) // 2 :]  # operands, then results
+    return [(dtype, _size(dtype, dims)) for dtype, dims in shapes if dtype != "u32" or dims]
+
+
+def _size(dtype: str, dims: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    bits = _BITS.get(dtype, int(digits[0]) if digits else 8)
+    return math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+
+
+def _bytes(shape: str) -> int:
+    return sum(_size(dtype, dims) for dtype, dims in _SHAPE.findall(shape))
+
+
+def _group(attributes: str) -> int:
+    """Return the number of devices in each group of a collective."""
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))?\s*\{([^}]*)\}", attributes)
+    if axes:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if tiled:
+        return int(tiled[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+    if listed:
+        return len(listed[1].split(","))
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    return 2 if pairs else 1
