@@ -149,19 +149,82 @@ class Program:
         return sorted(found, key=lambda c: -c.sent)
 
     def bytes_moved(self) -> int:
-        """Return the bytes that the instructions of a step read and write, each array once."""
+        """Return the bytes that the instructions of a step read and write.
+
+        Of an array that is sliced, the slice counts; of one that is updated in place, the update.
+        """
         total = 0
         for name, items in self._computations.items():
             if name in self._fused or not self._runs[name]:
                 continue
             shapes = {item.name: item.shape for item in items}
-            for item in items:
-                if item.operation in _FREE:
-                    continue
-                operands = re.findall(r"%([\w.$-]+)", item.rest.partition("), ")[0])
-                read = sum(_bytes(shapes.get(operand, "")) for operand in set(operands))
-                total += (read + _bytes(item.shape)) * self._runs[name]
+            total += sum(self._moved(item, shapes) for item in items) * self._runs[name]
         return total
+
+    def _moved(self, item: Instruction, shapes: dict[str, str]) -> int:
+        """Return the bytes that an instruction reads and writes."""
+        if item.operation in _FREE:
+            return 0
+        operands = _operands(item)
+        sizes = [_bytes(shapes.get(operand, "")) for operand in operands]
+        if item.operation == "dynamic-update-slice":
+            return 2 * sizes[1]
+        if item.operation in ("dynamic-slice", "slice", "gather"):
+            return 2 * _bytes(item.shape)
+        written = _bytes(item.shape)
+        inside = [name for kind, name in _called(item) if kind == "calls"]
+        if item.operation == "fusion" and inside:
+            sizes, written = self._moved_by_fusion(inside[0], sizes, written)
+        read = dict(zip(operands, sizes, strict=False))  # one that is read twice is read once
+        return sum(read.values()) + written
+
+    def _moved_by_fusion(self, name: str, sizes: list[int], written: int) -> tuple[list[int], int]:
+        """Return the bytes that a fusion reads of each operand, and those that it writes."""
+        items = self._computations.get(name, [])
+        by_name = {item.name: item for item in items}
+        users: dict[str, list[Instruction]] = {}
+        for item in items:
+            for operand in _operands(item):
+                users.setdefault(operand, []).append(item)
+        updates = [item for item in items if item.operation == "dynamic-update-slice"]
+        in_place = set()
+        for update in updates:
+            target, part = (_source(operand, by_name) for operand in _operands(update)[:2])
+            whole, small = (
+                _bytes(update.shape),
+                _bytes(by_name[part].shape) if part in by_name else 0,
+            )
+            in_place.add(target)
+            written -= whole - small
+        for item in items:
+            number = re.match(r"(\d+)\)", item.rest)
+            if item.operation != "parameter" or not number or int(number[1]) >= len(sizes):
+                continue
+            uses = _uses(item.name, users)
+            if item.name in in_place and all(u.operation == "dynamic-update-slice" for u in uses):
+                sizes[int(number[1])] = 0
+            elif uses and all(u.operation in ("dynamic-slice", "slice", "gather") for u in uses):
+                sizes[int(number[1])] = sum(_bytes(u.shape) for u in uses)
+        return sizes, max(written, 0)
+
+
+def _operands(item: Instruction) -> list[str]:
+    return re.findall(r"%([\w.$-]+)", item.rest.partition("), ")[0])
+
+
+def _uses(name: str, users: dict[str, list[Instruction]]) -> list[Instruction]:
+    """Return what uses an instruction, past those that move nothing."""
+    found = []
+    for user in users.get(name, []):
+        found += _uses(user.name, users) if user.operation in ("bitcast", "copy") else [user]
+    return found
+
+
+def _source(name: str, by_name: dict[str, Instruction]) -> str:
+    """Return the instruction that a name stands for, past those that move nothing."""
+    while name in by_name and by_name[name].operation in ("bitcast", "copy"):
+        name = _operands(by_name[name])[0]
+    return name
 
 
 def _called(item: Instruction) -> list[tuple[str, str]]:
@@ -197,7 +260,9 @@ def _bytes(shape: str) -> int:
 
 def _group(attributes: str) -> int:
     """Return the number of devices in each group of a collective."""
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))?\s*\{([^}]*)\}", attributes)
+    axes = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))?\s*\{([^}]*)\}", attributes
+    )
     if axes:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
