@@ -8,7 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_train.models.blockwise import blockwise_attention
 from jmp_train.types import DTypeLike
+
+LONG = 1024
+"""Number of positions from which on attention goes by blocks."""
 
 
 class Segments(NamedTuple):
@@ -70,8 +74,9 @@ def causal_attention(
     """Compute attention of each position over itself and earlier positions; softmax in float32.
 
     On NVIDIA GPUs since Ampere, half precision uses cuDNN's fused kernel, which does not store the
-    scores of all pairs. Otherwise XLA computes attention. With segments, XLA always does, for the
-    fused kernel takes them only as a bias for all pairs.
+    scores of all pairs. Otherwise, and with segments, which the fused kernel takes only as a bias for
+    all pairs, rows of `LONG` positions or more go by blocks (`blockwise_attention`), and XLA computes
+    the scores of shorter ones at once.
 
     Args:
       q_BxTxHxK: queries, (batch, positions, heads, features).
@@ -88,6 +93,10 @@ def causal_attention(
     [1.0, 2.0]
     """
     implementation = _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1])
+    fused = implementation == "cudnn" and segments is None
+    if not fused and q_BxTxHxK.shape[1] >= LONG:
+        ids_BxT = None if segments is None else segments.ids_BxT
+        return blockwise_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, ids_BxT)
     if segments is not None:
         ids_BxT, position = segments.ids_BxT, jnp.arange(q_BxTxHxK.shape[1])
         same_BxTxT = ids_BxT[:, :, None] == ids_BxT[:, None, :]
