@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install train eval predict compare profile test test-all test-gpu lint format bench bench-gpu bench-report clean
+.PHONY: help install train eval predict compare profile test test-all test-compiled test-gpu lint format bench bench-gpu bench-report clean
 PY := .venv/bin/python
 
 # The hardware decides what is installed: make install ACCELERATOR=cpu|cuda|cuda12|tpu overrides it.
@@ -53,13 +53,22 @@ test: $(STAMP)  ## the tests, on the CPU, in under 6 minutes
 	JAX_PLATFORMS=cpu XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: $(STAMP)  ## the slow ones too
-	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal -m 'slow or not slow' $(ARGS)
+	JAX_PLATFORMS=cpu $(PY) -m pytest -n 2 --dist worksteal -m 'not compiled' $(ARGS)
+
+# Their packages lie apart, because JAX looks for a GPU and a TPU where it finds them.
+.plan: $(STAMP)
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps --target .plan -c constraints.txt \
+	    jax-cuda13-pjrt jax-cuda13-plugin libtpu
+
+test-compiled: $(STAMP) .plan  ## programs compiled for GPUs and TPUs that are not here
+	JAX_PLATFORMS=cpu PYTHONPATH=.plan TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1 \
+	    $(PY) -m pytest -n 2 --dist worksteal -m compiled $(ARGS)
 
 test-gpu: export JAX_PLATFORMS := cuda,cpu
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE := false
 test-gpu: $(STAMP)  ## the tests on the GPU; first, in under 5 minutes, what only a GPU can show
 	$(PY) -m pytest -m gpu_first $(ARGS) || test $$? -eq 5  # 5: ARGS choose none of these
-	$(PY) -m pytest -m 'not slow and not gpu_first' $(ARGS)
+	$(PY) -m pytest -m 'not slow and not gpu_first and not compiled' $(ARGS)
 
 lint: $(STAMP)  ## ruff and pyright
 	.venv/bin/ruff check .

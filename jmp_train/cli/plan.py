@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.config.find import find_experiment
 from jmp_train.errors import UsageError
+from jmp_train.plan.fit import fit_report, largest_batches
 from jmp_train.plan.plan import find_device, make_plan
 from jmp_train.plan.report import report
 
@@ -22,6 +27,8 @@ class PlanArguments:
     experiment: AnyExperiment
     device: str = "h100"
     """Kind of the devices: h100, h200, a100, b200, rtx4090, tpu-v5e, tpu-v5p, tpu-v6e or cpu."""
+    fit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Search for the largest batch that fits, for several meshes and each remat of the model."""
     output: Path | None = None
     """File to write the plan to, as JSON."""
 
@@ -37,6 +44,11 @@ def command(arguments: list[str]) -> None:
     name, options = take_experiment(arguments, "plan")
     default = PlanArguments(find_experiment(name))
     parsed = parse(PlanArguments, default, options, f"jmp-train plan {name}")
+    if parsed.fit:
+        show = lambda line: print(line, file=sys.stderr, flush=True)
+        fits = largest_batches(name, parsed.experiment, find_device(parsed.device), show)
+        print(fit_report(fits))
+        return
     plan = make_plan(name, parsed.experiment, find_device(parsed.device))
     print(report(plan))
     if parsed.output is not None:

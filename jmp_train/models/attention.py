@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -147,16 +150,40 @@ def masked_attention(
 
 
 def _implementation(dtype: DTypeLike, features: int) -> Literal["cudnn", "plain"] | None:
-    """Choose attention on the default device: cuDNN's, JAX's (None) or `masked_attention`."""
-    backend, half = jax.default_backend(), dtype in (jnp.float16, jnp.bfloat16)
-    if backend == "cpu" and dtype == jnp.float16:
-        return "plain"  # JAX's raises: it asks for a float16 product that XLA lacks on CPU
+    """Choose attention where the program will run: cuDNN's, JAX's (None) or `masked_attention`."""
+    backend, half = _platform.get() or jax.default_backend(), dtype in (jnp.float16, jnp.bfloat16)
     if backend == "gpu" and half and features % 8 == 0 and features <= 128 and _fused_attention():
         return "cudnn"
+    if half and (backend != "cpu" or dtype == jnp.float16):
+        # JAX's has float32 products in the backward pass. On a CPU, in float16, it raises.
+        return "plain"
     return None
+
+
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Choose attention for another platform than the default device's: "cpu", "gpu" or "tpu".
+
+    A fused kernel is not chosen for a GPU that is not here.
+
+    >>> with compiled_for("tpu"):
+    ...     q = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
+    ...     "float32[1,2" in str(jax.make_jaxpr(causal_attention)(q, q, q))
+    False
+    """
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def _fused_attention() -> bool:
     """Return whether the GPU has cuDNN's fused attention: NVIDIA, compute capability 8.0 or more."""
+    if jax.default_backend() != "gpu":
+        return False
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))
     return capability.replace(".", "").isdigit() and float(capability) >= 8.0

@@ -24,6 +24,7 @@ from jmp_train.config.find import find_experiment
 from jmp_train.config.settings import flatten, with_settings
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
+from jmp_train.models.attention import compiled_for
 from jmp_train.plan.devices import DEVICES, Device, target_config, tpu_topology
 from jmp_train.plan.program import Program
 from jmp_train.runs.build import first_state, load_dataset, make_stepper, make_task_of, parts_of
@@ -62,14 +63,24 @@ def devices_of(device: Device, count: int) -> list[Any]:
         ) from error
 
 
-def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: int) -> Json:
-    """Compile the step of an experiment for devices, and return what its program needs, as JSON.
+def lower_step(
+    experiment: AnyExperiment, spec: DataSpec, device: Device, count: int
+) -> tuple[Any, Json]:
+    """Return the step of an experiment, lowered for devices, and what is known of it before it is compiled.
 
-    The sizes are those of one device; operations are those of all.
+    Sizes are those of one device; operations are those of all.
 
     Raises:
       UsageError: for a mesh, a batch or rules that do not fit.
     """
+    platform = "gpu" if device.platform == "cuda" else device.platform
+    with compiled_for(platform):
+        return _lowered(experiment, spec, device, count)
+
+
+def _lowered(
+    experiment: AnyExperiment, spec: DataSpec, device: Device, count: int
+) -> tuple[Any, Json]:
     task = make_task_of(experiment, spec)
     devices = devices_of(device, count)
     sharded = sharded_of(experiment, task, devices)
@@ -109,10 +120,19 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
         // (1 if sharded is None else sharded.batch_shards),
     }
     stepper = make_stepper(experiment, task, sharded)
-    began = time.perf_counter()
     jitted = jax.jit(stepper.pure_step, donate_argnums=0, out_shardings=(places[0], None))
+    return jitted.lower(*placed), own
+
+
+def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: int) -> Json:
+    """Compile the step of an experiment for devices, and return what its program needs, as JSON.
+
+    Arguments and errors as of `lower_step`.
+    """
+    lowered, own = lower_step(experiment, spec, device, count)
+    began = time.perf_counter()
     try:
-        compiled = jitted.lower(*placed).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) and needed is None:

@@ -147,8 +147,8 @@ def remedies(experiment: AnyExperiment, shape: MeshShape) -> list[tuple[Json, st
     while experiment.batch_size % (2 * count * shape.shards) == 0 and len(steps) < 9:
         count *= 2
         steps.append({"micro_batches": count})
-    if own["optimizer"].get("parameters") == "float32" and experiment.policy == "mixed_bfloat16":
-        narrow = {"optimizer.parameters": "bf16_remainder"}
+    if own["optimizer"]["parameters"] == "direct" and experiment.policy == "mixed_bfloat16":
+        narrow = {"optimizer.parameters": "remainder"}
         steps.append({**narrow, "policy": "params=bfloat16,compute=bfloat16,output=float32"})
     found, so_far = [], {}
     for step in steps:
@@ -179,6 +179,7 @@ def compile_for(
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may compile too
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     if device.platform == "cpu":

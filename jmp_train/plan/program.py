@@ -137,11 +137,12 @@ class Program:
                     continue
                 scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 own = "reduce-scatter" if scattered else kind
-                for dtype, size in _arrays(item, kind):
-                    key = own, dtype, devices
+                arrays = _arrays(item, kind)
+                for dtype, size in arrays:
                     whole = size * devices if kind == "reduce-scatter" else size
-                    sizes[key] += whole * self._runs[name]
-                count[own, _arrays(item, kind)[0][0], devices] += self._runs[name]
+                    sizes[own, dtype, devices] += whole * self._runs[name]
+                for dtype in {dtype for dtype, _ in arrays}:
+                    count[own, dtype, devices] += self._runs[name]
         found = [
             Collective(kind, dtype, n, count[kind, dtype, n], size)
             for (kind, dtype, n), size in sizes.items()
@@ -204,7 +205,8 @@ class Program:
             if item.name in in_place and all(u.operation == "dynamic-update-slice" for u in uses):
                 sizes[int(number[1])] = 0
             elif uses and all(u.operation in ("dynamic-slice", "slice", "gather") for u in uses):
-                sizes[int(number[1])] = sum(_bytes(u.shape) for u in uses)
+                slices = sum(_bytes(u.shape) for u in uses)
+                sizes[int(number[1])] = min(sizes[int(number[1])], slices)  # an index is small
         return sizes, max(written, 0)
 
 

@@ -250,11 +250,25 @@ TEXT = [
         ["--data.path", "full/thesi.txt"],
         r"full/thesi.txt does not exist; did you mean 'thesis.txt'",
     ),
-    (["--data.path", "full"], r"full is a folder; expected a text file"),
+    (["--data.path", "full"], r"eval_share 0.1 leaves no text held out; expected at least one"),
     (["--data.path", "full/thesis.txt"], r"length is 128; expected less than the 4 bytes"),
     (["--data.path", "n" * 300], r"cannot be read: File name too long"),
     (["--data.length", "1"], r"length is 1; expected at least 2"),
     (["--model.heads", "3"], r"width is 128; expected a multiple of 2 x heads \(6\)"),
+    (["--mesh", "dat=1"], r"mesh is 'dat=1', with the axis 'dat'; did you mean 'data'"),
+    (
+        ["--mesh", "data=3"],
+        r"mesh is data=3, of 3 devices, and there are 1; expected data=1, or sizes",
+    ),
+    (
+        ["--placement", "embed=fdsp"],
+        r"placement 'embed=fdsp' has the axis 'fdsp'; did you mean 'fsdp'",
+    ),
+    (
+        ["--placement", "embet/*=fsdp"],
+        r"the rule 'embet/\*' matches no parameter; the nearest are 'embed",
+    ),
+    (["--reduce-dtype", "float64"], r"--reduce-dtype is 'float64'; "),
     (["--model.remat", "ful"], r"--model.remat is 'ful'; did you mean 'full'"),
 ]
 PREDICTS = [
@@ -270,7 +284,7 @@ PREDICTS = [
 OTHERS = [
     (
         [""],
-        r"unknown command ''; expected one of compare, eval, export, list, new, predict, profile, train",
+        r"unknown command ''; expected one of compare, eval, explain, export, list, new, pack, plan, predict, profile, train",
     ),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
