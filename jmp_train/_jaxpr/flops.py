@@ -35,7 +35,7 @@ def flops_by_dtype(jaxpr: Any) -> Counter[str]:
     >>> dict(flops_by_dtype(jax.make_jaxpr(lambda x: x @ x + 1)(x).jaxpr))
     {'bfloat16': 16.0, 'other': 4.0}
     """
-    total: Counter[str] = Counter()
+    total: Any = Counter()  # of floats
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         size = float(sum(math.prod(getattr(v.aval, "shape", ())) for v in equation.outvars))

@@ -52,7 +52,8 @@ def blockwise_attention(
         ids_BxT = jnp.zeros(q_BxTxHxK.shape[:2], jnp.int32)
     padded = lambda x: jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
     args = map(padded, (q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, ids_BxT))
-    return _attention(*args, block)[:, :length]
+    out: Any = _attention(*args, block)
+    return out[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -134,15 +134,22 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"[Uu]sed ([\d.]+)([GM]) of ([\d.]+)([GM]) hbm", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) and needed is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        line = str(error).splitlines()[0]
+        needed = re.search(r"\(([\d.]+)([GM])\) exceeds", line)
         units = {"G": 2**30, "M": 2**20}
-        peak = float(needed[1]) * units[needed[2]] if needed else None
-        line = next((x for x in str(error).splitlines() if "hbm" in x.lower()), str(error)[:200])
-        return {**own, "refused": line.strip(), "peak": peak}
+        temporary = int(float(needed[1]) * units[needed[2]]) if needed else None
+        arguments = sum(own["arguments"].values())
+        peak = None if temporary is None else arguments + temporary
+        return {**own, "refused": line, "peak": peak}
     memory = compiled.memory_analysis()
     program = Program(compiled.as_text())
+    # Programs of TPUs hand arrays on through fusions that do not read them, so that what moves cannot be
+    # told. There, state and activations count, written and read once each.
+    moved = 2 * (sum(own["arguments"].values()) + own["activations"])
+    if device.platform != "tpu":
+        moved = program.bytes_moved()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     temporary = memory.temp_size_in_bytes
     return {
@@ -151,7 +158,7 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
         "argument_bytes": arguments,
         "temporary_bytes": temporary,
         "peak": arguments + outputs - memory.alias_size_in_bytes + temporary,
-        "moved_bytes": program.bytes_moved(),
+        "moved_bytes": moved,
         "collectives": [
             {"kind": c.kind, "dtype": c.dtype, "devices": c.devices, "count": c.count,
              "bytes": c.bytes, "sent": c.sent}
@@ -170,7 +177,7 @@ def _bytes(arrays: PyTree, places: PyTree) -> int:
 
 
 def _itemsize(dtype: Any) -> int:
-    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
+    return 8 if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
 
 
 def _gradient_bytes(params: PyTree, places: PyTree) -> int:

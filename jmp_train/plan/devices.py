@@ -57,7 +57,7 @@ def _gpu(name: str, gib: float, terabytes: float, half: float, tf32: float, link
 def _tpu(name: str, gib: float, gigabytes: float, bf16: float, link: float, topology: str,
          host: tuple[int, ...], source: str) -> Device:  # fmt: skip
     # A float32 product is one pass in bfloat16 by default; float16 is converted.
-    flops = dict.fromkeys(("bfloat16", "float16", "float32"), bf16 * 1e12)
+    flops: dict[str, float] = dict.fromkeys(("bfloat16", "float16", "float32"), bf16 * 1e12)
     return Device(
         name, "tpu", int(gib * GIB), gigabytes * 1e9, flops, link * 1e9, source,
         topology=topology, host=host,

@@ -33,7 +33,7 @@ _FREE = frozenset(
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) ([\w-]+)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
 
 class Instruction(NamedTuple):
@@ -61,6 +61,8 @@ class Collective:
     @property
     def sent(self) -> int:
         """Bytes that each device sends in a step, by rings."""
+        if self.kind == "collective-permute":  # from one device to another
+            return self.bytes
         share = (self.devices - 1) / self.devices
         return int(self.bytes * share * (2 if self.kind == "all-reduce" else 1))
 
@@ -244,10 +246,12 @@ def _called(item: Instruction) -> list[tuple[str, str]]:
 
 def _arrays(item: Instruction, kind: str) -> list[tuple[str, int]]:
     """Return the dtype and the bytes of each result of a collective."""
-    shapes = _SHAPE.findall(item.shape)
+    shapes = [
+        (dtype, dims) for dtype, dims, _ in _SHAPE.findall(item.shape) if dtype != "u32" or dims
+    ]
     if item.operation.endswith("-start") and kind != "all-reduce":
         shapes = shapes[len(shapes) // 2 :]  # operands, then results
-    return [(dtype, _size(dtype, dims)) for dtype, dims in shapes if dtype != "u32" or dims]
+    return [(dtype, _size(dtype, dims)) for dtype, dims in shapes]
 
 
 def _size(dtype: str, dims: str) -> int:
@@ -257,7 +261,9 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def _bytes(shape: str) -> int:
-    return sum(_size(dtype, dims) for dtype, dims in _SHAPE.findall(shape))
+    """Return the bytes of a shape; what a TPU keeps beside its processor, marked S, has none."""
+    found = _SHAPE.findall(shape)
+    return sum(_size(dtype, dims) for dtype, dims, layout in found if "S(" not in layout)
 
 
 def _group(attributes: str) -> int:

@@ -85,8 +85,9 @@ class Sharded:
 
     def gathering(self, function: Function) -> Function:
         """Return a function of parameters that gathers them where it uses them."""
+        reduce = None if self.reduce_dtype is None else parse_dtype(self.reduce_dtype)
         specs_of = lambda params: jax.tree.map(lambda s: s.spec, self.shardings(params))
-        function = gathering(function, specs_of, self.mesh, self.reduce_dtype)
+        function = gathering(function, specs_of, self.mesh, reduce)
 
         @functools.wraps(function)
         def inside(*args: Any, **kwargs: Any) -> Any:

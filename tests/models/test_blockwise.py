@@ -1,5 +1,7 @@
 """Attention by blocks against float64, and against attention over all pairs at once."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,8 @@ def temporaries(attention, length):
     x = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.bfloat16)
     loss = lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum()
     compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    memory: Any = compiled.memory_analysis()
+    return memory.temp_size_in_bytes
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():

@@ -5,6 +5,7 @@ roundings: a bound is a number of units of the dtype, times the size of what is 
 """
 
 import re
+from typing import Any
 
 import chex
 import jax
@@ -146,7 +147,7 @@ def test_the_state_is_made_in_shares():
 
     places = own.shardings(jax.eval_shape(make, jax.random.key(0)))
     memory = jax.jit(make, out_shardings=places).lower(jax.random.key(0)).compile()
-    stats = memory.memory_analysis()
+    stats: Any = memory.memory_analysis()
     assert stats.output_size_in_bytes <= 1.05 * 4 * size * size * 4 / 8
     assert stats.temp_size_in_bytes <= size * size * 4  # one parameter at most, of four
 
