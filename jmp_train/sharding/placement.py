@@ -90,7 +90,7 @@ def place(
       ValueError: for a rule that matches no parameter, with the nearest paths; for one that a
         parameter's axes do not fit.
 
-    >>> mesh = jax.make_mesh((1, 1, 1), AXES)
+    >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
     >>> params = {"kernel": jax.ShapeDtypeStruct((8, 32), "float32")}
     >>> tuple(place(params, mesh)[0].spec)
     (None, 'fsdp')

@@ -85,13 +85,13 @@ def test_each_device_and_dtype_has_its_attention(monkeypatch):
         ("gpu", jnp.float16, 64, "cudnn"),
         ("gpu", jnp.bfloat16, 64, "cudnn"),
         ("gpu", jnp.float32, 64, None),
-        ("gpu", jnp.bfloat16, 36, None),
-        ("gpu", jnp.bfloat16, 256, None),
-        ("tpu", jnp.bfloat16, 64, None),
+        ("gpu", jnp.bfloat16, 36, "plain"),
+        ("gpu", jnp.bfloat16, 256, "plain"),
+        ("tpu", jnp.bfloat16, 64, "plain"),
     ]:
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert choose(jnp.dtype(dtype), features) == expected, (backend, dtype, features)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for capability in ("7.5", "gfx90a"):
         Gpu.compute_capability = capability
-        assert choose(jnp.dtype(jnp.bfloat16), 64) is None
+        assert choose(jnp.dtype(jnp.bfloat16), 64) == "plain"
