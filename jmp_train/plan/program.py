@@ -30,6 +30,7 @@ _FREE = frozenset(
         "async-done",
     ]
 )
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.$-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (.*?) ([\w-]+)\((.*)$")
@@ -172,7 +173,7 @@ class Program:
         sizes = [_bytes(shapes.get(operand, "")) for operand in operands]
         if item.operation == "dynamic-update-slice":
             return 2 * sizes[1]
-        if item.operation in ("dynamic-slice", "slice", "gather"):
+        if item.operation in _SLICES:
             return 2 * _bytes(item.shape)
         written = _bytes(item.shape)
         inside = [name for kind, name in _called(item) if kind == "calls"]
@@ -204,10 +205,9 @@ class Program:
             if item.operation != "parameter" or not number or int(number[1]) >= len(sizes):
                 continue
             uses = _uses(item.name, users)
-            if item.name in in_place and all(u.operation == "dynamic-update-slice" for u in uses):
-                sizes[int(number[1])] = 0
-            elif uses and all(u.operation in ("dynamic-slice", "slice", "gather") for u in uses):
-                slices = sum(_bytes(u.shape) for u in uses)
+            allowed = ("dynamic-update-slice",) if item.name in in_place else ()
+            if uses and all(u.operation in (*_SLICES, *allowed) for u in uses):
+                slices = sum(_bytes(u.shape) for u in uses if u.operation in _SLICES)
                 sizes[int(number[1])] = min(sizes[int(number[1])], slices)  # an index is small
         return sizes, max(written, 0)
 

@@ -49,8 +49,8 @@ def _verdict(plan: Plan) -> str:
     on = f"{plan.device.name}" if count == 1 else f"{count} x {plan.device.name}, mesh {plan.mesh}"
     head = f"{plan.name} on {on}: {found['parameters'] / 1e6:,.4g} M parameters"
     if plan.fits:
-        step = max(plan.times.values())
-        return f"{head}; fits; a step of {step * 1e3:,.3f} ms or more"
+        name, seconds = max(plan.times.items(), key=lambda pair: pair[1])
+        return f"{head}; fits\nlongest bound of a step: {name}, {seconds * 1e3:,.3f} ms"
     peak = found.get("peak")
     needs = "more than it has" if peak is None else f"{(peak + SPARE) / GIB:.2f} GiB"
     line = f"{head}; does not fit: it needs {needs} of {plan.device.memory / GIB:.2f}"
