@@ -106,8 +106,8 @@ def rate(make: Callable[[], Iterator[Any]], case: Case, seconds: float) -> float
 def ours(case: Case, workers: int) -> Iterator[Any]:
     """Return the batches of `train`."""
     path = str(case.folder)
-    if case.name.startswith("images"):
-        resize = "linear" if case.name == "images, linear" else "antialias"
+    if case.name.endswith("images"):
+        resize = "linear" if case.name == "linear images" else "antialias"
         data = Data(image_folder, path=path, size=case.size, resize=resize, eval_share=0.02)
     elif case.name == "rows":
         data = Data(table, path=path, label="label", in_memory=False, eval_share=0.02)

@@ -38,7 +38,7 @@ def write_cases(folder: Path, *, images: int, rows: int) -> list[Case]:
     _write_text(folder / "text")
     return [
         Case("images", folder / "images", 32, 224),
-        Case("images, linear", folder / "images", 32, 224),
+        Case("linear images", folder / "images", 32, 224),
         Case("rows", folder / "rows", 1024),
         Case("columns", folder / "rows", 1024),
         Case("text", folder / "text", 64, 128),
@@ -154,7 +154,7 @@ class Windows:
         return {"tokens": self.text[index * self.size : (index + 1) * self.size + 1]}
 
 
-SOURCES = {"images": Images, "images, linear": LinearImages, "columns": Rows, "text": Windows}
+SOURCES = {"images": Images, "linear images": LinearImages, "columns": Rows, "text": Windows}
 
 
 def grain_by_hand(case: Case, workers: int) -> Iterator[Any]:
@@ -196,7 +196,7 @@ def hugging_face(case: Case, workers: int) -> Iterator[Any]:
     workers."""
     import datasets
 
-    if workers or case.name == "images, linear":
+    if workers or case.name == "linear images":
         raise Unable
     cache = str(case.folder.parent / "cache")
     if case.name == "images":
@@ -229,7 +229,7 @@ def tf_data(case: Case, workers: int) -> Iterator[Any]:
     if case.name == "rows":
         raise Unable
     threads = max(workers, 1)
-    if case.name.startswith("images"):
+    if case.name.endswith("images"):
         antialias = case.name == "images"
         files = _image_files(case)
         data = tf.data.Dataset.from_tensor_slices(([f for f, _ in files], [n for _, n in files]))
