@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from jmp_train.cli.attend import attend, is_attended
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
@@ -60,6 +61,8 @@ class TrainArguments:
     """Number of processes."""
     process: int | None = None
     """Index of this process, from 0."""
+    heartbeat: int = 60
+    """Seconds after which a process that does not answer ends the others."""
 
     def __post_init__(self) -> None:
         if self.resume and self.run_dir is not None:
@@ -85,8 +88,10 @@ def command(arguments: list[str]) -> None:
     given = parsed.run_dir
     if parsed.resume:
         given = find_resumable(name, parsed.experiment, force=parsed.force)
-    address = parsed.coordinator, parsed.processes, parsed.process
-    join(Address(*address))
+    address = Address(parsed.coordinator, parsed.processes, parsed.process, parsed.heartbeat)
+    if address.given and not is_attended():
+        raise SystemExit(attend(address.heartbeat))
+    join(address)
     with results_folder(given, RUNS / name) as run_dir:
         directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
         with tell_how_to_resume(["train", *arguments], directory):

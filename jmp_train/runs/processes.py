@@ -11,9 +11,6 @@ import numpy as np
 
 from jmp_train.errors import UsageError
 
-HEARTBEAT_S = 60
-"""Seconds after which a process that does not answer ends the others."""
-
 _LETTERS = 4096  # bytes of a text that the first process sends
 
 
@@ -26,6 +23,29 @@ class Address(NamedTuple):
     """Number of processes."""
     process: int | None = None
     """Index of this one, from 0."""
+    heartbeat: int = 60
+    """Seconds after which a process that does not answer ends the others."""
+
+    @property
+    def given(self) -> bool:
+        """Whether the run has several processes: by its address, or by what launched this one.
+
+        Raises:
+          UsageError: for an address in parts.
+        """
+        parts = (self.coordinator, self.processes, self.process)
+        given = [part is not None for part in parts]
+        if any(given) and not all(given):
+            raise UsageError(
+                "several processes need --coordinator HOST:PORT, --processes N and --process I; expected "
+                "all three, or none"
+            )
+        count, index = self.processes or 0, self.process or 0
+        if all(given) and not 0 <= index < count:
+            raise UsageError(
+                f"process is {index}; expected 0 to {count - 1}, for processes is {count}"
+            )
+        return all(given) or launched()
 
 
 def join(address: Address) -> None:
@@ -37,31 +57,15 @@ def join(address: Address) -> None:
     Raises:
       UsageError: for an address in parts, and if the others cannot be reached.
     """
-    given = [part is not None for part in address]
-    if any(given) and not all(given):
-        raise UsageError(
-            "several processes need --coordinator HOST:PORT, --processes N and --process I together; "
-            "expected all three, or none"
-        )
-    if all(given):
-        assert address.processes is not None and address.process is not None
-        if not 0 <= address.process < address.processes:
-            raise UsageError(
-                f"process is {address.process}; expected 0 to {address.processes - 1}, for --processes "
-                f"is {address.processes}"
-            )
-        options = {
-            "coordinator_address": address.coordinator,
-            "num_processes": address.processes,
-            "process_id": address.process,
-        }
-    elif launched():
-        options = {}
-    else:
+    if not address.given:
         return
     try:
         jax.distributed.initialize(
-            **options, heartbeat_timeout_seconds=HEARTBEAT_S, initialization_timeout=300
+            address.coordinator,
+            address.processes,
+            address.process,
+            heartbeat_timeout_seconds=address.heartbeat,
+            initialization_timeout=300,
         )
     except (RuntimeError, ValueError) as error:
         line = str(error).strip().splitlines()[0]
