@@ -46,7 +46,7 @@ def blockwise_attention(
     Source: Dao et al. 2022, "FlashAttention", arXiv:2205.14135, algorithms 1 and 4.
     """
     length = q_BxTxHxK.shape[1]
-    block = min(block, length)
+    block = max(min(block, length), 1)
     padding = -length % block  # keys of the padding come after every query
     if ids_BxT is None:
         ids_BxT = jnp.zeros(q_BxTxHxK.shape[:2], jnp.int32)

@@ -78,6 +78,8 @@ class Program:
     def __init__(self, text: str):
         self._computations: dict[str, list[Instruction]] = {}
         self._entry = ""
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self._partitions = int(partitions[1]) if partitions else 1
         current: list[Instruction] = []
         for line in text.splitlines():
             begins = _COMPUTATION.match(line)
@@ -135,7 +137,7 @@ class Program:
                 if channel and channel[1] in seen:  # a TPU overlaps one with several computations
                     continue
                 seen |= {channel[1]} if channel else set()
-                devices = _group(item.rest)
+                devices = _group(item.rest) or self._partitions
                 if devices == 1:
                     continue
                 scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
@@ -267,7 +269,7 @@ def _bytes(shape: str) -> int:
 
 
 def _group(attributes: str) -> int:
-    """Return the number of devices in each group of a collective."""
+    """Return the number of devices in each group of a collective; 0 for all."""
     axes = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))?\s*\{([^}]*)\}", attributes
     )
@@ -281,4 +283,4 @@ def _group(attributes: str) -> int:
     if listed:
         return len(listed[1].split(","))
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
-    return 2 if pairs else 1
+    return 2 if pairs else 0

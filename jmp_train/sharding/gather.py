@@ -244,6 +244,20 @@ def _transpose(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
     return share.like(_bound(share, rest, eqn), axes)
 
 
+def _with_axes_of_one(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
+    """Return a parameter with more or fewer axes of size 1, as it is added to a batch."""
+    shape = eqn.outvars[0].aval.shape
+    before = [(size, names) for size, names in zip(share.array.shape, share.axes, strict=True)]
+    kept = [pair for pair in before if pair[0] != 1]
+    if any(names for size, names in before if size == 1) or [s for s in shape if s != 1] != [
+        size for size, _ in kept
+    ]:
+        return None
+    names = iter(kept)
+    axes = [next(names)[1] if size != 1 else () for size in shape]
+    return share.like(share.array.reshape(shape), axes)
+
+
 def _bound(share: Share, rest: list[Any], eqn: Equation) -> Any:
     return compat.bind(eqn.primitive, [share.array, *rest], eqn.params)[0]
 
@@ -252,6 +266,8 @@ _KEEPING: dict[str, Callable[[Share, list[Any], Equation], Share | None]] = {
     "convert_element_type": _cast,
     "slice": _slice,
     "dynamic_slice": _slice,
+    "broadcast_in_dim": _with_axes_of_one,
+    "reshape": _with_axes_of_one,
     "squeeze": _squeeze,
     "transpose": _transpose,
 }

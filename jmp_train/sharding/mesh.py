@@ -38,6 +38,14 @@ class MeshShape:
     fsdp: int = 1
     tensor: int = 1
 
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                f"a mesh has the sizes {', '.join(map(str, sizes))}; expected numbers from 1, and one of -1 "
+                "at most"
+            )
+
     @classmethod
     def parse(cls, text: str) -> MeshShape:
         """Return the shape of a text such as "data=2,fsdp=4"; "" is that of "data=-1".

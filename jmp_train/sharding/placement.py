@@ -53,6 +53,7 @@ class Placement:
     entries: tuple[PlacementRule, ...]
 
     def __init__(self, entries: Iterable[str | PlacementRule] = ()):
+        entries = [entries] if isinstance(entries, str) else entries
         rules = tuple(_rule(entry) for entry in entries)
         for rule in rules:
             compiled(rule.pattern)
@@ -135,6 +136,8 @@ def shardings_of(params: PyTree, placed: Sequence[Placed], mesh: Mesh) -> PyTree
 def _rule(entry: str | PlacementRule) -> PlacementRule:
     if isinstance(entry, PlacementRule):
         return entry
+    if not isinstance(entry, str):
+        raise ValueError(f"placement {entry!r} is no text; expected 'pattern=axes'")  # noqa: TRY004
     pattern, equals, text = (x.strip() for x in entry.rpartition("="))
     if not equals or not pattern:
         raise ValueError(f"placement {entry!r} has no axes; write it as 'pattern=axes'")

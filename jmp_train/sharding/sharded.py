@@ -49,6 +49,12 @@ class Sharded:
     of the compute, in which the gradients are made."""
 
     def __post_init__(self) -> None:
+        if not hasattr(self.mesh, "axis_names"):
+            raise ValueError(
+                f"mesh is {self.mesh!r}; expected a mesh of jmp_train.sharding.make_mesh"
+            )
+        if not isinstance(self.placement, Placement):
+            object.__setattr__(self, "placement", Placement(self.placement))
         if tuple(self.mesh.axis_names) != AXES:
             raise ValueError(
                 f"the mesh has the axes {', '.join(map(str, self.mesh.axis_names))}; expected "
@@ -96,9 +102,30 @@ class Sharded:
 
         return inside
 
-    def split(self, batch: PyTree) -> PyTree:
-        """Return a traced batch, split over the devices."""
-        return jax.lax.with_sharding_constraint(batch, batch_sharding(self.mesh))
+    def split(self, batch: PyTree, micro_batches: int = 1) -> PyTree:
+        """Return a traced batch, split over the devices; numbers without axes are on each.
+
+        Raises:
+          ValueError: for a leaf that does not split, with its path.
+        """
+        parts = self.batch_shards * micro_batches
+        sharding = batch_sharding(self.mesh)
+
+        def one(path: Any, x: Any) -> Any:
+            if jax.numpy.ndim(x) == 0:
+                return x
+            if x.shape[0] % parts:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                of = f"{self.batch_shards} devices" + (
+                    f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+                )
+                raise ValueError(
+                    f"batch leaf {name!r} has {x.shape[0]} examples, and the mesh {self} splits it over "
+                    f"{of}; expected a multiple of {parts}"
+                )
+            return jax.lax.with_sharding_constraint(x, sharding)
+
+        return jax.tree_util.tree_map_with_path(one, batch)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

@@ -54,8 +54,11 @@ class Share:
         return Share(array, axes, self._mesh, self.dtype, self.reduce_dtype)
 
     def cast(self, dtype: Any) -> Share | None:
-        """Return this in another dtype; None for a wider one, to which it is cast when gathered."""
+        """Return this in another dtype; None for a wider one, and for another one than it was cast to
+        before: what is gathered has then been rounded as the function says."""
         dtype = np.dtype(dtype)
+        if self.dtype not in (self.array.dtype, dtype):
+            return None
         if dtype.itemsize > self.dtype.itemsize or not jnp.issubdtype(dtype, jnp.floating):
             return None
         return Share(self.array, self.axes, self._mesh, dtype, self.reduce_dtype)

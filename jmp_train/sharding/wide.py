@@ -32,6 +32,8 @@ def use(eqn: Equation, operands: list[Any], index: int) -> Any:
     share = operands[index]
     if share.reduce_dtype is None or share.reduce_dtype == share.dtype:
         return None
+    if not jax.numpy.issubdtype(share.dtype, jax.numpy.floating):
+        return None
     places = share.sharding(gathered=False), share.sharding(gathered=True)
 
     def apply(whole: Any, others: Any) -> Any:
@@ -76,6 +78,9 @@ def _gradient(eqn: Equation, apply: Any, whole: Any, g: Any, dtype: np.dtype) ->
         return jax.linear_transpose(apply, jax.ShapeDtypeStruct(whole.shape, dtype))(
             g.astype(dtype)
         )[0]
+    if eqn.primitive.name == "conv_general_dilated" and dtype.itemsize < whole.dtype.itemsize:
+        # JAX has no convolution whose result is narrower than its operands.
+        return jax.vjp(apply, whole)[1](g)[0].astype(dtype)
     transposed = jax.linear_transpose(apply, jax.ShapeDtypeStruct(whole.shape, whole.dtype))
     closed = jax.make_jaxpr(lambda g: transposed(g)[0])(g)
 

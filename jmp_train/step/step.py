@@ -176,6 +176,7 @@ def make_step(
             return with_parameters(state) if parallel is None else replicate(state, parallel.mesh)
         # In one program, whose results are split from the start.
         params = jax.device_put(params, parallel.shardings(params))
+        model_state, key = parallel.replicate((model_state, key))
         made = jax.eval_shape(whole_state, params, model_state, key)
         places = parallel.follow(made, made.params)
         return jax.jit(whole_state, out_shardings=places)(params, model_state, key)
@@ -283,8 +284,13 @@ def step_gradients(
     """
     manual = parallel if isinstance(parallel, DataParallel) else None
     sharded = parallel if isinstance(parallel, Sharded) else None
+    if (
+        sharded is not None
+    ):  # casts come before the gathers, and sums of gradients before their casts
+        loss_fn = sharded.gathering(_casting(loss_fn, get_precision(policy), cast_batch))
+        policy, cast_batch = None, False
     grad_fn = value_and_grad(
-        _loss_and_rest(loss_fn if sharded is None else sharded.gathering(loss_fn)),
+        _loss_and_rest(loss_fn),
         policy,
         has_aux=True,
         cast_batch=cast_batch,
@@ -301,10 +307,20 @@ def step_gradients(
         if state.key is not None:
             extras["key"] = jax.random.fold_in(state.key, state.step)
         if sharded is not None:
-            batch = sharded.split(batch)
+            batch = sharded.split(batch, micro_batches)
         return grad_fn(state.params, batch, loss_scale=state.loss_scale, **extras)
 
     return grads
+
+
+def _casting(loss_fn: Function, precision: Precision, cast_batch: bool) -> Function:
+    """Return a loss of parameters and a batch that are not cast yet."""
+
+    def cast(params: PyTree, batch: PyTree, **kwargs: Any) -> Any:
+        to_compute = precision.cast_to_compute
+        return loss_fn(to_compute(params), to_compute(batch) if cast_batch else batch, **kwargs)
+
+    return cast
 
 
 def _move_or_skip(

@@ -258,7 +258,7 @@ TEXT = [
     (["--mesh", "dat=1"], r"mesh is 'dat=1', with the axis 'dat'; did you mean 'data'"),
     (
         ["--mesh", "data=3"],
-        r"mesh is data=3, of 3 devices, and there are 1; expected data=1, or sizes",
+        r"mesh is data=3, of 3 devices, and there are 1; expected sizes whose",
     ),
     (
         ["--placement", "embed=fdsp"],

@@ -190,7 +190,8 @@ def test_parameters_are_gathered_in_the_dtype_of_the_compute_once():
     # On a CPU, XLA computes products in float32 and may take the cast back before the gather is
     # written; what a GPU and a TPU gather is tested where their programs are compiled.
     sizes = [np.prod([int(n) for n in re.findall(r"\d+", s.partition("[")[2])]) for s in gathered]
-    assert sorted(sizes) == sorted([D * H, H * 2 * H, 2 * H * H, H])
+    bias = H  # as it is added to a batch, with an axis of size 1
+    assert sorted(sizes) == sorted([D * H, bias, H * 2 * H, 2 * H * H, H])
 
 
 @pytest.mark.slow
@@ -293,3 +294,46 @@ def test_a_rule_that_does_not_fit_is_an_error_of_init():
     own = Sharded(make_mesh("fsdp=4,tensor=2"), Placement(["down=fsdp,tensor"]))
     with pytest.raises(ValueError, match="'down', of shape .64, 1.: 1 is not a multiple of tensor"):
         jt.make_step(loss_of(), optax.sgd(0.1), parallel=own).init(parameters())
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, "float32"])
+def test_complex_parameters_keep_their_imaginary_gradient(reduce_dtype):
+    loss_fn = lambda params, batch: jnp.mean(jnp.abs(batch["x"] * params) ** 2)
+    own = Sharded(make_mesh("fsdp=8"), reduce_dtype=reduce_dtype)
+    stepper = jt.make_step(loss_fn, optax.sgd(1.0), parallel=own)
+    state, _ = stepper.step(stepper.init(np.full(8, 1 + 2j, np.complex64)), {"x": np.ones((16, 8))})
+    np.testing.assert_allclose(state.params, 0.75 + 2.5j)
+
+
+def test_each_cast_of_a_parameter_rounds_it():
+    """To float16, where it overflows, and only then to bfloat16."""
+    twice = lambda p: p.astype(jnp.float16).astype(jnp.bfloat16).astype(jnp.float32)
+    found = jax.jit(Sharded(make_mesh("fsdp=8")).gathering(twice))(jnp.full(8, 1e5))
+    assert np.isinf(found).all()
+
+
+def test_sums_of_a_policy_reach_the_parameters_as_they_are():
+    """Integers that float32 holds and bfloat16 does not; products of small ones, which it does."""
+    loss_fn = lambda p, b: jnp.sum(
+        (b["x"] @ p).astype(jnp.float32) * b["x"][:, :1].astype(jnp.float32)
+    )
+    x = np.float32(np.arange(1024 * 8).reshape(1024, 8) % 7 + 1)
+    own = Sharded(make_mesh("fsdp=8"), reduce_dtype="float32")
+    stepper = jt.make_step(loss_fn, optax.sgd(1.0), "mixed_bfloat16", parallel=own)
+    state, _ = stepper.step(stepper.init(np.zeros((8, 8), np.float32)), {"x": x})
+    np.testing.assert_array_equal(state.params[:, 0], -(x.T @ x[:, 0]))
+
+
+def test_a_batch_may_have_numbers_and_has_to_split():
+    stepper = jt.make_step(
+        lambda p, b: jnp.mean(b["x"] @ p) * b["c"],
+        optax.sgd(1.0),
+        parallel=Sharded(make_mesh("fsdp=8")),
+    )
+    batch = {"x": np.ones((16, 8), np.float32), "c": 2.0}
+    _, info = stepper.step(stepper.init(jnp.ones((8, 8))), batch)
+    assert float(info.loss) == 16
+    with pytest.raises(
+        ValueError, match="'x' has 12 examples, and the mesh fsdp=8 splits it over 8"
+    ):
+        stepper.step(stepper.init(jnp.ones((8, 8))), {**batch, "x": batch["x"][:12]})
