@@ -89,7 +89,9 @@ def test_gathers_carry_the_cast_and_are_not_repeated(device, mesh):
     gathered = found["all-gather"]["bf16"]
     # Each once, and the embedding, which is looked up and makes the logits, twice at most.
     assert 2 * weights <= gathered <= 2 * weights + 2 * 256 * width + 8 * width * depth * 2
-    assert "all-to-all" not in found and "collective-permute" not in found
+    assert "all-to-all" not in found
+    # A TPU may sum gradients into shares by permutations that go on beside a product.
+    assert set(found.get("collective-permute", ())) <= ({"bf16"} if device == "tpu-v5e" else set())
 
 
 @pytest.mark.parametrize("device", ["h100", "tpu-v5e"])
