@@ -30,6 +30,7 @@ from jmp_train.plan.program import Program
 from jmp_train.runs.build import first_state, load_dataset, make_stepper, make_task_of, parts_of
 from jmp_train.runs.devices import check_batch_splits, sharded_of
 from jmp_train.sharding.mesh import batch_sharding
+from jmp_train.sharding.state import share_bytes
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.task import TaskFunctions
 from jmp_train.types import Json, PyTree
@@ -106,14 +107,14 @@ def _lowered(
         "flops": sum(flops.values()),
         "products": products,
         "arguments": {
-            "parameters": _bytes(state.params, places[0].params),
-            "optimizer": _bytes(state.opt_state, places[0].opt_state),
-            "average": _bytes(state.ema, places[0].ema),
-            "other state": _bytes(
+            "parameters": share_bytes(state.params, places[0].params),
+            "optimizer": share_bytes(state.opt_state, places[0].opt_state),
+            "average": share_bytes(state.ema, places[0].ema),
+            "other state": share_bytes(
                 state._replace(params=None, opt_state=None, ema=None),
                 places[0]._replace(params=None, opt_state=None, ema=None),
             ),
-            "batch": _bytes(batch, places[1]),
+            "batch": share_bytes(batch, places[1]),
         },
         "gradients": _gradient_bytes(state.params, places[0].params),
         "activations": _activation_bytes(experiment, task, state, batch)
@@ -167,23 +168,10 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
     }  # fmt: skip
 
 
-def _bytes(arrays: PyTree, places: PyTree) -> int:
-    """Return the bytes of the shares of one device."""
-    leaves, own = jax.tree.leaves(arrays), jax.tree.leaves(places)
-    return sum(
-        math.prod(s.shard_shape(x.shape)) * _itemsize(x.dtype)
-        for x, s in zip(leaves, own, strict=True)
-    )
-
-
-def _itemsize(dtype: Any) -> int:
-    return 8 if jax.numpy.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize
-
-
 def _gradient_bytes(params: PyTree, places: PyTree) -> int:
     """Return the bytes of float32 gradients of the shares of one device."""
     wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), params)
-    return _bytes(wide, places)
+    return share_bytes(wide, places)
 
 
 def _activation_bytes(
@@ -209,7 +197,7 @@ def _activation_bytes(
     shapes = {tuple(x.shape) for x in jax.tree.leaves(state.params)}
     leaves = jax.tree.leaves(jax.eval_shape(kept, state.params, part, options))
     return sum(
-        math.prod(x.shape) * _itemsize(x.dtype) for x in leaves if tuple(x.shape) not in shapes
+        math.prod(x.shape) * x.dtype.itemsize for x in leaves if tuple(x.shape) not in shapes
     )
 
 

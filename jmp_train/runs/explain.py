@@ -13,11 +13,12 @@ from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
 from jmp_train.runs.build import first_state, load_dataset, make_stepper, make_task_of, parts_of
 from jmp_train.runs.devices import check_batch_splits, placement_of
+from jmp_train.runs.steps_per_call import bytes_of
 from jmp_train.sharding.mesh import AXES, MeshShape
 from jmp_train.sharding.placement import Placement
 from jmp_train.sharding.placement import table as placement_table
 from jmp_train.sharding.sharded import Sharded
-from jmp_train.types import PyTree
+from jmp_train.sharding.state import share_bytes
 
 
 def explain_placement(experiment: AnyExperiment) -> str:
@@ -56,7 +57,7 @@ def explain_placement(experiment: AnyExperiment) -> str:
     each = experiment.batch_size // sharded.batch_shards
     lines.append(f"mesh {sharded}: {devices} devices, {each} examples of each batch on each")
     for name, (arrays, own) in rows.items():
-        whole, held = _bytes(arrays), _bytes(arrays, own)
+        whole, held = bytes_of(arrays), share_bytes(arrays, own)
         if whole:
             lines.append(f"{name}: {held:,} bytes per device of {whole:,} ({held / whole:.1%})")
     whole = [p for p in placed if not any(p.spec)]
@@ -64,13 +65,3 @@ def explain_placement(experiment: AnyExperiment) -> str:
         size = sum(p.bytes for p in whole)
         lines.append(f"on each device whole: {len(whole)} parameters of {size:,} bytes")
     return "\n".join(lines)
-
-
-def _bytes(arrays: PyTree, places: PyTree = None) -> int:
-    """Return the bytes of arrays; with their shardings, of the shares of one device."""
-    leaves = jax.tree.leaves(arrays)
-    shapes = [x.shape for x in leaves]
-    if places is not None:
-        own = jax.tree.leaves(places)
-        shapes = [s.shard_shape(shape) for s, shape in zip(own, shapes, strict=True)]
-    return sum(math.prod(s) * x.dtype.itemsize for s, x in zip(shapes, leaves, strict=True))

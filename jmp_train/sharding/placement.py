@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -137,7 +137,9 @@ def _rule(entry: str | PlacementRule) -> PlacementRule:
     if isinstance(entry, PlacementRule):
         return entry
     if not isinstance(entry, str):
-        raise ValueError(f"placement {entry!r} is no text; expected 'pattern=axes'")  # noqa: TRY004
+        raise ValueError(  # noqa: TRY004  (a value in an experiment, like any other)
+            f"placement {entry!r} is a {type(entry).__name__}; expected a string 'pattern=axes'"
+        )
     pattern, equals, text = (x.strip() for x in entry.rpartition("="))
     if not equals or not pattern:
         raise ValueError(f"placement {entry!r} has no axes; write it as 'pattern=axes'")
@@ -199,8 +201,8 @@ def _split(
     return full, "the largest axis that divides"
 
 
-def table(placed: Sequence[Placed], state_bytes: Mapping[str, Any] | None = None) -> str:
-    """Return the placement of parameters as a table, and the sums."""
+def table(placed: Sequence[Placed]) -> str:
+    """Return the placement of parameters as a table."""
     rows = [("parameter", "shape", "dtype", "placement", "rule", "bytes per device")]
     for p in placed:
         spec = ",".join(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jmp_train.sharding.mesh import replicated
@@ -48,3 +51,20 @@ def follow(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTre
         return everywhere
 
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
+
+
+def share_bytes(arrays: PyTree, shardings: PyTree) -> int:
+    """Return the bytes of the shares of arrays, or of their specs, on one device.
+
+    >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
+    >>> share_bytes(jax.ShapeDtypeStruct((4, 2), "float32"), replicated(mesh))
+    32
+    """
+    return sum(
+        math.prod(sharding.shard_shape(x.shape)) * _itemsize(x.dtype)
+        for x, sharding in zip(jax.tree.leaves(arrays), jax.tree.leaves(shardings), strict=True)
+    )
+
+
+def _itemsize(dtype: Any) -> int:
+    return 8 if jnp.issubdtype(dtype, jax.dtypes.prng_key) else np.dtype(dtype).itemsize

@@ -183,3 +183,11 @@ def test_half_precision_needs_little_more_than_half_the_temporaries(family):
         sizes[precision] = compiled.memory_analysis().temp_size_in_bytes
         assert not re.search(r"\[(\d+,)*1024,1024\]", compiled.as_text())  # no scores of all pairs
     assert sizes["fp16"] <= 0.58 * sizes["fp32"] and sizes["bf16"] <= 0.58 * sizes["fp32"]
+
+
+@pytest.mark.parametrize("shape", ["data=8,fsdp=8", "data=2,fsdp=32", "fsdp=16,tensor=4"])
+def test_sizes_may_split_an_axis_of_the_torus_of_tpus(shape):
+    mesh = make_mesh(shape, devices_of(DEVICES["tpu-v5p"], 64))
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+    assert ",".join(f"{axis}={size}" for axis, size in sizes.items()) == shape
+    assert len({device.id for device in mesh.devices.ravel()}) == 64

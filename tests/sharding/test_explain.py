@@ -1,0 +1,25 @@
+"""`jmp-train explain`: the placement of parameters on devices that are not here, against sums by hand."""
+
+from jmp_train.cli.main import main
+
+
+def test_each_parameter_has_its_placement_and_bytes(capsys):
+    rule = "layers/1/kernel=replicated"
+    assert main(["explain", "mlp_fp16", "--mesh", "fsdp=4", "--placement", rule]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith("layers/")}
+    assert rows["layers/0/kernel"][1:4] == ["64x256", "float32", "-,fsdp"]
+    assert rows["layers/0/kernel"][-1] == f"{64 * 256:,}"  # four bytes each, a quarter
+    assert rows["layers/1/kernel"][3:] == ["replicated", "layers/1/kernel", f"{256 * 256 * 4:,}"]
+    whole = 4 * (64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10)
+    alone = 4 * (256 * 256 + 10)  # by the rule, and as 4 does not divide 10
+    held = (whole - alone) // 4 + alone
+    assert f"parameters: {held:,} bytes per device of {whole:,} ({held / whole:.1%})" in lines
+    assert f"on each device whole: 2 parameters of {alone:,} bytes" in lines
+    assert "mesh fsdp=4: 4 devices, 32 examples of each batch on each" in lines
+
+
+def test_a_mesh_that_does_not_divide_the_batch_is_one_line(capsys):
+    assert main(["explain", "mlp_fp16", "--mesh", "fsdp=3"]) == 2
+    error = capsys.readouterr().err
+    assert "batch_size is 128, and the mesh fsdp=3" in error and error.count("\n") == 1
