@@ -38,6 +38,7 @@ def write_cases(folder: Path, *, images: int, rows: int) -> list[Case]:
     _write_text(folder / "text")
     return [
         Case("images", folder / "images", 32, 224),
+        Case("images, linear", folder / "images", 32, 224),
         Case("rows", folder / "rows", 1024),
         Case("columns", folder / "rows", 1024),
         Case("text", folder / "text", 64, 128),
@@ -109,6 +110,18 @@ class Images:
         return {"image": decode(path, self.size), "label": label}
 
 
+class LinearImages(Images):
+    """The same, resized without antialiasing, in the usual way with OpenCV."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        import cv2
+
+        path, label = self.files[index]
+        pixels = cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)  # pyright: ignore
+        resized = cv2.resize(pixels, (self.size, self.size))
+        return {"image": np.float32(resized) / np.float32(255), "label": label}
+
+
 class Rows:
     """The rows of Parquet files, as lists of columns in memory."""
 
@@ -141,7 +154,7 @@ class Windows:
         return {"tokens": self.text[index * self.size : (index + 1) * self.size + 1]}
 
 
-SOURCES = {"images": Images, "columns": Rows, "text": Windows}
+SOURCES = {"images": Images, "images, linear": LinearImages, "columns": Rows, "text": Windows}
 
 
 def grain_by_hand(case: Case, workers: int) -> Iterator[Any]:
@@ -183,17 +196,17 @@ def hugging_face(case: Case, workers: int) -> Iterator[Any]:
     workers."""
     import datasets
 
-    if workers:
+    if workers or case.name == "images, linear":
         raise Unable
     cache = str(case.folder.parent / "cache")
     if case.name == "images":
         files = _image_files(case)
         columns = {"image": [f for f, _ in files], "label": [n for _, n in files]}
         data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-        size = case.size
+        size, bilinear = case.size, 2  # Pillow's number of the filter
 
         def decoded(batch: Any) -> Any:
-            resized = (image.resize((size, size)) for image in batch["image"])
+            resized = (image.resize((size, size), bilinear) for image in batch["image"])
             images = [np.asarray(image, np.float32) / np.float32(255) for image in resized]
             return {"image": np.stack(images), "label": np.array(batch["label"])}
 
@@ -216,13 +229,15 @@ def tf_data(case: Case, workers: int) -> Iterator[Any]:
     if case.name == "rows":
         raise Unable
     threads = max(workers, 1)
-    if case.name == "images":
+    if case.name.startswith("images"):
+        antialias = case.name == "images"
         files = _image_files(case)
         data = tf.data.Dataset.from_tensor_slices(([f for f, _ in files], [n for _, n in files]))
 
         def decoded(path: Any, label: Any) -> Any:
             image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
-            return tf.image.resize(image, (case.size, case.size)) / 255.0, label
+            size = (case.size, case.size)
+            return tf.image.resize(image, size, antialias=antialias) / 255.0, label
 
         data = data.shuffle(len(files)).repeat().map(decoded, num_parallel_calls=threads)
     else:

@@ -49,6 +49,8 @@ LIBRARIES = {
     "flax": {"flax", "models", "tasks"},
     "grain": {"data", "sources"},
     "matplotlib": {"data", "reports"},
+    "cv2": {"sources"},
+    "simplejpeg": {"sources"},
     "PIL": {"data", "pixels", "sources"},
     "array_record": {"data", "sources"},
     "datasets": {"sources"},

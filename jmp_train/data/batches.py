@@ -7,6 +7,7 @@ that Grain handles one record per batch. With Grain's per-example shuffle and co
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from jmp_train.data.workers import close_workers, next_of_workers, read_in_worke
 from jmp_train.sources.random import generator
 from jmp_train.types import Batch, Json
 
+_TOGETHER, _MOST_TOGETHER = 2**20, 16  # bytes, and number, of batches that are made at a time
 _DRAW = 1  # purpose of a stream of random numbers, beside those of data.order
 
 
@@ -36,9 +38,6 @@ class _ShuffledBatches:
         self._order = order_of(source, batch_size, seed=seed)
         self._rows = rows
         self._seed = seed
-
-    def __len__(self) -> int:
-        return 2**62  # Grain requires a length; the batches are endless
 
     def __getitem__(self, index: int) -> Batch:
         (rows,) = self._order.rows(int(index), batches=1)
@@ -72,7 +71,7 @@ def train_batches(
         that they have in the whole batch.
 
     Returns:
-      A Grain dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
+      A dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
 
     >>> from jmp_train.data import Arrays
     >>> source = Arrays({"x": np.arange(6)})
@@ -82,23 +81,89 @@ def train_batches(
     """
     if isinstance(source, Stream):  # each process reads all of it, and takes its rows
         return source.batches(batch_size, seed=seed)
-    dataset = grain.MapDataset.source(_ShuffledBatches(source, batch_size, seed=seed, rows=rows))
-    return _InWorkers(dataset, workers) if workers else dataset
+    batches = _ShuffledBatches(source, batch_size, seed=seed, rows=rows)
+    return _MadeBatches(batches, workers, cheap=not isinstance(source, Examples))
 
 
-class _InWorkers:
-    """A dataset of batches that worker processes make."""
+class _MadeBatches:
+    """A dataset of batches; item i is batch i.
 
-    def __init__(self, dataset: Any, workers: int):
-        self._dataset, self._workers = dataset, workers
+    Args:
+      batches: returns the batch with an index.
+      workers: number of processes that make them; 0 makes them in a thread.
+      cheap: whether a batch is made of what is in memory.
+    """
+
+    def __init__(self, batches: Any, workers: int, *, cheap: bool):
+        self._batches, self._workers, self._cheap = batches, workers, cheap
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._batches[index]
 
     def first(self) -> Batch:
         """Return the first batch, for its shapes; no worker is started for it."""
-        return unmarked(self._dataset[0])[0]
+        return unmarked(self._batches[0])[0]
 
     def iterate(self, steps_per_call: int) -> BatchIterator:
-        items_from = _items_of(self._dataset, steps_per_call, self._workers)
-        return BatchIterator(items_from, steps_per_call, self._workers)
+        return BatchIterator(
+            functools.partial(self._items_from, steps_per_call), steps_per_call, self._workers
+        )
+
+    def _items_from(self, steps_per_call: int, start: int) -> Iterator[Any]:
+        """Iterate over the items from the batch with an index on."""
+        together = 1
+        if steps_per_call > 1:
+            source = _Lists(self._batches, start, steps_per_call, _stack_call)
+        else:
+            if self._cheap and not self._workers:
+                together = _how_many(self._batches[start])
+            source = _Lists(self._batches, start, together)
+        # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+        items = grain.MapDataset.source(source).to_iter_dataset(options)
+        if self._workers:
+            iterator = read_in_workers(items, self._workers)
+            start_workers(iterator)
+            return iterator
+        return _each(iter(items)) if together > 1 else iter(items)
+
+
+class _Lists:
+    """Successive batches as one record of Grain, whose own time they share."""
+
+    def __init__(
+        self,
+        batches: Any,
+        start: int,
+        count: int,
+        join: Callable[[list[Batch]], Any] | None = None,
+    ):
+        self._batches, self._start, self._count, self._join = batches, start, count, join
+
+    def __len__(self) -> int:
+        return 2**62 // self._count  # Grain requires a length; the batches are endless
+
+    def __getitem__(self, index: int) -> Any:
+        first = self._start + int(index) * self._count
+        found = [self._batches[first + n] for n in range(self._count)]
+        if self._join is not None:
+            return self._join(found)
+        return found if self._count > 1 else found[0]
+
+
+def _how_many(batch: Batch) -> int:
+    """Return how many batches of a size to make at a time."""
+    size = sum(x.nbytes for x in batch.values())
+    return min(max(_TOGETHER // max(size, 1), 1), _MOST_TOGETHER)
+
+
+def _each(lists: Any) -> Iterator[Batch]:
+    """Yield the batches of lists of batches."""
+    try:
+        for batches in lists:
+            yield from batches
+    finally:
+        lists.close()
 
 
 class BatchIterator:
@@ -186,36 +251,12 @@ def iterate(dataset: Any, steps_per_call: int = 1) -> Batches:
     >>> next(batches)["x"].shape, batches.get_state()
     ((2, 3), {'next_batch': 2})
     """
-    if hasattr(dataset, "iterate"):  # of a stream, or in workers
-        return dataset.iterate(steps_per_call)
-    return BatchIterator(_items_of(dataset, steps_per_call), steps_per_call)
+    return dataset.iterate(steps_per_call)
 
 
 def first_batch(dataset: Any) -> Batch:
     """Return the first batch of a dataset from `train_batches`."""
-    if hasattr(dataset, "__getitem__"):
-        return unmarked(dataset[0])[0]
     return dataset.first()
-
-
-def _items_of(
-    dataset: Any, steps_per_call: int, workers: int = 0
-) -> Callable[[int], Iterator[Batch]]:
-    """Return a function that iterates over the items from the batch with an index on."""
-
-    def items_from(start: int) -> Iterator[Batch]:
-        items = dataset.slice(slice(start, None))
-        if steps_per_call > 1:
-            items = items.batch(steps_per_call, batch_fn=_stack_call)
-        # One thread and a short buffer suffice, because a record is a whole batch and cheap to make.
-        items = items.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
-        if workers:
-            iterator = read_in_workers(items, workers)
-            start_workers(iterator)
-            return iterator
-        return iter(items)
-
-    return items_from
 
 
 def _stack_call(batches: Sequence[Batch]) -> Batch:

@@ -42,6 +42,10 @@ class Order:
           batches: number of batches.
         """
         position = np.arange(first * self._batch_size, (first + batches) * self._batch_size)
+        epoch, start = divmod(first * self._batch_size, self._size)
+        if start + len(position) <= self._size:  # all of one epoch
+            found = self._shuffled(epoch, position - epoch * self._size)
+            return found.reshape(batches, self._batch_size)
         epochs, within = np.divmod(position, self._size)
         cuts = [0, *(np.flatnonzero(np.diff(epochs)) + 1), len(position)]
         parts = [

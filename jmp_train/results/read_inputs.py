@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jmp_train.errors import nearest
-from jmp_train.sources.images import IMAGES, MODES, read_image
+from jmp_train.sources.decode import IMAGES, MODES, read_image
 from jmp_train.sources.npz import read_npy, read_npz
 from jmp_train.spec import DataSpec
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from jmp_train.errors import DataError, nearest
 from jmp_train.sources.checks import check_example
+from jmp_train.sources.decode import decode_image, read_image
 from jmp_train.sources.files import within
-from jmp_train.sources.images import as_floats, check_image_size, decode_image, read_image
+from jmp_train.sources.images import as_floats, check_image_size
 from jmp_train.types import Batch
 
 _T = TypeVar("_T")

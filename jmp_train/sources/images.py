@@ -1,12 +1,9 @@
-"""Images in files: one of them, and folders with a folder of images for each class."""
+"""Folders of images: a folder for each class."""
 
 from __future__ import annotations
 
 import functools
-import io
-import math
 import os
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,96 +12,9 @@ from typing import Any, cast
 import numpy as np
 
 from jmp_train.errors import DataError, nearest
+from jmp_train.sources.decode import IMAGES, MODES, Resize, check_resize, read_image
 from jmp_train.sources.files import check_folder, named, within
 from jmp_train.types import Batch
-
-#: Endings of the images that are read, each by Pillow.
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_16_BITS = re.compile(r"\b(RGB|RGBA|RGBX|RGBa|LA|CMYK);16[BLN]")  # Pillow's raw modes
-_LARGEST_IMAGE = 2**28  # pixels; a small file may claim to be huge
-
-
-def read_image(path: Path | str, channels: int, size: int | None = None) -> np.ndarray:
-    """Return an image, uint8 (height, width, channels).
-
-    Args:
-      path: of a file that Pillow reads, of 8 bits a channel.
-      channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-      size: height and width to resize to, after the longer side is cut to the shorter one, equally at
-        both ends. None keeps the image as it is.
-
-    Raises:
-      ValueError: for a damaged image, one of more than 8 bits a channel, and without Pillow.
-    """
-    return _read(path, str(path), channels, size)
-
-
-def decode_image(
-    content: bytes, channels: int, size: int | None = None, *, name: str = "the image"
-) -> np.ndarray:
-    """Return an image from the bytes of its file, as `read_image` does.
-
-    Args:
-      content: bytes of a file that Pillow reads.
-      channels: as for `read_image`.
-      size: as for `read_image`.
-      name: name of the image in messages.
-
-    Raises:
-      ValueError: as `read_image`.
-
-    >>> from PIL import Image
-    >>> file = io.BytesIO()
-    >>> Image.new("RGB", (6, 4), (1, 2, 3)).save(file, "PNG")
-    >>> decode_image(file.getvalue(), channels=3, size=2)[0, 0]
-    array([1, 2, 3], dtype=uint8)
-    """
-    return _read(io.BytesIO(content), name, channels, size)
-
-
-def _read(source: Any, name: str, channels: int, size: int | None) -> np.ndarray:
-    """Return the image in a file, which is a path or open; `name` is for messages."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ValueError(f"{name} is an image; expected Pillow: pip install pillow") from None
-    try:
-        with Image.open(source) as image:
-            array = _pixels(image, channels, size)
-    except Exception as error:  # Pillow's decoders raise many types for damaged files
-        what = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{name} cannot be read: {what}; expected a complete image of 8 bits"
-        ) from error
-    return array[..., None] if channels == 1 else array
-
-
-def _pixels(image: Any, channels: int, size: int | None) -> np.ndarray:
-    """Return the pixels of an image that Pillow opened."""
-    from PIL import Image
-
-    if math.prod(image.size) > _LARGEST_IMAGE:
-        raise ValueError(f"it has {image.size[0]} by {image.size[1]} pixels")
-    if image.mode.startswith(("I", "F")):  # Pillow would clip them to 8 bits
-        raise ValueError(f"its mode is {image.mode}, of more than 8 bits a channel")
-    if _16_BITS.search(str(getattr(image, "tile", ""))):  # and cut them here
-        raise ValueError(f"its mode is {image.mode}, of 16 bits a channel")
-    if size is not None:
-        image.draft(MODES[channels], (size, size))  # a JPEG is decoded at a reduced size
-    pixels = image.convert(MODES[channels])
-    if size is not None:
-        if pixels.width != pixels.height:
-            pixels = pixels.crop(_middle(*pixels.size))
-        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(pixels)
-
-
-def _middle(width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the left, upper, right and lower bound of the largest square in the middle."""
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
 
 
 class ImageFolder:
@@ -117,6 +27,7 @@ class ImageFolder:
       path: the folder.
       size: height and width of the images.
       channels: 1 (grey), 3 (RGB) or 4 (RGBA).
+      resize: how they are resized; see `read_image`.
       follow_links: whether files may be reached by symbolic links that lead out of the folder.
       class_names: names of the folders, in the order of the labels; None: all folders, sorted.
 
@@ -133,6 +44,7 @@ class ImageFolder:
         size: int = 32,
         channels: int = 3,
         *,
+        resize: Resize = "antialias",
         follow_links: bool = False,
         class_names: tuple[str, ...] | None = None,
     ):
@@ -153,7 +65,7 @@ class ImageFolder:
                     f"{nearest(name, class_names)}"
                 )
         self.class_names = class_names
-        self._size, self._channels = size, channels
+        self._size, self._channels, self._resize = size, channels, resize
         self._files: list[str] = []
         labels: list[int] = []
         for name in found:
@@ -188,7 +100,7 @@ class ImageFolder:
         images = np.empty((len(rows), self._size, self._size, self._channels), np.float32)
 
         def read(place: int) -> None:
-            pixels = read_image(self._files[rows[place]], self._channels, self._size)
+            pixels = read_image(self._files[rows[place]], self._channels, self._size, self._resize)
             np.divide(pixels, np.float32(255), out=images[place])
 
         try:
@@ -213,6 +125,7 @@ def image_folder(
     size: int = 32,
     channels: int = 3,
     follow_links: bool = False,
+    resize: Resize = "antialias",
 ) -> Any:
     """Return the labelled images of a folder, for `jt.Data`.
 
@@ -224,9 +137,12 @@ def image_folder(
         one, equally at both ends.
       channels: 1 (grey), 3 (RGB) or 4 (RGBA).
       follow_links: whether images may be reached by symbolic links that lead out of the folder.
+      resize: antialias: each pixel is a mean over all the pixels that it replaces; linear: of its four
+        neighbours alone, which is faster (needs `pip install 'jmp-train[fast-images]'`).
 
     Raises:
-      DataError: as `ImageFolder`, and for a size or a number of channels that is not possible.
+      DataError: as `ImageFolder`, for a size or a number of channels that is not possible, and for
+        libraries that are not installed.
 
     >>> import tempfile
     >>> from PIL import Image
@@ -239,13 +155,14 @@ def image_folder(
     (2, ('cat', 'dog'), (16, 16, 3), np.int32(1))
     """
     check_image_size(size, channels)
-    train = ImageFolder(named(path), size, channels, follow_links=follow_links)
+    check_resize(resize)
+    make = functools.partial(
+        ImageFolder, size=size, channels=channels, resize=resize, follow_links=follow_links
+    )
+    train = make(named(path))
     if held_out is None:
         return train
-    names = train.class_names
-    return train, ImageFolder(
-        named(held_out), size, channels, follow_links=follow_links, class_names=names
-    )
+    return train, make(named(held_out), class_names=train.class_names)
 
 
 def check_image_size(size: int, channels: int) -> None:
@@ -257,18 +174,21 @@ def check_image_size(size: int, channels: int) -> None:
 
 
 def as_floats(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels, uint8, as float32 from 0 to 1."""
+    """Return pixels, of values from 0 to 255, as float32 from 0 to 1."""
     return pixels.astype(np.float32) / np.float32(255)
 
 
-def _read_floats(path: Path | str, channels: int, size: int) -> np.ndarray:
+def _read_floats(path: Path | str, channels: int, size: int, resize: Resize) -> np.ndarray:
     """Return an image, float32 (size, size, channels) from 0 to 1."""
-    return as_floats(read_image(path, channels, size))
+    return as_floats(read_image(path, channels, size, resize))
 
 
 def image_reader(settings: dict[str, Any]) -> Callable[[Path], np.ndarray]:
     """Return the function that reads one image as data with these settings do."""
-    return functools.partial(_read_floats, channels=settings["channels"], size=settings["size"])
+    resize = settings.get("resize", "antialias")
+    return functools.partial(
+        _read_floats, channels=settings["channels"], size=settings["size"], resize=resize
+    )
 
 
 cast(Any, image_folder).image_reader = image_reader  # how predict reads an image

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import jmp_train as jt
 from jmp_train.data import DataError, ImageFolder, image_folder, table
-from jmp_train.sources.images import read_image
+from jmp_train.sources.decode import read_image
 
 SIZE = 8
 RED, BLUE = (200, 30, 40), (20, 60, 220)
@@ -288,3 +289,99 @@ def test_the_command_line_trains_on_a_folder_and_predicts_on_one_of_images(here,
 def test_a_missing_folder_ends_with_status_2(here, capsys):
     status, _, err = call(capsys, "train", "flowers", "--data.path", "flower")
     assert (status, err) == (2, "jmp-train: flower does not exist; did you mean 'flowers'?\n")
+
+
+def photograph(path, size, mode="RGB", **options):
+    """Write smooth noise, which a resize has to change."""
+    rng = np.random.default_rng(5)
+    pixels = rng.integers(0, 256, (6, 8, 3), np.uint8)
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    image.save(path, **options)
+    return path
+
+
+def two_taps(pixels, size):
+    """Return an image resized in float64 from the four neighbours of each pixel's centre."""
+    for axis in (0, 1):
+        at = (np.arange(size) + 0.5) * pixels.shape[axis] / size - 0.5
+        low = np.clip(np.floor(at).astype(int), 0, pixels.shape[axis] - 1)
+        high = np.minimum(low + 1, pixels.shape[axis] - 1)
+        share = np.clip(at - low, 0, 1).reshape(-1, *[1] * (2 - axis))
+        take = lambda rows, pixels=pixels, axis=axis: np.take(pixels, rows, axis).astype(float)
+        pixels = take(low) * (1 - share) + take(high) * share
+    return pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("side", [33, 40, 62, 80])
+def test_linear_is_four_neighbours_of_the_middle_of_a_jpeg(tmp_path, side, channels):
+    path = photograph(tmp_path / "x.jpg", (side + 16, side), quality=95)
+    pixels = read_image(path, channels)[:, 8 : side + 8]  # libjpeg-turbo in Pillow
+    found = read_image(path, channels, 32, "linear")
+    assert found.shape == (32, 32, channels) and found.dtype == np.float32
+    if side == 80:  # decoded at half its size: near means of four
+        pixels = pixels.reshape(40, 2, 40, 2, channels).mean((1, 3))
+    difference = np.abs(found - two_taps(pixels, 32))
+    # OpenCV computes in float32: 255 times a few roundings of 2**-24. Grey is the brightness in the
+    # file; Pillow computes it from rounded colours here.
+    limit = 1e-3 if channels == 3 else 3
+    assert difference.max() <= (10 if side == 80 else limit) and difference.mean() < 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_linear_reads_what_pillow_reads(tmp_path, mode, channels):
+    path = photograph(tmp_path / "x.png", (50, 40), mode)
+    found = read_image(path, channels, 32, "linear")
+    exact = two_taps(read_image(path, channels)[:, 5:45], 32)
+    assert found.shape == (32, 32, channels) and np.abs(found - exact).max() <= 1e-3
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+def test_a_much_larger_image_is_a_mean_in_both_ways(tmp_path, ending):
+    """One black pixel of four, far finer than the result: neighbours alone would miss it."""
+    pixels = np.full((256, 256, 3), 255, np.uint8)
+    pixels[::2, ::2] = 0
+    Image.fromarray(pixels).save(tmp_path / f"x{ending}")
+    for resize in ("antialias", "linear"):
+        found = read_image(tmp_path / f"x{ending}", 3, 16, resize)
+        assert abs(float(found.mean()) - 191.25) < 2 and found.std() < 4
+
+
+@pytest.mark.parametrize("size", [(12, 10), (60, 20), (20, 60)])
+def test_linear_keeps_the_middle_of_images_of_every_size(tmp_path, size):
+    width, height = size
+    image = Image.new("RGB", size, BLUE)
+    left, top = (width - min(size)) // 2, (height - min(size)) // 2
+    image.paste(RED, (left, top, left + min(size), top + min(size)))
+    image.save(tmp_path / "x.jpg", quality=100, subsampling=0)
+    inner = read_image(tmp_path / "x.jpg", 3, 16, "linear")[2:-2, 2:-2].astype(int)
+    assert np.abs(inner - RED).max() <= 24  # a JPEG rings at the edge
+
+
+@pytest.mark.parametrize("damage", [truncate, replace_by_text, claim_many_pixels, os.remove])
+@pytest.mark.parametrize("file", ["tulip/3.png", "rose/3.jpg"])
+def test_linear_refuses_what_pillow_refuses(flowers, damage, file):
+    images = jt.Data(image_folder, path=str(flowers), size=SIZE, resize="linear").load().train
+    damage(flowers / file)
+    with pytest.raises(DataError, match=file) as caught:
+        images.draw(np.arange(10), np.random.default_rng(0))
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_cmyk_jpeg_is_read_by_pillow(tmp_path):
+    path = photograph(tmp_path / "x.jpg", (40, 40), "CMYK")
+    found = read_image(path, 3, 32, "linear")
+    assert np.abs(found - two_taps(read_image(path, 3), 32)).max() <= 1e-3
+
+
+def test_linear_without_its_libraries_is_one_line(flowers, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    refused("resize is 'linear', which needs cv2; .*fast-images", flowers, resize="linear")
+
+
+def test_a_prediction_reads_images_as_in_training(flowers):
+    data = jt.Data(image_folder, path=str(flowers), size=SIZE, resize="linear", channels=1)
+    path = photograph(flowers / "rose" / "0.jpg", (90, 70))
+    expected = read_image(path, 1, SIZE, "linear") / np.float32(255)
+    np.testing.assert_array_equal(data.image_reader(path), expected)
