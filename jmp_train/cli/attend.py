@@ -15,6 +15,8 @@ import threading
 from types import FrameType
 from typing import IO
 
+from jmp_train.runs.processes import Lost
+
 _MARK = "JMP_TRAIN_ATTENDED"
 LOST = 5
 """Exit status of a process whose run lost another one."""
@@ -58,12 +60,15 @@ def attend(heartbeat: int) -> int:
     copier.join()
     if status != -signal.SIGABRT:
         return status if status >= 0 else 128 - status
-    print(
-        f"jmp-train: another process of the run ended, or did not answer for {heartbeat} s; the same "
-        "commands resume it from its newest checkpoint",
-        file=sys.stderr,
-    )
+    print(f"jmp-train: {Lost(heartbeat)}", file=sys.stderr)
     return LOST
+
+
+def leave(status: int) -> None:
+    """End this attended process now; at a usual exit JAX waits for the others, and they for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from jmp_train.errors import UsageError, nearest
@@ -78,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 done; 2 wrong arguments or files; 3 training diverged; 4 no usable
-      checkpoint, or the last one could not be written; 130, 138 or 143 stopped by SIGINT, SIGUSR1 or
-      SIGTERM, with the state saved.
+      checkpoint, or the last one could not be written; 5 another process of the run was lost; 130, 138
+      or 143 stopped by SIGINT, SIGUSR1 or SIGTERM, with the state saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -107,6 +108,15 @@ def console_script() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         status = 141
+    except Exception:
+        if not os.environ.get("JMP_TRAIN_ATTENDED"):
+            raise
+        traceback.print_exc()
+        status = 1
+    if 0 < status < 128 and os.environ.get("JMP_TRAIN_ATTENDED"):  # of several processes
+        from jmp_train.cli.attend import leave
+
+        leave(status)
     sys.exit(status)
 
 
@@ -125,6 +135,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
     from jmp_train.records.checkpoints import NotSaved, NoUsableCheckpoint
     from jmp_train.runs.loop import Diverged
+    from jmp_train.runs.processes import Lost
     from jmp_train.runs.signals import Stopped
 
     try:
@@ -137,6 +148,8 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(error, 3)
     except (NoUsableCheckpoint, NotSaved) as error:
         return _fail(error, 4)
+    except Lost as error:
+        return _fail(error, 5)
     except Stopped as error:
         status = _fail(error, 128 + error.signum)
         _print_notes(error)

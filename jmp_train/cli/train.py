@@ -20,7 +20,7 @@ from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.reports.progress import display_name
 from jmp_train.runs.find import RUNS, find_resumable
 from jmp_train.runs.folders import results_folder
-from jmp_train.runs.processes import Address, is_first, join
+from jmp_train.runs.processes import Address, is_first, join, noticing_lost
 from jmp_train.runs.train import train
 from jmp_train.types import Json
 
@@ -92,7 +92,7 @@ def command(arguments: list[str]) -> None:
     if address.given and not is_attended():
         raise SystemExit(attend(address.heartbeat))
     join(address)
-    with results_folder(given, RUNS / name) as run_dir:
+    with noticing_lost(address.heartbeat), results_folder(given, RUNS / name) as run_dir:
         directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
         with tell_how_to_resume(["train", *arguments], directory):
             summary = train(

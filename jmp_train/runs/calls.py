@@ -16,7 +16,7 @@ from jmp_train.data.dataset import Arrays, DataError, Source
 from jmp_train.data.order import Order
 from jmp_train.data.streams import Stream
 from jmp_train.runs.build import Parts
-from jmp_train.runs.devices import own_rows, put_batch, replicate
+from jmp_train.runs.devices import own_rows, put_batch
 from jmp_train.runs.loop import last_of_stack
 from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call
 from jmp_train.step.donation import Donating
@@ -82,7 +82,7 @@ def compile_calls(
     else:
         order = Order(len(parts.dataset.train), experiment.batch_size, seed=experiment.seed)
         iterator = lambda: iterate_rows(order, steps)
-        data = jax.device_put(arrays, device) if sharded is None else replicate(arrays, sharded)
+        data = jax.device_put(arrays, device) if sharded is None else sharded.replicate(arrays)
         program = _step_on_rows(parts.stepper.pure_step, steps)
         compiled = program.lower(state, (data, _stacked(rows, steps))).compile()
         call = lambda state, rows: compiled(state, (data, rows))

@@ -11,7 +11,7 @@ import numpy as np
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.errors import UsageError
 from jmp_train.runs.processes import several
-from jmp_train.sharding.mesh import MeshShape, batch_sharding, make_mesh, replicated
+from jmp_train.sharding.mesh import MeshShape, batch_sharding, make_mesh
 from jmp_train.sharding.placement import Placement
 from jmp_train.sharding.sharded import Sharded
 from jmp_train.tasks.task import TaskFunctions
@@ -107,15 +107,6 @@ def put_batch(
         return jax.make_array_from_callback(tuple(shape), sharding, part)
 
     return jax.tree.map(put, item)
-
-
-def replicate(tree: PyTree, sharded: Sharded) -> PyTree:
-    """Copy arrays, which every process has, to every device."""
-    if not several():
-        return sharded.replicate(tree)
-    everywhere = replicated(sharded.mesh)
-    put = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
-    return jax.tree.map(put, tree)
 
 
 def own_rows(sharded: Sharded | None, batch_size: int) -> np.ndarray | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -12,6 +15,23 @@ import numpy as np
 from jmp_train.errors import UsageError
 
 _LETTERS = 4096  # bytes of a text that the first process sends
+
+
+# What JAX, Gloo and NCCL say of a process that does not answer.
+_COMMUNICATION = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|unavailable|deadline_exceeded|coordination|heartbeat",
+    re.IGNORECASE,
+)
+
+
+class Lost(Exception):
+    """Another process of the run ended, or does not answer."""
+
+    def __init__(self, heartbeat: int):
+        super().__init__(
+            f"another process of the run ended, or did not answer for {heartbeat} s; the same commands "
+            "resume the run from its newest checkpoint"
+        )
 
 
 class Address(NamedTuple):
@@ -51,8 +71,8 @@ class Address(NamedTuple):
 def join(address: Address) -> None:
     """Join the other processes of a run, before any device is used; nothing for a run of one.
 
-    Without an address, SLURM (`srun`), Open MPI (`mpirun`) and the pods of Cloud TPUs are recognised by
-    their environment.
+    Without an address, SLURM (`srun`), Open MPI (`mpirun`), indexed jobs of Kubernetes (with the package
+    `kubernetes`) and the pods of Cloud TPUs are recognised by their environment.
 
     Raises:
       UsageError: for an address in parts, and if the others cannot be reached.
@@ -72,11 +92,30 @@ def join(address: Address) -> None:
         raise UsageError(f"the processes of the run did not meet: {line}") from None
 
 
+@contextlib.contextmanager
+def noticing_lost(heartbeat: int) -> Iterator[None]:
+    """Raise `Lost` for an error of the communication between the processes of a run.
+
+    JAX itself ends the process, from C++, where it is the first to notice.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if several() and _COMMUNICATION.search(str(error)):
+            raise Lost(heartbeat) from None
+        raise
+
+
 def launched() -> bool:
     """Return whether the environment is that of one of several processes that a launcher started."""
     counts = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
     found = [os.environ.get(name, "") for name in counts]
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    pod = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
+    if (
+        pod and importlib.util.find_spec("kubernetes") is not None
+    ):  # JAX asks its API for the others
+        return True
     return any(text.isdigit() and int(text) > 1 for text in found) or "," in hosts
 
 

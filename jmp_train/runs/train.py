@@ -116,7 +116,7 @@ def _train_in(
     ):
         # Refuses before anything is written.
         check_directory(run_dir, name, experiment, asked_warmup, force)
-        trackers = Trackers([])
+        trackers = Trackers(silent=True)
         if is_first():
             trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
         with stage(console, "loading data"):
@@ -285,6 +285,8 @@ def _run_steps(
 
 
 def _start_trackers(context: RunContext, trackers: Trackers, start: Start) -> None:
+    if not is_first():
+        return
     run = {
         "id": run_id(context.run_dir),
         "directory": str(context.run_dir.resolve()),

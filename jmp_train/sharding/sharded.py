@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jmp_train.numerics.dtypes import parse_dtype
@@ -134,8 +135,20 @@ class Sharded:
             yield
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Copy a tree to every device."""
-        return jax.device_put(tree, replicated(self.mesh))
+        """Copy a tree, which every process has, to every device."""
+        everywhere = replicated(self.mesh)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, everywhere)
+
+        def put(x: Any) -> jax.Array:
+            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(
+                    put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+                )
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
+
+        return jax.tree.map(put, tree)
 
 
 def batch_shards() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,19 +28,24 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(run_dir, count, *options, name="mlp_fp16", devices=4):
-    """Start a run of so many processes, which share the devices."""
-    port = free_port()
-    flags = f"--xla_force_host_platform_device_count={devices // count}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
-    words = [sys.executable, "-m", "jmp_train", "train", name, *OPTIONS, *options]
-    words += ["--run-dir", str(run_dir), "--heartbeat", "10"]
-    together = ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process"]
+def environment(count):
+    """Return the environment of one of so many processes, which have four devices together."""
+    flags = f"--xla_force_host_platform_device_count={4 // count}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
+
+
+def command(run_dir, *options):
+    words = [sys.executable, "-m", "jmp_train", "train", "mlp_fp16", *OPTIONS, *options]
+    return [*words, "--run-dir", str(run_dir), "--heartbeat", "10"]
+
+
+def start(run_dir, count, *options):
+    """Start a run of so many processes."""
+    together = ["--coordinator", f"localhost:{free_port()}", "--processes", str(count), "--process"]
     return [
         subprocess.Popen(
-            [*words, *([*together, str(i)] if count > 1 else [])],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            cwd=run_dir.parent,
+            [*command(run_dir, *options), *([*together, str(i)] if count > 1 else [])],
+            env=environment(count), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(count)
     ]  # fmt: skip
@@ -59,8 +65,10 @@ def wait_for_step(run_dir, step, processes):
 
 
 def curve(run_dir):
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {(line["step"], line["split"]): line["loss"] for line in lines}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {(line["step"], line["split"]): line["loss"] for line in lines}
+    assert len(losses) == len(lines)  # one process writes records
+    return losses
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +135,64 @@ def test_a_lost_process_ends_the_others_and_the_run_resumes(tmp_path, signum):
     assert_same_arrays(final_arrays(whole), final_arrays(cut))
 
 
-def test_a_run_resumes_on_another_number_of_processes(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for count, run_dir, steps in ((2, whole, "40"), (2, cut, "20"), (1, cut, "40")):
-        statuses, _, errors = end(start(run_dir, count, "--steps", steps))
+def test_a_run_resumes_on_another_number_of_processes(tmp_path, alone):
+    run_dir = tmp_path / "run"
+    processes = start(run_dir, 2)
+    wait_for_step(run_dir, 20, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    statuses, _, errors = end(processes)
+    stopped = statuses == [143, 143]  # it may have ended before the signal came
+    assert stopped or statuses == [0, 0], errors
+    for count in (1, 4):
+        statuses, _, errors = end(start(run_dir, count))
         assert statuses == [0] * count, errors
-    a, b = curve(whole), curve(cut)
-    np.testing.assert_allclose(a[40, "eval"], b[40, "eval"], rtol=5e-2)
+    assert_same_curve(run_dir, alone)
+
+
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="Open MPI is not installed: apt-get install openmpi-bin"
+)
+def test_open_mpi_starts_a_run(tmp_path, alone):
+    run_dir = tmp_path / "run"
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    done = subprocess.run(
+        [*words, *command(run_dir)], env=environment(2), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu, mesh data=2,fsdp=2" in done.stdout
+    assert_same_curve(run_dir, alone)
+
+
+def test_slurm_starts_a_run(tmp_path, alone):
+    """With the variables that srun sets, on a node whose name is localhost."""
+    run_dir = tmp_path / "run"
+    step = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command(run_dir), env={**environment(2), **step, "SLURM_PROCID": i, "SLURM_LOCALID": i},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in "01"
+    ]  # fmt: skip
+    statuses, _, errors = end(processes)
+    assert statuses == [0, 0], errors
+    assert_same_curve(run_dir, alone)
+
+
+def test_an_error_of_one_process_ends_the_others(tmp_path):
+    """The second one is asked for another mesh, which four devices do not have."""
+    run_dir = tmp_path / "run"
+    first, second = start(run_dir, 2), []
+    first[1].kill()
+    words = [*first[1].args[:-4], *first[1].args[-4:], "--mesh", "data=3"]
+    second = subprocess.Popen(
+        words, env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    statuses, _, errors = end([first[0], second], timeout=120)
+    assert statuses == [5, 2], errors
+    assert "jmp-train: another process of the run ended" in errors[0].splitlines()[-1]
+    assert "data=3" in errors[1] and "Traceback" not in "".join(errors)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +216,7 @@ def test_an_address_in_parts_is_one_line(capsys, tmp_path, options, line):
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
         ({"SLURM_STEP_NUM_TASKS": "2"}, True),
         ({"SLURM_NTASKS": "2"}, False),  # a batch script, without srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod of its own
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ],
