@@ -44,7 +44,8 @@ def attend(heartbeat: int) -> int:
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        # Safe, because this process has no other threads yet.
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
     )
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
