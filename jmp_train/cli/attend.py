@@ -23,7 +23,7 @@ LOST = 5
 
 # Of the trace that JAX writes when it ends a process.
 _TRACE = re.compile(
-    r"^(\s+@ |\*\*\* |[EFIW]\d{4} |\[Gloo\])|coordination|Coordination|^Barrier|^\d+$|^The tasks have|^RPC: |^Additional GRPC|^$"
+    r"^(\s+@ |\*\*\* |[EFIW]\d{4} |\[Gloo\]|:UNKNOWN:)|coordination|grpc|Coordination|^Barrier|^\d+$|^The tasks have|^RPC: |^Additional GRPC|^$"
 )
 
 
@@ -59,7 +59,7 @@ def attend(heartbeat: int) -> int:
     copier.start()
     status = child.wait()
     copier.join()
-    if status != -signal.SIGABRT:
+    if status not in (-signal.SIGABRT, LOST):
         return status if status >= 0 else 128 - status
     print(f"jmp-train: {Lost(heartbeat)}", file=sys.stderr)
     return LOST

@@ -148,8 +148,8 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(error, 3)
     except (NoUsableCheckpoint, NotSaved) as error:
         return _fail(error, 4)
-    except Lost as error:
-        return _fail(error, 5)
+    except Lost:
+        return 5  # the process that attends to this one says so, after what JAX prints
     except Stopped as error:
         status = _fail(error, 128 + error.signum)
         _print_notes(error)
