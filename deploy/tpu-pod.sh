@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains an experiment on all hosts of a Cloud TPU pod slice, and starts again after a pre-emption:
 #
-#   deploy/tpu-pod.sh my-tpu us-central2-b gs://my-bucket/runs/gpt gpt_1b3_bf16 --mesh fsdp=-1
+#   deploy/tpu-pod.sh my-tpu us-central2-b /mnt/bucket/runs/gpt gpt_1b3_bf16 --mesh fsdp=-1
 #
 # The hosts find each other. Each must have jmp-train[tpu] installed, and the folder of the run mounted.
 set -uo pipefail
