@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
-from jmp_train.runs.processes import Lost
+from jmp_train.runs.launched import launched
 
 _MARK = "JMP_TRAIN_ATTENDED"
 LOST = 5
@@ -27,17 +28,23 @@ _TRACE = re.compile(
 )
 
 
+_ADDRESS = ("--coordinator", "--processes", "--process")
+
+
 def is_attended() -> bool:
     """Return whether another process attends to this one."""
     return os.environ.get(_MARK) == str(os.getppid())
 
 
-def attend(heartbeat: int) -> int:
-    """Run this command again in a process, hand on signals to it, and return its exit status.
+def wants_attention(arguments: Sequence[str]) -> bool:
+    """Return whether this process is one of several of a run, and no process attends to it yet."""
+    named = {word.partition("=")[0] for word in arguments}
+    of_several = not named.isdisjoint(_ADDRESS) or launched()
+    return arguments[:1] == ["train"] and of_several and not is_attended()
 
-    Args:
-      heartbeat: seconds after which a process that does not answer is lost.
-    """
+
+def attend() -> int:
+    """Run this program again in a process, hand on signals to it, and return its exit status."""
     environment = {**os.environ, _MARK: str(os.getpid())}
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
@@ -61,7 +68,11 @@ def attend(heartbeat: int) -> int:
     copier.join()
     if status not in (-signal.SIGABRT, LOST):
         return status if status >= 0 else 128 - status
-    print(f"jmp-train: {Lost(heartbeat)}", file=sys.stderr)
+    print(
+        "jmp-train: another process of the run ended, or did not answer; the same commands resume the "
+        "run from its newest checkpoint",
+        file=sys.stderr,
+    )
     return LOST
 
 

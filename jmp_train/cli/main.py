@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from jmp_train.cli.attend import attend, is_attended, leave, wants_attention
 from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console_script() -> None:
     """Run `main`, then exit with its status; 141 where the reader of the output has ended."""
+    if wants_attention(sys.argv[1:]):
+        sys.exit(attend())
     try:
         status = main()
         sys.stdout.flush()
@@ -109,13 +112,11 @@ def console_script() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         status = 141
     except Exception:
-        if not os.environ.get("JMP_TRAIN_ATTENDED"):
+        if not is_attended():
             raise
         traceback.print_exc()
         status = 1
-    if 0 < status < 128 and os.environ.get("JMP_TRAIN_ATTENDED"):  # of several processes
-        from jmp_train.cli.attend import leave
-
+    if 0 < status < 128 and is_attended():
         leave(status)
     sys.exit(status)
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from jmp_train.cli.attend import attend, is_attended
 from jmp_train.cli.compilation_cache import keep_compiled
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
@@ -89,10 +88,8 @@ def command(arguments: list[str]) -> None:
     if parsed.resume:
         given = find_resumable(name, parsed.experiment, force=parsed.force)
     address = Address(parsed.coordinator, parsed.processes, parsed.process, parsed.heartbeat)
-    if address.given and not is_attended():
-        raise SystemExit(attend(address.heartbeat))
     join(address)
-    with noticing_lost(address.heartbeat), results_folder(given, RUNS / name) as run_dir:
+    with noticing_lost(), results_folder(given, RUNS / name) as run_dir:
         directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
         with tell_how_to_resume(["train", *arguments], directory):
             summary = train(

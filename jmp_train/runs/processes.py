@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -13,6 +11,7 @@ import jax
 import numpy as np
 
 from jmp_train.errors import UsageError
+from jmp_train.runs.launched import launched
 
 _LETTERS = 4096  # bytes of a text that the first process sends
 
@@ -26,12 +25,6 @@ _COMMUNICATION = re.compile(
 
 class Lost(Exception):
     """Another process of the run ended, or does not answer."""
-
-    def __init__(self, heartbeat: int):
-        super().__init__(
-            f"another process of the run ended, or did not answer for {heartbeat} s; the same commands "
-            "resume the run from its newest checkpoint"
-        )
 
 
 class Address(NamedTuple):
@@ -93,7 +86,7 @@ def join(address: Address) -> None:
 
 
 @contextlib.contextmanager
-def noticing_lost(heartbeat: int) -> Iterator[None]:
+def noticing_lost() -> Iterator[None]:
     """Raise `Lost` for an error of the communication between the processes of a run.
 
     JAX itself ends the process, from C++, where it is the first to notice.
@@ -102,21 +95,8 @@ def noticing_lost(heartbeat: int) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         if several() and _COMMUNICATION.search(str(error)):
-            raise Lost(heartbeat) from None
+            raise Lost("another process of the run was lost") from None
         raise
-
-
-def launched() -> bool:
-    """Return whether the environment is that of one of several processes that a launcher started."""
-    counts = ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    found = [os.environ.get(name, "") for name in counts]
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    pod = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" in os.environ
-    if (
-        pod and importlib.util.find_spec("kubernetes") is not None
-    ):  # JAX asks its API for the others
-        return True
-    return any(text.isdigit() and int(text) > 1 for text in found) or "," in hosts
 
 
 def several() -> bool:

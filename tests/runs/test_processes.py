@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 
+from jmp_train.cli.attend import wants_attention
 from jmp_train.cli.main import main
-from jmp_train.runs.processes import Address, launched
+from jmp_train.runs.launched import launched
+from jmp_train.runs.processes import Address
 
 pytestmark = pytest.mark.slow
 
@@ -235,5 +237,8 @@ def test_launchers_are_recognised(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched() is expected
+    assert wants_attention(["train", "mlp_fp16"]) is expected
+    assert not wants_attention(["eval", "runs/x"])
+    assert wants_attention(["train", "mlp_fp16", "--process=1"])
     assert Address().given is expected
     assert Address("localhost:1", 2, 0).given
