@@ -93,7 +93,11 @@ def noticing_lost() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # JAX's and Orbax's; a UsageError is none of them
         if several() and _COMMUNICATION.search(str(error)):
             raise Lost("another process of the run was lost") from None
         raise

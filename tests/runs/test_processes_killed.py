@@ -53,7 +53,9 @@ def test_twenty_processes_are_lost_one_after_the_other(tmp_path):
             os.kill(trainer, signal.SIGKILL)
         statuses, _, errors = end(processes)
         assert not (cut / "summary.json").exists(), "the run was over before it was cut"
-        assert [status for i, status in enumerate(statuses) if i != victim] == [5] * 3, errors
+        assert [status for i, status in enumerate(statuses) if i != victim] == [5] * 3, "\n".join(
+            errors
+        )
         for error in (error for i, error in enumerate(errors) if i != victim):
             assert error.splitlines()[-1].startswith("jmp-train: another process of the run ended")
         recorded = max(at for at, _ in curve(cut))
