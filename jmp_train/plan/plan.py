@@ -55,7 +55,7 @@ class Plan:
         return {
             "products": products / devices,
             "memory": found["moved_bytes"] / self.device.bandwidth,
-            "links": sum(c["sent"] for c in found["collectives"]) / self.device.link,
+            "links": sum(c["sent"] / _ring(self.device, c) for c in found["collectives"]),
         }
 
     def to_json(self) -> Json:
@@ -72,6 +72,18 @@ class Plan:
             "change": self.change,
             "source": self.device.source,
         }
+
+
+def _ring(device: Device, collective: Json) -> float:
+    """Return the bytes a second that a device of a collective sends, by rings.
+
+    Between hosts, each of the devices that it has on a host has its share of the data for its own
+    network card, but a device sends no more than its links carry.
+    """
+    hosts = collective.get("hosts", 1)
+    if hosts == 1:
+        return device.link
+    return min(device.link, device.network * collective["devices"] / hosts)
 
 
 def _rate(dtype: str) -> str:
