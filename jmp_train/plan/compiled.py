@@ -147,11 +147,17 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
         peak = None if temporary is None else arguments + temporary
         return {**own, "refused": line, "peak": peak}
     memory = compiled.memory_analysis()
-    program = Program(compiled.as_text(), host_of(device, count))
+    program, unread = None, ""
+    try:
+        program = Program(compiled.as_text(), host_of(device, count))
+    except jax.errors.JaxRuntimeError as error:
+        if device.platform != "tpu":
+            raise
+        unread = str(error).splitlines()[0]  # libtpu may make what this jaxlib does not know
     # Programs of TPUs hand arrays on through fusions that do not read them, so that what moves cannot be
     # told. There, state and activations count, written and read once each.
     moved = 2 * (sum(own["arguments"].values()) + own["activations"])
-    if device.platform != "tpu":
+    if program is not None and device.platform != "tpu":
         moved = program.bytes_moved()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     temporary = memory.temp_size_in_bytes
@@ -162,11 +168,12 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
         "temporary_bytes": temporary,
         "peak": arguments + outputs - memory.alias_size_in_bytes + temporary,
         "moved_bytes": moved,
-        "collectives": [
+        "collectives": None if program is None else [
             {"kind": c.kind, "dtype": c.dtype, "devices": c.devices, "count": c.count,
              "bytes": c.bytes, "sent": c.sent, "hosts": c.hosts}
             for c in program.collectives()
         ],
+        "unread": unread,
     }  # fmt: skip
 
 

@@ -44,7 +44,8 @@ class Plan:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of a step that products, memory and links take, each if it were alone."""
+        """Seconds of a step that products, memory and links take, each if it were alone; without links,
+        where the program could not be read."""
         devices = self.mesh.data * self.mesh.fsdp * self.mesh.tensor
         found = self.found
         if "moved_bytes" not in found:
@@ -52,11 +53,13 @@ class Plan:
         products = sum(
             n / self.device.flops[_rate(dtype)] for dtype, n in found["products"].items()
         )
-        return {
+        times = {
             "products": products / devices,
             "memory": found["moved_bytes"] / self.device.bandwidth,
-            "links": sum(c["sent"] / _ring(self.device, c) for c in found["collectives"]),
         }
+        if found["collectives"] is not None:
+            times["links"] = sum(c["sent"] / _ring(self.device, c) for c in found["collectives"])
+        return times
 
     def to_json(self) -> Json:
         """Return everything as JSON values."""

@@ -29,6 +29,11 @@ def report(plan: Plan) -> str:
             f"{c['sent'] / 1e6:>12,.2f}{_between_hosts(c)}"
             for c in found["collectives"]
         ]
+    if found.get("unread"):
+        lines += [
+            "",
+            f"collectives of a step: not known, for the program cannot be read: {found['unread']}",
+        ]
     if plan.times:
         lines += ["", "time of a step, if one of them alone limits it"]
         what = {"products": _rates(plan), "memory": f"{device.bandwidth / 1e12:.3g} TB/s",
@@ -97,6 +102,6 @@ def _between_hosts(collective: Json) -> str:
 def _links(plan: Plan) -> str:
     device = plan.device
     text = f"{device.link / 1e9:.4g} GB/s each way"
-    if any(_between_hosts(c) for c in plan.found["collectives"]):
+    if any(_between_hosts(c) for c in plan.found["collectives"] or ()):
         text += f", {device.network / 1e9:.4g} GB/s of each device between hosts"
     return text

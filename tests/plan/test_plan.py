@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from helpers.small_runs import small
 from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment
 from jmp_train.errors import UsageError
+from jmp_train.plan import compiled
 from jmp_train.plan import fit as fit_module
 from jmp_train.plan.devices import DEVICES, Device, target_config, tpu_topology
 from jmp_train.plan.plan import Plan, make_plan, remedies
@@ -184,6 +186,33 @@ def test_between_hosts_data_pass_the_network_card_of_each_device():
     assert text.count(" on 16 hosts") == 1 and text.count(" on 2 hosts") == 1
     whole = dataclasses.replace(plan, found={**found, "collectives": on[:1]})
     assert whole.times["links"] == 1.0 and "between hosts" not in report(whole)
+
+
+def test_a_program_that_cannot_be_read_has_memory_but_no_links(monkeypatch):
+    """What libtpu compiles, and this jaxlib does not understand: memory is still known."""
+
+    def unreadable():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update\nmore")
+
+    sizes = dict.fromkeys(("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes"), 7)  # fmt: skip
+    program = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes), as_text=unreadable)
+    own = {"arguments": {"parameters": 5}, "activations": 3, "gradients": 2, "parameters": 9,
+           "flops": 1e12, "products": {"bfloat16": 1e12}}  # fmt: skip
+    lowered = SimpleNamespace(compile=lambda: program)
+    monkeypatch.setattr(compiled, "lower_step", lambda *arguments: (lowered, own))
+    found = compiled.plan_step(None, None, DEVICES["tpu-v5p"], 8)
+    assert (found["peak"], found["moved_bytes"], found["collectives"]) == (14, 2 * (5 + 3), None)
+    found["arguments"] = dict.fromkeys(("parameters", "optimizer", "average", "other state", "batch"), 1)  # fmt: skip
+    plan = Plan("gpt", DEVICES["tpu-v5p"], MeshShape(fsdp=8), found)
+    assert plan.fits and set(plan.times) == {"products", "memory"}
+    text = report(plan)
+    assert (
+        "not known, for the program cannot be read: INTERNAL: RET_CHECK failure: async-update\n"
+        in text
+    )
+    assert "\n  links" not in text and "\n  memory " in text
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compiled.plan_step(None, None, DEVICES["h100"], 8)
 
 
 def test_a_slice_of_tpus_has_a_shape():
