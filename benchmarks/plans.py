@@ -59,6 +59,9 @@ PUBLISHED = {
         "llama3_8b_bf16", "h100", "fsdp=8", 128, 512, "--data.length 512"
     ),
     "MaxText, v5e": Row("maxtext_32b_bf16", "tpu-v5e", "fsdp=256", 1024, 2048),
+    "MaxText, v5p, 4 rows a chip": Row(
+        "maxtext_32b_bf16", "tpu-v5p", "fsdp=64", 256, 2048, "--model.remat dots"
+    ),
 }  # fmt: skip
 PAPER = [
     Row("gpt_1b3_bf16", "h100", "fsdp=8", 16, 2048),
@@ -188,7 +191,7 @@ def _rate(plan: Mapping[str, Any], devices: int = 1) -> str:
     """Return the tokens a second that products and links allow."""
     if not plan["seconds"]:
         return "-"
-    slowest = max(plan["seconds"]["products"], plan["seconds"]["links"])
+    slowest = max(plan["seconds"]["products"], plan["seconds"].get("links", 0))
     return f"{plan['tokens'] / devices / slowest:,.0f}"
 
 
