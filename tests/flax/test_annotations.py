@@ -16,6 +16,7 @@ from jmp_train.flax import annotated_axes
 from jmp_train.flax.functional import functional
 from jmp_train.models.model import construct
 from jmp_train.policy.precision import get_precision
+from jmp_train.runs.explain import explain_placement
 from jmp_train.sharding import AXES, Placement, place
 from jmp_train.spec import DataSpec
 from jmp_train.tasks.kinds import make_task
@@ -173,3 +174,14 @@ def test_annotated_axes_reads_a_module_and_variables():
     variables = jax.eval_shape(OfLinen().init, jax.random.key(0), jnp.ones((1, 8)))
     assert annotated_axes(variables) == annotated_axes(variables["params"]) == expected
     assert annotated_axes(nnx.Linear(2, 2, rngs=nnx.Rngs(0))) == {}
+
+
+@pytest.mark.parametrize("kind", [OfNnx, OfLinen])
+def test_explain_names_the_annotation(kind):
+    data = jt.Data({"x": np.zeros((40, 8), np.float32), "y": np.zeros((40, 4), np.float32)})
+    task = jt.Task(loss=lambda out, batch: jnp.square(out - batch["y"]).mean(-1), targets=("y",))
+    own = jt.Experiment(jt.Model(kind), data, task=task, mesh="fsdp=2,tensor=2", batch_size=8)
+    rows = {x.split()[0]: x.split() for x in explain_placement(own).splitlines() if "/" in x}
+    assert rows["up/kernel"][1:] == ["8x16", "float32", "fsdp,tensor", "annotation", "128"]
+    assert rows["up/bias"][1:] == ["16", "float32", "fsdp+tensor", "annotation", "16"]
+    assert rows["down/bias"][3] == "fsdp" and "annotation" not in rows["down/bias"]

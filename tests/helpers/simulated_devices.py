@@ -7,4 +7,5 @@ NEED_DEVICES = {
     "models/batch_norm_shares.py": 8,
     "sharding/eight_devices.py": 8,
     "sharding/runs_on_devices.py": 8,
+    "sharding/tensor_parallel.py": 8,
 }
