@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import jax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jmp_train.sharding.mesh import AXES, BATCH_AXES
 
 
 def tensor_size() -> int:
-    """Return the number of devices that share each product, where this is traced; 1 without a mesh.
+    """Return the number of devices that share each product, where this is traced.
+
+    1 without a mesh, and inside `jax.shard_map`, where a function splits its products itself.
 
     >>> tensor_size()
     1
@@ -17,7 +20,8 @@ def tensor_size() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or tuple(mesh.axis_names) != AXES:
         return 1
-    return mesh.shape["tensor"]
+    by_compiler = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh.shape["tensor"] if by_compiler else 1
 
 
 def used_in(x: jax.Array, axis: int | None) -> jax.Array:

@@ -12,10 +12,12 @@ import numpy as np
 import optax
 import pytest
 from helpers.marks import slow
+from jax.sharding import PartitionSpec as P
 
 import jmp_train as jt
 from jmp_train.models import Gpt, Mlp, Vit
 from jmp_train.models import vit as vit_module
+from jmp_train.runs.devices import placement_of
 from jmp_train.sharding import Sharded, make_mesh
 from jmp_train.sharding.tensor import tensor_size, used_in, whole_features
 from jmp_train.spec import DataSpec
@@ -57,12 +59,11 @@ def batch_of(family, seed, size=B):
 def train(family, policy, mesh=None, *, steps=6, size=B, reduce_dtype=None, **settings):
     """Return the losses of some steps, and the state."""
     model = model_of(family, **settings)
-    kind = model.__configured__.function
     name = "language_modelling" if family == "gpt" else "classification"
     task = make_task(model, name, TOKENS if family == "gpt" else IMAGES, policy)
     own = None
     if mesh is not None:
-        own = Sharded(make_mesh(mesh), defaults=kind.placement, reduce_dtype=reduce_dtype)
+        own = Sharded(make_mesh(mesh), defaults=placement_of(model), reduce_dtype=reduce_dtype)
     # Not adam, which divides a gradient of roundings alone by its own size.
     stepper = jt.make_step(task.loss_fn, optax.sgd(0.05, momentum=0.9), task.precision, cast_batch=False, parallel=own)  # fmt: skip
     params, state = task.init(jax.random.key(0))
@@ -153,6 +154,17 @@ def test_without_an_axis_tensor_nothing_is_traced():
     x = jnp.ones((4, 6))
     with Sharded(make_mesh("data=2,fsdp=4")).context():
         assert used_in(x, 1) is x and whole_features(x) is x and tensor_size() == 1
+
+
+def test_a_function_of_one_device_of_shard_map_splits_nothing():
+    mesh, seen = make_mesh("tensor=8"), []
+
+    def inside(x):
+        seen.append((tensor_size(), used_in(x, 0) is x, whole_features(x) is x))
+        return x
+
+    jax.shard_map(inside, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"))(jnp.ones(8))
+    assert seen == [(1, True, True)]
 
 
 def test_an_axis_that_tensor_does_not_divide_is_used_whole():
