@@ -38,7 +38,11 @@ def sharded_of(
         mesh = make_mesh(shape, devices)
         reduce = None if experiment.reduce_dtype == "compute" else experiment.reduce_dtype
         sharded = Sharded(
-            mesh, Placement(experiment.placement), placement_of(experiment.model), reduce
+            mesh,
+            Placement(experiment.placement),
+            placement_of(experiment.model),
+            reduce,
+            task.annotations() if mesh.size > 1 else {},
         )
         params, _ = jax.eval_shape(task.init, jax.random.key(0))
         sharded.place(params)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jmp_train.numerics.dtypes import parse_dtype
 from jmp_train.sharding.gather import gathering
 from jmp_train.sharding.mesh import AXES, MeshShape, batch_sharding, replicated
-from jmp_train.sharding.placement import Placed, Placement, place, shardings_of
+from jmp_train.sharding.placement import Annotations, Placed, Placement, place, shardings_of
 from jmp_train.sharding.state import follow
 from jmp_train.types import DTypeLike, Function, PyTree
 
@@ -48,6 +48,8 @@ class Sharded:
     reduce_dtype: DTypeLike | None = None
     """Dtype of the sums of gradients over the devices: "float32", "bfloat16" or "float16"; None for that
     of the compute, in which the gradients are made."""
+    annotations: Annotations = dataclasses.field(default_factory=dict, hash=False)
+    """Mesh axes that the model names by Flax's metadata, of `jmp_train.flax.annotations`; see `place`."""
 
     def __post_init__(self) -> None:
         if not hasattr(self.mesh, "axis_names"):
@@ -80,7 +82,7 @@ class Sharded:
 
     def place(self, params: PyTree) -> tuple[Placed, ...]:
         """Return where each parameter lies, as `jmp_train.sharding.place` does."""
-        return place(params, self.mesh, self.placement, self.defaults)
+        return place(params, self.mesh, self.placement, self.defaults, self.annotations)
 
     def shardings(self, params: PyTree) -> PyTree:
         """Return the sharding of each parameter."""
