@@ -143,7 +143,7 @@ class Sharded:
             return jax.device_put(tree, everywhere)
 
         def put(x: Any) -> jax.Array:
-            if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
                 return jax.random.wrap_key_data(
                     put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
                 )

@@ -23,7 +23,7 @@ class Trackers:
     """
 
     def __init__(self, others: Iterable[tuple[str, Tracker]] = (), *, silent: bool = False):
-        self._jsonl = None if silent else Jsonl()
+        self._jsonl, self._silent = Jsonl(), silent
         self._others = list(others)
 
     def start(self, config: Json) -> None:
@@ -33,14 +33,14 @@ class Trackers:
           ValueError: if a record in metrics.jsonl is damaged.
           OSError: if metrics.jsonl cannot be written.
         """
-        if self._jsonl is not None:
+        if not self._silent:
             self._jsonl.start(config)
         self._call("start", config)
 
     def record(self, step: int, split: str, values: Json) -> None:
         """Pass a record on. On a full disk the record waits for room in metrics.jsonl."""
         values = {k: v for k, v in values.items() if k not in ("step", "split")}
-        if self._jsonl is not None:
+        if not self._silent:
             self._jsonl.record(step, split, values)
         self._call("record", step, split, values)
 
@@ -50,13 +50,13 @@ class Trackers:
         Raises:
           OSError: if metrics.jsonl still cannot be written.
         """
-        if self._jsonl is not None:
+        if not self._silent:
             self._jsonl.flush()
         self._call("flush")
 
     def finish(self, summary: Json) -> None:
         """End every tracker, as `Tracker.finish`."""
-        if self._jsonl is not None:
+        if not self._silent:
             self._jsonl.finish(summary)
         self._call("finish", summary)
 
