@@ -26,8 +26,8 @@ from tests.helpers.models import gpt
 pytestmark = pytest.mark.gpu_first
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 
-# The attention is chosen by the dtype of its inputs while the module is traced. Strict, so that the
-# mark has to go as soon as it is chosen where the program is lowered.
+# The attention is chosen by the dtype of its inputs while the module is traced, which is float32 under
+# `apply_policy` and `autocast`. Strict, so that the mark has to go as soon as it is chosen later.
 PLAIN_ATTENTION = pytest.mark.xfail(
     strict=True,
     reason="apply_policy traces modules in float32, for which XLA's attention is chosen",

@@ -20,6 +20,12 @@ class Question(NamedTuple):
     """PNG files beside the JSON, by the part of their names before the device."""
 
 
+ELSEWHERE = {  # results whose tables are on pages of their own
+    "plans": "[On paper](paper.md) and [several devices](scale.md) have their tables.",
+    "published_models": "[The table of models](published-models.md).",
+}
+
+
 def section(path: Path, *, results: str) -> str:
     """Return the section of one result file.
 
@@ -30,8 +36,8 @@ def section(path: Path, *, results: str) -> str:
     data = read_json(path)
     name, device = data["benchmark"], path.stem.removeprefix(data["benchmark"] + "-")
     question = QUESTIONS.get(name, Question(name.replace("_", " "), lambda rows: ""))
-    if name == "published_models":
-        tables = ["[The table of models](published-models.md)."]
+    if name in ELSEWHERE:
+        tables = [ELSEWHERE[name]]
     else:
         tables = rows_tables(data["rows"])
     plots = (
@@ -164,6 +170,12 @@ def _waiting(rows: Any) -> str:
     )
 
 
+def _plans(rows: Any) -> str:
+    devices = sorted({row["device"] for row in rows.values()})
+    fitting = sum(row["fits"] for row in rows.values())
+    return f"{len(rows)} plans for {', '.join(devices)}, of which {fitting} fit."
+
+
 def _baselines(rows: Any) -> str:
     best = (f"{family} {number(max(row.values()))}" for family, row in rows.items())
     return f"The best held-out accuracy of a classical model: {', '.join(best)}."
@@ -221,4 +233,5 @@ QUESTIONS = {
         "Do fp16 and bf16 reach fp32's loss on text?", _comparison, ("compare_gpt",)
     ),
     "published_models": Question("Do published models run?", _models),
+    "plans": Question("What do models of 1 to 78 billion parameters need?", _plans),
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+from jmp_train.cli.attend import attend, is_attended, leave, wants_attention
 from jmp_train.errors import UsageError, nearest
 
 # Each is a module of this package with a function `command`, imported when it is called.
@@ -78,8 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 done; 2 wrong arguments or files; 3 training diverged; 4 no usable
-      checkpoint, or the last one could not be written; 130, 138 or 143 stopped by SIGINT, SIGUSR1 or
-      SIGTERM, with the state saved.
+      checkpoint, or the last one could not be written; 5 another process of the run was lost; 130, 138
+      or 143 stopped by SIGINT, SIGUSR1 or SIGTERM, with the state saved.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -101,12 +103,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console_script() -> None:
     """Run `main`, then exit with its status; 141 where the reader of the output has ended."""
+    if wants_attention(sys.argv[1:]):
+        sys.exit(attend())
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         status = 141
+    except Exception:
+        if not is_attended():
+            raise
+        traceback.print_exc()
+        status = 1
+    if 0 < status < 128 and is_attended():
+        leave(status)
     sys.exit(status)
 
 
@@ -125,6 +136,7 @@ def _run(name: str, arguments: list[str]) -> int:
 
     from jmp_train.records.checkpoints import NotSaved, NoUsableCheckpoint
     from jmp_train.runs.loop import Diverged
+    from jmp_train.runs.processes import Lost
     from jmp_train.runs.signals import Stopped
 
     try:
@@ -137,6 +149,8 @@ def _run(name: str, arguments: list[str]) -> int:
         return _fail(error, 3)
     except (NoUsableCheckpoint, NotSaved) as error:
         return _fail(error, 4)
+    except Lost:
+        return 5  # the process that attends to this one says so, after what JAX prints
     except Stopped as error:
         status = _fail(error, 128 + error.signum)
         _print_notes(error)

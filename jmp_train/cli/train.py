@@ -19,6 +19,7 @@ from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.reports.progress import display_name
 from jmp_train.runs.find import RUNS, find_resumable
 from jmp_train.runs.folders import results_folder
+from jmp_train.runs.processes import Address, is_first, join, noticing_lost
 from jmp_train.runs.train import train
 from jmp_train.types import Json
 
@@ -53,6 +54,14 @@ class TrainArguments:
     """Keep compiled programs in the user's cache folder, so that the next run starts sooner."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Resume a run of other settings, as far as its state fits."""
+    coordinator: str | None = None
+    """Host and port of the first of several processes; found under srun, mpirun and on TPU pods."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Index of this process, from 0."""
+    heartbeat: int = 60
+    """Seconds after which a process that does not answer ends the others."""
 
     def __post_init__(self) -> None:
         if self.resume and self.run_dir is not None:
@@ -78,14 +87,17 @@ def command(arguments: list[str]) -> None:
     given = parsed.run_dir
     if parsed.resume:
         given = find_resumable(name, parsed.experiment, force=parsed.force)
-    with results_folder(given, RUNS / name) as run_dir:
+    address = Address(parsed.coordinator, parsed.processes, parsed.process, parsed.heartbeat)
+    join(address)
+    with noticing_lost(), results_folder(given, RUNS / name) as run_dir:
         directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
         with tell_how_to_resume(["train", *arguments], directory):
             summary = train(
                 parsed.experiment, run_dir, name=name, console=Console(), force=parsed.force
             )
-    print(_results(name, summary))
-    print(run_dir)
+    if is_first():
+        print(_results(name, summary))
+        print(run_dir)
 
 
 def _results(name: str, summary: Json) -> str:

@@ -31,15 +31,23 @@ _DRAW = 1  # purpose of a stream of random numbers, beside those of data.order
 class _ShuffledBatches:
     """Endless batches, reshuffled each epoch; batch i is a pure function of (seed, i)."""
 
-    def __init__(self, source: Source, batch_size: int, *, seed: int, shard: slice = slice(None)):
+    def __init__(
+        self, source: Source, batch_size: int, *, seed: int, rows: np.ndarray | None = None
+    ):
         self._source = source
         self._order = order_of(source, batch_size, seed=seed)
-        self._shard = shard
+        self._rows = rows
         self._seed = seed
 
     def __getitem__(self, index: int) -> Batch:
         (rows,) = self._order.rows(int(index), batches=1)
-        return self._source.draw(rows[self._shard], generator(self._seed, index, _DRAW))
+        rng = generator(self._seed, index, _DRAW)
+        if self._rows is None:
+            return self._source.draw(rows, rng)
+        if isinstance(self._source, Examples):
+            return self._source.draw_part(rows, self._rows, rng)
+        # Changes of a whole batch are drawn for all of it, so that they do not depend on the processes.
+        return {name: x[self._rows] for name, x in self._source.draw(rows, rng).items()}
 
 
 def train_batches(
@@ -48,7 +56,7 @@ def train_batches(
     *,
     seed: int,
     workers: int = 0,
-    shard: grain.sharding.ShardOptions | None = None,
+    rows: np.ndarray | None = None,
 ) -> Any:
     """Return endless batches: every example once per epoch, reshuffled each epoch.
 
@@ -59,13 +67,11 @@ def train_batches(
         examples of the next epoch.
       seed: seed of the order and of the random numbers for a batch.
       workers: number of processes that make batches, in the same order; 0 makes them in a thread.
-      shard: the part of each batch that this process makes, by Grain's options; None makes all.
+      rows: which rows of each batch to make, ascending; None makes all. Their random numbers are those
+        that they have in the whole batch.
 
     Returns:
       A dataset of dicts of arrays; item i is a pure function of the seed and i. See `iterate`.
-
-    Raises:
-      ValueError: for a stream in several processes, or a batch that they do not divide.
 
     >>> from jmp_train.data import Arrays
     >>> source = Arrays({"x": np.arange(6)})
@@ -73,17 +79,9 @@ def train_batches(
     >>> sorted(np.concatenate([batches[0]["x"], batches[1]["x"]]).tolist())
     [0, 1, 2, 3, 4, 5]
     """
-    index, count = (0, 1) if shard is None else (shard.shard_index, shard.shard_count)
-    if isinstance(source, Stream):
-        if count > 1:
-            raise ValueError(
-                f"a stream cannot be divided among {count} processes; expected data with len and [i]"
-            )
+    if isinstance(source, Stream):  # each process reads all of it, and takes its rows
         return source.batches(batch_size, seed=seed)
-    if batch_size % count:
-        raise ValueError(f"batch_size is {batch_size}; expected a multiple of {count} processes")
-    part = slice(index, None, count)
-    batches = _ShuffledBatches(source, batch_size, seed=seed, shard=part)
+    batches = _ShuffledBatches(source, batch_size, seed=seed, rows=rows)
     return _MadeBatches(batches, workers, cheap=not isinstance(source, Examples))
 
 

@@ -448,11 +448,6 @@ def _without_generator(transform: Function | None) -> Function | None:
     return None if transform is None or takes_generator(transform) else transform
 
 
-def own_shard() -> grain.sharding.ShardOptions:
-    """Return the part of the data that this process reads, of all the processes of JAX."""
-    return grain.sharding.ShardByJaxProcess()
-
-
 def _first(train: Any) -> Any:
     """Return the first example as a batch, transformed."""
     if isinstance(train, Stream):

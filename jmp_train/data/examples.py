@@ -68,11 +68,20 @@ class Examples:
             drawn, or a label out of range; names its index. If examples are skipped: if too many in a
             row are bad.
         """
-        indices = [int(row) for row in rows]
+        return self.draw_part(rows, np.arange(len(rows)), rng)
+
+    def draw_part(self, rows: np.ndarray, part: np.ndarray, rng: np.random.Generator) -> Batch:
+        """Return a part of the batch that `draw` returns, given by the places in it.
+
+        The transform of a batch is applied to the part.
+        """
         seeded = self._transform is not None and takes_generator(self._transform)
-        generators = rng.spawn(len(indices)) if seeded else [rng] * len(indices)
-        batch, bad = self._read(indices, generators)
-        batch = batch if self._augment is None else self._augment(batch, rng)
+        generators = rng.spawn(len(rows)) if seeded else [rng] * len(rows)
+        indices = [int(rows[place]) for place in part]
+        batch, bad = self._read(indices, [generators[place] for place in part])
+        if self._augment is not None:
+            own = rng if len(part) == len(rows) else rng.spawn(int(part[0]) + 1)[-1]
+            batch = self._augment(batch, own)
         return bad.marked(batch) if self._skips else batch
 
     def held_out(self, start: int, stop: int) -> tuple[Batch, Bad]:

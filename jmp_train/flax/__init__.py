@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from flax import linen, nnx
 
 from jmp_train.flax import _linen, _nnx, _wrapper
+from jmp_train.flax._annotations import annotated_axes
 from jmp_train.policy.precision import Precision
 from jmp_train.policy.rules import Rules, RulesReport
 
@@ -14,7 +15,7 @@ M = TypeVar("M")
 
 _EXPECTED = "an nnx.Module or a linen.Module, or an object whose .module is a linen.Module"
 
-__all__ = ["apply_policy", "explain"]
+__all__ = ["annotated_axes", "apply_policy", "explain"]
 
 
 def apply_policy(module: M, rules: Any) -> M:

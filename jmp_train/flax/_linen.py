@@ -121,6 +121,8 @@ def cast_params(variables: PyTree, rules: Rules) -> Any:
     """Cast each parameter to the parameter dtype of its module."""
 
     def cast(path: Any, x: Any) -> Any:
+        if path and isinstance(path[-1], jax.tree_util.GetAttrKey):  # in a box of Linen's metadata
+            path = path[:-1]
         owner = "/".join(str(key.key) for key in path[:-1] if hasattr(key, "key"))
         return cast_floating(x, rules.policy_of(owner).param_dtype)
 

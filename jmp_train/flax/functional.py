@@ -15,9 +15,10 @@ import numpy as np
 from flax import linen, nnx
 
 from jmp_train._autocast.transform import autocast
-from jmp_train.flax import _linen, _nnx, _sown
+from jmp_train.flax import _annotations, _linen, _nnx, _sown
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision
+from jmp_train.sharding.placement import Annotations
 from jmp_train.tree import cast_floating
 from jmp_train.types import Function, PyTree
 
@@ -44,6 +45,9 @@ class Functional(NamedTuple):
     network: Function
     """`network(params, state)` returns the network with its arrays: an NNX module in evaluation; else
     a pair of a Linen module and its variables, or of the function `apply` and the parameters."""
+    annotations: Callable[[], Annotations] = dict
+    """`annotations()` returns the mesh axes that the network names for its parameters
+    (`jmp_train.flax.annotated_axes`)."""
 
 
 Make = Callable[..., Any]
@@ -92,6 +96,7 @@ def functional(
     policy = _FLOAT32 if rules.entries else precision.model
     if not takes_dtype and not rules.entries and policy != _FLOAT32:
         rules = precision.as_rules
+    make = _annotations.without_eager_sharding(make)
     build = functools.partial(make, dtype=policy.compute_dtype, param_dtype=policy.param_dtype)
     made: list[Any] = []
     # Traced, so that no parameter is computed to learn the kind of network.
@@ -163,7 +168,8 @@ def _of_nnx(make: Make, precision: Precision) -> Functional:
         return nnx.merge(graphs[False], params, _seed(streams, jax.random.key(0)), state or {})
 
     # Of an instance: every class has `__call__`, that of its metaclass.
-    return Functional(init, apply, lambda method: hasattr(module, method), precision, network)
+    has, annotated = lambda method: hasattr(module, method), _annotations.annotated_axes(module)
+    return Functional(init, apply, has, precision, network, lambda: annotated)
 
 
 def _seed(streams: Any, key: jax.Array) -> Any:
@@ -190,13 +196,19 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
     if precision.rules.entries:
         module = _linen.apply_policy(module, precision.rules)
 
-    def init(key: jax.Array) -> Any:
+    def boxed(key: jax.Array) -> Any:
         net = _FirstCall(module, key)
         with _sown.sown_paths() as sown:
             first_call(net)
-        variables = dict(_sown.without(net.variables, sown))
+        return dict(_sown.without(net.variables, sown))
+
+    def init(key: jax.Array) -> Any:
+        variables = dict(_annotations.unboxed(boxed(key)))
         params = precision.cast_to_param(variables.pop("params", {}))
         return params, variables or None
+
+    def annotations() -> Annotations:
+        return _annotations.annotated_axes(jax.eval_shape(boxed, jax.random.key(0)))
 
     def apply(
         params: PyTree,
@@ -223,7 +235,8 @@ def _of_linen(module: Any, precision: Precision, first_call: FirstCall) -> Funct
     def network(params: PyTree, state: PyTree) -> Any:
         return module, {"params": params, **(state or {})}
 
-    return Functional(init, apply, lambda method: hasattr(module, method), precision, network)
+    has = lambda method: hasattr(module, method)
+    return Functional(init, apply, has, precision, network, annotations)
 
 
 class _FirstCall:

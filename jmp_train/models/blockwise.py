@@ -86,7 +86,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: in
     zeros = jnp.zeros((batch, heads, length), wide)
     # Each query attends to itself in the first of its pairs, the one on the diagonal.
     start = (jnp.zeros(q.shape, wide), zeros, jnp.full_like(zeros, -jnp.inf))
-    (sums, total, largest), _ = jax.lax.scan(add, start, _pairs(length // block))
+    (sums, total, largest), _ = jax.lax.scan(add, start, jnp.asarray(_pairs(length // block)))
     out = (sums / jnp.moveaxis(total, 1, 2)[..., None]).astype(q.dtype)
     return out, (q, k, v, ids, out, largest + jnp.log(total))
 
@@ -98,7 +98,7 @@ def _backward(block: int, residuals: Any, g: jax.Array) -> Any:
     mean_BxHxT = jnp.moveaxis(jnp.sum(g.astype(wide) * out.astype(wide), axis=-1), 1, 2)
 
     def add(carry: Any, pair: jax.Array) -> Any:
-        dq, dk, dv = carry
+        dq, dk, dv, *sums = carry
         i, j = pair[0] * block, pair[1] * block
         q_BxQxHxK, k_BxSxHxK, v_BxSxHxK = _part(q, i, block), _part(k, j, block), _part(v, j, block)
         g_BxQxHxK = _part(g, i, block)
@@ -111,27 +111,35 @@ def _backward(block: int, residuals: Any, g: jax.Array) -> Any:
         slopes_BxHxQxS = (weights_BxHxQxS * slopes_BxHxQxS * scale).astype(q.dtype)
         weights_BxHxQxS = weights_BxHxQxS.astype(q.dtype)
         dq_i = _part(dq, i, block) + _product("bhqs,bshk->bqhk", slopes_BxHxQxS, k_BxSxHxK)
-        dk_j = _part(dk, j, block) + _product("bhqs,bqhk->bshk", slopes_BxHxQxS, q_BxQxHxK)
-        dv_j = _part(dv, j, block) + _product("bhqs,bqhk->bshk", weights_BxHxQxS, g_BxQxHxK)
-        return (_put(dq, dq_i, i), _put(dk, dk_j, j), _put(dv, dv_j, j)), None
+        # A block of keys begins with its own queries. Its sums alone are wide, and the last one stays.
+        dk_j, dv_j = (jnp.where(i == j, 0, x) for x in sums)
+        dk_j += _product("bhqs,bqhk->bshk", slopes_BxHxQxS, q_BxQxHxK)
+        dv_j += _product("bhqs,bqhk->bshk", weights_BxHxQxS, g_BxQxHxK)
+        dk, dv = (_put(x, y.astype(x.dtype), j) for x, y in ((dk, dk_j), (dv, dv_j)))
+        return (_put(dq, dq_i, i), dk, dv, dk_j, dv_j), None
 
-    start = tuple(jnp.zeros(q.shape, wide) for _ in range(3))
-    grads, _ = jax.lax.scan(add, start, _pairs(q.shape[1] // block))
-    return (*(x.astype(q.dtype) for x in grads), np.zeros(ids.shape, jax.dtypes.float0))
+    part = jnp.zeros((q.shape[0], block, *q.shape[2:]), wide)
+    start = (jnp.zeros(q.shape, wide), jnp.zeros_like(k), jnp.zeros_like(v), part, part)
+    pairs = _pairs(q.shape[1] // block)
+    by_keys = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    (dq, dk, dv, *_), _ = jax.lax.scan(add, start, jnp.asarray(by_keys))
+    return dq.astype(q.dtype), dk, dv, np.zeros(ids.shape, jax.dtypes.float0)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _pairs(count: int) -> jax.Array:
+def _pairs(count: int) -> np.ndarray:
     """Return the pairs of a block of queries and one of keys that is not after it; the own one first."""
-    return jnp.array([(i, j) for i in range(count) for j in range(i, -1, -1)], jnp.int32)
+    return np.array([(i, j) for i in range(count) for j in range(i, -1, -1)], np.int32)
 
 
 def _scores(
     q_BxQxHxK: jax.Array, k_BxSxHxK: jax.Array, ids: jax.Array, i: Any, j: Any, block: int
 ) -> jax.Array:
     """Return the scaled scores of a pair of blocks, -inf where a query does not attend."""
+    # Else the masks of all pairs would be known before the loop, and `jax.checkpoint` would keep them.
+    i, j, q_BxQxHxK = jax.lax.optimization_barrier((i, j, q_BxQxHxK))
     # Queries are scaled before the product, because unscaled float16 scores overflow sooner.
     q_BxQxHxK = q_BxQxHxK * np.asarray(q_BxQxHxK.shape[-1] ** -0.5, q_BxQxHxK.dtype)
     scores_BxHxQxS = _product("bqhk,bshk->bhqs", q_BxQxHxK, k_BxSxHxK)

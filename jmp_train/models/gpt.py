@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 
 from jmp_train.models.attention import Segments, causal_attention, masked_attention, rotary
+from jmp_train.models.column_groups import ColumnGroups
+from jmp_train.sharding.tensor import whole_features
 from jmp_train.types import DTypeLike, Key
 
 TokenLoss = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
@@ -45,8 +47,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Sizes, dtypes: Dtypes, *, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = _linear(config.width, 3 * config.width, dtypes, rngs=rngs)
-        self.out = _linear(config.width, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
+        split = ColumnGroups((3, config.heads, config.width // config.heads))
+        self.qkv = _linear(config.width, 3 * config.width, dtypes, split, rngs=rngs)
+        self.out = _linear(config.width, config.width, dtypes, scale=0.5 / config.depth, rngs=rngs)
 
     def __call__(
         self,
@@ -81,11 +84,16 @@ class SwiGlu(nnx.Module):
     """A gated feed-forward layer, SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: Sizes, dtypes: Dtypes, *, rngs: nnx.Rngs):
-        self.up = _linear(config.width, 2 * config.inner, dtypes, rngs=rngs)
-        self.down = _linear(config.inner, config.width, dtypes, 0.5 / config.depth, rngs=rngs)
+        split = ColumnGroups((2, config.inner))
+        self.up = _linear(config.width, 2 * config.inner, dtypes, split, rngs=rngs)
+        self.down = _linear(config.inner, config.width, dtypes, scale=0.5 / config.depth, rngs=rngs)
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        gate_BxTxF, value_BxTxF = jnp.split(self.up(x_BxTxD), 2, axis=-1)
+        up = self.up(x_BxTxD)
+        if up.ndim > x_BxTxD.ndim:  # in groups, as several devices compute it
+            gate_BxTxF, value_BxTxF = jnp.moveaxis(up, -2, 0)
+        else:
+            gate_BxTxF, value_BxTxF = jnp.split(up, 2, axis=-1)
         return self.down(jax.nn.silu(gate_BxTxF) * value_BxTxF)
 
 
@@ -110,7 +118,7 @@ class Block(nnx.Module):
         rngs = None if key is None else nnx.Rngs(dropout=key)
         drop = lambda y: self.dropout(y, deterministic=rngs is None, rngs=rngs)
         mixed_BxTxD, cache = self.attention(self.norm1(x_BxTxD), position, cache, segments)
-        x_BxTxD = x_BxTxD + drop(mixed_BxTxD)
+        x_BxTxD = whole_features(x_BxTxD + drop(mixed_BxTxD))
         return x_BxTxD + drop(self.mlp(self.norm2(x_BxTxD))), cache
 
 
@@ -141,6 +149,16 @@ class Gpt(nnx.Module):
     >>> model(jnp.array([[3, 1, 4]])).shape
     (1, 3, 5)
     """
+
+    placement: ClassVar[tuple[str, ...]] = (
+        # Rows, because a share of the columns would not be one of the heads: see `ColumnGroups`.
+        "**/qkv/kernel=fsdp+tensor,-",
+        "**/attention/out/kernel=tensor,-",
+        "**/mlp/up/kernel=fsdp+tensor,-",
+        "**/mlp/down/kernel=tensor,-",
+    )
+    """Placement of the parameters on a mesh with an axis `tensor`: each device computes a share of the
+    heads and of the inner features (Shoeybi et al. 2019, "Megatron-LM", arXiv:1909.08053)."""
 
     def __init__(
         self,
@@ -255,13 +273,16 @@ class Gpt(nnx.Module):
 
         def body(x_BxTxD: jax.Array, part: Any) -> tuple[jax.Array, Any]:
             params, cache, key = part
-            return nnx.merge(block, params)(x_BxTxD, position, cache, key, segments)
+            call = nnx.merge(block, params)
+            x_BxTxD, cache = call(whole_features(x_BxTxD), position, cache, key, segments)
+            return whole_features(x_BxTxD), cache
 
         if self.remat != "none":
             saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = saved if self.remat == "dots" else None
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        return jax.lax.scan(body, x_BxTxD, (params, cache, keys))
+        x_BxTxD, cache = jax.lax.scan(body, whole_features(x_BxTxD), (params, cache, keys))
+        return whole_features(x_BxTxD), cache
 
     def _table(self, x: jax.Array) -> jax.Array:
         return self.embed.embedding[...].astype(x.dtype)
@@ -273,7 +294,13 @@ class Gpt(nnx.Module):
 
 
 def _linear(
-    inputs: int, outputs: int, dtypes: Dtypes, scale: float = 1.0, *, rngs: nnx.Rngs
+    inputs: int,
+    outputs: int,
+    dtypes: Dtypes,
+    product: Callable[..., jax.Array] = jax.lax.dot_general,
+    *,
+    scale: float = 1.0,
+    rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """Make a layer without bias; `scale` is the output variance for inputs of variance 1."""
     return nnx.Linear(
@@ -282,6 +309,7 @@ def _linear(
         use_bias=False,
         **dtypes._asdict(),
         kernel_init=nnx.initializers.variance_scaling(scale, "fan_in", "truncated_normal"),
+        dot_general=product,
         rngs=rngs,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,14 @@ class Mlp(nnx.Module):
     >>> Mlp(64, 10, hidden=(16,), rngs=nnx.Rngs(0))(jnp.ones((3, 8, 8))).shape
     (3, 10)
     """
+
+    placement: ClassVar[tuple[str, ...]] = (
+        r"re:layers/\d*[02468]/kernel=-,tensor",
+        r"re:layers/\d*[02468]/bias=tensor+fsdp",
+        r"re:layers/\d*[13579]/kernel=tensor,-",
+    )
+    """Placement of the parameters on a mesh with an axis `tensor`: of each pair of layers, a device
+    computes a share of the features between the two."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,17 @@ class Vit(nnx.Module):
     >>> Vit((8, 8), 10, patch=4, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8))).shape
     (2, 10)
     """
+
+    placement: ClassVar[tuple[str, ...]] = (
+        "re:.*/(query|key|value)/kernel=-,tensor,-",
+        "re:.*/(query|key|value)/bias=tensor,-",
+        "**/attention/out/kernel=tensor,-,-",
+        "**/up/kernel=-,tensor",
+        "**/up/bias=tensor+fsdp",
+        "**/down/kernel=tensor,-",
+    )
+    """Placement of the parameters on a mesh with an axis `tensor`: each device computes a share of the
+    heads and of the inner features. Heads that it does not divide are computed by all."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from jmp_train.config.settings import flatten, with_settings
 from jmp_train.config.warmup import fit_warmup
 from jmp_train.errors import UsageError
 from jmp_train.models.attention import compiled_for
-from jmp_train.plan.devices import DEVICES, Device, target_config, tpu_topology
+from jmp_train.plan.devices import DEVICES, Device, host_of, target_config, tpu_topology
 from jmp_train.plan.program import Program
 from jmp_train.runs.build import first_state, load_dataset, make_stepper, make_task_of, parts_of
 from jmp_train.runs.devices import check_batch_splits, sharded_of
@@ -48,7 +48,9 @@ def devices_of(device: Device, count: int) -> list[Any]:
         return jax.devices()[:count]
     try:
         if device.platform == "cuda":
-            options: Json = {"target_config": target_config(device), "topology": f"1x{count}x1"}
+            host = host_of(device, count) or count
+            topology = f"1x{count // host}x{host}"
+            options: Json = {"target_config": target_config(device), "topology": topology}
             found = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
             return list(found.devices)
         name = tpu_topology(device, max(count, 4) if device.name != "tpu-v5e" else count)
@@ -145,11 +147,17 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
         peak = None if temporary is None else arguments + temporary
         return {**own, "refused": line, "peak": peak}
     memory = compiled.memory_analysis()
-    program = Program(compiled.as_text())
+    program, unread = None, ""
+    try:
+        program = Program(compiled.as_text(), host_of(device, count))
+    except jax.errors.JaxRuntimeError as error:
+        if device.platform != "tpu":
+            raise
+        unread = str(error).splitlines()[0]  # libtpu may make what this jaxlib does not know
     # Programs of TPUs hand arrays on through fusions that do not read them, so that what moves cannot be
     # told. There, state and activations count, written and read once each.
     moved = 2 * (sum(own["arguments"].values()) + own["activations"])
-    if device.platform != "tpu":
+    if program is not None and device.platform != "tpu":
         moved = program.bytes_moved()
     arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
     temporary = memory.temp_size_in_bytes
@@ -160,11 +168,12 @@ def plan_step(experiment: AnyExperiment, spec: DataSpec, device: Device, count: 
         "temporary_bytes": temporary,
         "peak": arguments + outputs - memory.alias_size_in_bytes + temporary,
         "moved_bytes": moved,
-        "collectives": [
+        "collectives": None if program is None else [
             {"kind": c.kind, "dtype": c.dtype, "devices": c.devices, "count": c.count,
-             "bytes": c.bytes, "sent": c.sent}
+             "bytes": c.bytes, "sent": c.sent, "hosts": c.hosts}
             for c in program.collectives()
         ],
+        "unread": unread,
     }  # fmt: skip
 
 

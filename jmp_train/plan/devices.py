@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 GIB = 2**30
@@ -25,6 +26,10 @@ class Device:
     link: float
     """Bytes a second that a device sends to others of its host or slice, in one direction."""
     source: str
+    gpus: int = 0
+    """Of a GPU: their number on a host. Those of TPUs and others are on the links that `link` describes."""
+    network: float = 0.0
+    """Bytes a second that a GPU sends to other hosts, in one direction."""
     compute_capability: int = 0
     """Of a GPU."""
     clock_ghz: float = 0.0
@@ -38,7 +43,8 @@ class Device:
 
 
 def _gpu(name: str, gib: float, terabytes: float, half: float, tf32: float, link: float,
-         capability: int, cores: int, l2: int, source: str, clock: float) -> Device:  # fmt: skip
+         capability: int, cores: int, l2: int, source: str, clock: float,
+         network: float = 0.0) -> Device:  # fmt: skip
     return Device(
         name,
         "cuda",
@@ -47,6 +53,8 @@ def _gpu(name: str, gib: float, terabytes: float, half: float, tf32: float, link
         {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": tf32 * 1e12},
         link * 1e9,
         source,
+        gpus=8 if network else 0,
+        network=network * 1e9,
         compute_capability=capability,
         clock_ghz=clock,
         cores=cores,
@@ -68,13 +76,13 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         _gpu("h100", 79.1, 3.35, 989, 495, 450, 9, 132, 50,
-             "NVIDIA H100 SXM datasheet: 80 GB HBM3, 3.35 TB/s, 989 TFLOP/s, NVLink 900 GB/s both ways", 1.98),
+             "NVIDIA H100 SXM datasheet: 80 GB HBM3, 3.35 TB/s, 989 TFLOP/s, NVLink 900 GB/s both ways; DGX: a network card of 400 Gbit/s for each", 1.98, 50),
         _gpu("h200", 139.8, 4.8, 989, 495, 450, 9, 132, 50,
-             "NVIDIA H200 SXM datasheet: 141 GB HBM3e, 4.8 TB/s, 989 TFLOP/s, NVLink 900 GB/s both ways", 1.98),
+             "NVIDIA H200 SXM datasheet: 141 GB HBM3e, 4.8 TB/s, 989 TFLOP/s, NVLink 900 GB/s both ways; DGX: a network card of 400 Gbit/s for each", 1.98, 50),
         _gpu("a100", 79.2, 2.04, 312, 156, 300, 8, 108, 40,
-             "NVIDIA A100 80GB SXM datasheet: 2.04 TB/s, 312 TFLOP/s, NVLink 600 GB/s both ways", 1.41),
+             "NVIDIA A100 80GB SXM datasheet: 2.04 TB/s, 312 TFLOP/s, NVLink 600 GB/s both ways; DGX: a network card of 200 Gbit/s for each", 1.41, 25),
         _gpu("b200", 178.0, 8.0, 2250, 1125, 900, 10, 148, 126,
-             "NVIDIA DGX B200 datasheet, an eighth: 180 GB HBM3e, 8 TB/s, 2.25 PFLOP/s, NVLink 1.8 TB/s both ways", 1.96),
+             "NVIDIA DGX B200 datasheet, an eighth: 180 GB HBM3e, 8 TB/s, 2.25 PFLOP/s, NVLink 1.8 TB/s both ways; a network card of 400 Gbit/s for each", 1.96, 50),
         _gpu("rtx4090", 23.5, 1.008, 165.2, 82.6, 16, 8, 128, 72,
              "NVIDIA Ada whitepaper: 24 GB GDDR6X, 1,008 GB/s, 165.2 TFLOP/s with float32 sums; PCIe 4.0 x16, "
              "half of it reached", 2.52),
@@ -92,6 +100,15 @@ DEVICES: dict[str, Device] = {
     )
 }  # fmt: skip
 """By name. The memory of a GPU is that of its datasheet, less what the driver keeps."""
+
+
+def host_of(device: Device, count: int) -> int:
+    """Return how many of so many GPUs are on a host; 0 where all devices are on one kind of link.
+
+    >>> host_of(DEVICES["h100"], 64), host_of(DEVICES["h100"], 12), host_of(DEVICES["tpu-v5e"], 64)
+    (8, 4, 0)
+    """
+    return math.gcd(count, device.gpus) if device.gpus else 0
 
 
 def target_config(device: Device) -> str:
@@ -148,5 +165,6 @@ def tpu_topology(device: Device, count: int) -> str:
 
 _SHAPES: dict[int, dict[int, tuple[int, ...]]] = {
     2: {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
-    3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8)},
+    3: {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8), 256: (4, 8, 8),
+        512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16), 4096: (16, 16, 16)},
 }  # fmt: skip

@@ -44,7 +44,8 @@ class Plan:
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of a step that products, memory and links take, each if it were alone."""
+        """Seconds of a step that products, memory and links take, each if it were alone; without links,
+        where the program could not be read."""
         devices = self.mesh.data * self.mesh.fsdp * self.mesh.tensor
         found = self.found
         if "moved_bytes" not in found:
@@ -52,11 +53,13 @@ class Plan:
         products = sum(
             n / self.device.flops[_rate(dtype)] for dtype, n in found["products"].items()
         )
-        return {
+        times = {
             "products": products / devices,
             "memory": found["moved_bytes"] / self.device.bandwidth,
-            "links": sum(c["sent"] for c in found["collectives"]) / self.device.link,
         }
+        if found["collectives"] is not None:
+            times["links"] = sum(c["sent"] / _ring(self.device, c) for c in found["collectives"])
+        return times
 
     def to_json(self) -> Json:
         """Return everything as JSON values."""
@@ -72,6 +75,18 @@ class Plan:
             "change": self.change,
             "source": self.device.source,
         }
+
+
+def _ring(device: Device, collective: Json) -> float:
+    """Return the bytes a second that a device of a collective sends, by rings.
+
+    Between hosts, each of the devices that it has on a host has its share of the data for its own
+    network card, but a device sends no more than its links carry.
+    """
+    hosts = collective.get("hosts", 1)
+    if hosts == 1:
+        return device.link
+    return min(device.link, device.network * collective["devices"] / hosts)
 
 
 def _rate(dtype: str) -> str:

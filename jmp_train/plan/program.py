@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f8e4m3fn": 8, "f8e5m2": 8, "s4": 4, "u4": 4, "token": 0}
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _FREE = frozenset(
@@ -58,6 +60,8 @@ class Collective:
     """How often a step runs it."""
     bytes: int
     """Bytes of the whole arrays, gathered or before they are scattered, in all runs of a step."""
+    hosts: int = 1
+    """Number of hosts that these devices are on."""
 
     @property
     def sent(self) -> int:
@@ -73,9 +77,11 @@ class Program:
 
     Args:
       text: what `as_text()` of a compiled program returns.
+      host: number of devices of a host, which follow each other; 0: all are on one host.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, host: int = 0):
+        self._host = host
         self._computations: dict[str, list[Instruction]] = {}
         self._entry = ""
         partitions = re.search(r"num_partitions=(\d+)", text)
@@ -125,8 +131,8 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Return what the collectives of a step send, the most bytes first."""
-        count: Counter[tuple[str, str, int]] = Counter()
-        sizes: Counter[tuple[str, str, int]] = Counter()
+        count: Counter[tuple[str, str, int, int]] = Counter()
+        sizes: Counter[tuple[str, str, int, int]] = Counter()
         seen: set[str] = set()
         for name, items in self._computations.items():
             for item in items:
@@ -137,7 +143,8 @@ class Program:
                 if channel and channel[1] in seen:  # a TPU overlaps one with several computations
                     continue
                 seen |= {channel[1]} if channel else set()
-                devices = _group(item.rest) or self._partitions
+                groups = _groups(item.rest, self._partitions)
+                devices, hosts = groups.shape[1], _most_hosts(groups, self._host)
                 if devices == 1:
                     continue
                 scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
@@ -145,12 +152,12 @@ class Program:
                 arrays = _arrays(item, kind)
                 for dtype, size in arrays:
                     whole = size * devices if kind == "reduce-scatter" else size
-                    sizes[own, dtype, devices] += whole * self._runs[name]
+                    sizes[own, dtype, devices, hosts] += whole * self._runs[name]
                 for dtype in {dtype for dtype, _ in arrays}:
-                    count[own, dtype, devices] += self._runs[name]
+                    count[own, dtype, devices, hosts] += self._runs[name]
         found = [
-            Collective(kind, dtype, n, count[kind, dtype, n], size)
-            for (kind, dtype, n), size in sizes.items()
+            Collective(kind, dtype, n, count[kind, dtype, n, hosts], size, hosts)
+            for (kind, dtype, n, hosts), size in sizes.items()
         ]
         return sorted(found, key=lambda c: -c.sent)
 
@@ -268,19 +275,42 @@ def _bytes(shape: str) -> int:
     return sum(_size(dtype, dims) for dtype, dims, layout in found if "S(" not in layout)
 
 
-def _group(attributes: str) -> int:
-    """Return the number of devices in each group of a collective; 0 for all."""
+def _groups(attributes: str, partitions: int) -> np.ndarray:
+    """Return the devices of each group of a collective, (groups, devices)."""
     axes = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))?\s*\{([^}]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S*)\))?\s*\{([^}]*)\}", attributes
     )
     if axes:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", axes[2]))
-    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+        named = re.findall(r"'([^']+)'=(\d+)", axes[1])
+        names, sizes = [name for name, _ in named], [int(size) for _, size in named]
+        chosen = [names.index(name) for name in re.findall(r"'([^']+)'", axes[3])]
+        others = [i for i in range(len(names)) if i not in chosen]
+        ids = _iota(axes[2] or f"[{math.prod(sizes)}]").reshape(sizes)
+        return ids.transpose(*others, *chosen).reshape(-1, math.prod(sizes[i] for i in chosen))
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]*\](?:T\([\d,]*\))?)", attributes)
     if tiled:
-        return int(tiled[2])
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
+        return _iota(tiled[3]).reshape(int(tiled[1]), int(tiled[2]))
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", attributes)
     if listed:
-        return len(listed[1].split(","))
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
-    return 2 if pairs else 0
+        return np.array([_numbers(group) for group in re.findall(r"\{([\d,]*)\}", listed[1])])
+    return np.arange(partitions)[None]
+
+
+def _iota(text: str) -> np.ndarray:
+    """Return the numbers that a text such as [4,2]T(1,0) stands for: 0, 1, ... of a shape, transposed."""
+    shape, _, order = text.partition("T")
+    sizes = _numbers(shape.strip("[]"))
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return (ids.transpose(_numbers(order.strip("()"))) if order else ids).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
+
+
+def _most_hosts(groups: np.ndarray, host: int) -> int:
+    """Return the largest number of hosts that the devices of a group are on."""
+    if not host:
+        return 1
+    hosts = np.sort(groups // host, axis=1)
+    return 1 + int((np.diff(hosts, axis=1) != 0).sum(axis=1).max())

@@ -26,13 +26,18 @@ def report(plan: Plan) -> str:
         lines += ["", "collectives of a step", f"  {'kind':<20}{'dtype':<7}{'devices':>8}{'times':>7}{'MB':>12}{'MB sent':>12}"]  # fmt: skip
         lines += [
             f"  {c['kind']:<20}{c['dtype']:<7}{c['devices']:>8}{c['count']:>7}{c['bytes'] / 1e6:>12,.2f}"
-            f"{c['sent'] / 1e6:>12,.2f}"
+            f"{c['sent'] / 1e6:>12,.2f}{_between_hosts(c)}"
             for c in found["collectives"]
+        ]
+    if found.get("unread"):
+        lines += [
+            "",
+            f"collectives of a step: not known, for the program cannot be read: {found['unread']}",
         ]
     if plan.times:
         lines += ["", "time of a step, if one of them alone limits it"]
         what = {"products": _rates(plan), "memory": f"{device.bandwidth / 1e12:.3g} TB/s",
-                "links": f"{device.link / 1e9:.4g} GB/s each way"}  # fmt: skip
+                "links": _links(plan)}  # fmt: skip
         for name, seconds in plan.times.items():
             if name != "links" or count > 1:
                 lines.append(f"  {name:<22}{seconds * 1e3:>9,.3f} ms at {what[name]}")
@@ -87,3 +92,16 @@ def _rates(plan: Plan) -> str:
         d: plan.device.flops.get(d, plan.device.flops["float32"]) for d in plan.found["products"]
     }
     return ", ".join(f"{rate / 1e12:,.4g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
+
+
+def _between_hosts(collective: Json) -> str:
+    hosts = collective.get("hosts", 1)
+    return f"  on {hosts:,} hosts" if hosts > 1 else ""
+
+
+def _links(plan: Plan) -> str:
+    device = plan.device
+    text = f"{device.link / 1e9:.4g} GB/s each way"
+    if any(_between_hosts(c) for c in plan.found["collectives"] or ()):
+        text += f", {device.network / 1e9:.4g} GB/s of each device between hosts"
+    return text

@@ -251,9 +251,15 @@ class Checkpoints:
         for n in later:
             self._set_aside(self._directory / str(n), str(n))
         if later:
+            if jax.process_count() > 1:
+                from jax.experimental import multihost_utils
+
+                multihost_utils.sync_global_devices("set aside")
             self._checkpointer.reload()
 
     def _set_aside(self, path: Path, name: str) -> None:
+        if jax.process_index() > 0:  # the first process of a run does it
+            return
         ends = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
         free = (self._directory / f"damaged-{name}{end}" for end in ends)
         path.rename(next(target for target in free if not target.exists()))

@@ -13,13 +13,13 @@ import jax
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.bad import Bad
 from jmp_train.data.batches import eval_batch_size, eval_batches, train_batches
-from jmp_train.data.data import own_of, own_shard
+from jmp_train.data.data import own_of
 from jmp_train.data.dataset import Dataset
 from jmp_train.data.streams import Stream
 from jmp_train.errors import UsageError
 from jmp_train.optim.optimizers import make_optimizer
 from jmp_train.policy.precision import Precision
-from jmp_train.runs.devices import put_batch, sharded_of
+from jmp_train.runs.devices import own_rows, put_batch, sharded_of
 from jmp_train.runs.user_code import check_schedule, one_line_errors
 from jmp_train.sharding.sharded import Sharded
 from jmp_train.spec import DataSpec
@@ -67,7 +67,7 @@ def build(experiment: AnyExperiment, run_dir: Path | None = None) -> Parts:
         experiment.batch_size,
         seed=experiment.seed,
         workers=dataset.workers,
-        shard=own_shard(),
+        rows=own_rows(sharded, experiment.batch_size),
     )
     left_out: list[Bad] = []
 

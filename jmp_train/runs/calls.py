@@ -14,8 +14,9 @@ from jmp_train.config.experiment import AnyExperiment
 from jmp_train.data.batches import Batches, first_batch, iterate, iterate_rows
 from jmp_train.data.dataset import Arrays, DataError, Source
 from jmp_train.data.order import Order
+from jmp_train.data.streams import Stream
 from jmp_train.runs.build import Parts
-from jmp_train.runs.devices import put_batch
+from jmp_train.runs.devices import own_rows, put_batch
 from jmp_train.runs.loop import last_of_stack
 from jmp_train.runs.steps_per_call import bytes_of, choose_steps_per_call
 from jmp_train.step.donation import Donating
@@ -53,7 +54,7 @@ def compile_calls(
     """
     began = time.perf_counter()
     sharded = parts.sharded
-    device = next(iter(state.step.devices()))
+    device = next(d for d in state.step.devices() if d.process_index == jax.process_index())
     arrays = _resident_arrays(experiment, parts.dataset.train, device)
     batch = first_batch(parts.batches)
     rows = np.zeros(experiment.batch_size, np.int32)
@@ -72,7 +73,10 @@ def compile_calls(
         iterator = lambda: iterate(parts.batches, steps)
         program = parts.stepper.step if steps == 1 else parts.stepper.scan
         item = _stacked(batch, steps)
-        put = lambda item: item if sharded is None else put_batch(item, sharded, steps)
+        own = None
+        if not isinstance(parts.dataset.train, Stream):
+            own = own_rows(sharded, experiment.batch_size)
+        put = lambda item: item if sharded is None else put_batch(item, sharded, steps, own)
         compiled = program.lower(state, put(item)).compile()
         call, last_batch = _on_batches(compiled, batch, steps, put), last_of_stack
     else:

@@ -6,9 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from jmp_train.config.experiment import AnyExperiment
 from jmp_train.errors import UsageError
+from jmp_train.runs.processes import several
 from jmp_train.sharding.mesh import MeshShape, batch_sharding, make_mesh
 from jmp_train.sharding.placement import Placement
 from jmp_train.sharding.sharded import Sharded
@@ -36,7 +38,11 @@ def sharded_of(
         mesh = make_mesh(shape, devices)
         reduce = None if experiment.reduce_dtype == "compute" else experiment.reduce_dtype
         sharded = Sharded(
-            mesh, Placement(experiment.placement), placement_of(experiment.model), reduce
+            mesh,
+            Placement(experiment.placement),
+            placement_of(experiment.model),
+            reduce,
+            task.annotations() if mesh.size > 1 else {},
         )
         params, _ = jax.eval_shape(task.init, jax.random.key(0))
         sharded.place(params)
@@ -76,12 +82,48 @@ def placement_of(model: Any) -> tuple[str, ...]:
     return found if isinstance(found, tuple) else ()
 
 
-def put_batch(item: PyTree, sharded: Sharded, steps: int = 1) -> PyTree:
+def put_batch(
+    item: PyTree, sharded: Sharded, steps: int = 1, rows: np.ndarray | None = None
+) -> PyTree:
     """Send an item of the data to the devices, each its share of every batch.
 
     Args:
       item: arrays of a batch; with several `steps`, of so many along a leading axis.
       sharded: how the run is split.
       steps: number of batches in the item.
+      rows: which rows of the batch the arrays are, ascending, as `own_rows` returns them; None: all.
     """
-    return jax.device_put(item, batch_sharding(sharded.mesh, axis=int(steps > 1)))
+    axis = int(steps > 1)
+    sharding = batch_sharding(sharded.mesh, axis)
+    if not several():
+        return jax.device_put(item, sharding)
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = list(x.shape)
+        if rows is not None:  # the other processes have the others
+            shape[axis] *= sharded.batch_shards // len(_own_shards(sharded))
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[axis].indices(shape[axis])
+            first = start if rows is None else int(np.searchsorted(rows, start))
+            return x[(*[slice(None)] * axis, slice(first, first + stop - start))]
+
+        return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+    return jax.tree.map(put, item)
+
+
+def own_rows(sharded: Sharded | None, batch_size: int) -> np.ndarray | None:
+    """Return the rows of a batch that the devices of this process take, ascending; None for all."""
+    if sharded is None or not several():
+        return None
+    size = batch_size // sharded.batch_shards
+    shards = _own_shards(sharded)
+    return np.concatenate([np.arange(i * size, (i + 1) * size) for i in shards])
+
+
+def _own_shards(sharded: Sharded) -> list[int]:
+    """Return which parts of a batch the devices of this process take."""
+    shards = sharded.batch_shards
+    found = batch_sharding(sharded.mesh).addressable_devices_indices_map((shards,)).values()
+    return sorted({(index[0].start or 0) if index else 0 for index in found})

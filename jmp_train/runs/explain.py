@@ -38,7 +38,12 @@ def explain_placement(experiment: AnyExperiment) -> str:
     try:
         shape = shape.on(devices)
         mesh: Any = AbstractMesh((shape.data, shape.fsdp, shape.tensor), AXES)
-        sharded = Sharded(mesh, Placement(experiment.placement), placement_of(experiment.model))
+        sharded = Sharded(
+            mesh,
+            Placement(experiment.placement),
+            placement_of(experiment.model),
+            annotations=task.annotations(),
+        )
         state = jax.eval_shape(
             lambda: first_state(experiment, parts_of(task, make_stepper(experiment, task)))
         )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jmp_train.errors import UsageError
+from jmp_train.runs.processes import of_first, several
 
 
 @contextlib.contextmanager
@@ -21,6 +22,9 @@ def results_folder(given: Path | None, parent: Path) -> Iterator[Path]:
     """
     if given is not None:
         yield given
+        return
+    if several():  # no folder is removed that another process may use
+        yield Path(of_first(lambda: str(_new_folder(parent))))
         return
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     folder = _new_folder(parent)

@@ -21,6 +21,7 @@ from jmp_train.runs.changes import differences, refused, reordering
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import changed_since, open_checkpoints
 from jmp_train.runs.early_stop import EarlyStop
+from jmp_train.runs.other_storage import restore_stored_otherwise
 from jmp_train.step.state import TrainState
 from jmp_train.step.step import no_skip
 from jmp_train.types import Json
@@ -51,9 +52,10 @@ def find_start(context: RunContext) -> Start:
     """
     experiment, run_dir = context.experiment, context.run_dir
     changed: dict[str, str] = {}
+    before: Json = {}
 
     def check(step: int, extra: Json) -> None:
-        nonlocal changed
+        nonlocal before, changed
         before = flatten(extra["config"])
         changed = changed_since(before, context.name, experiment)
         refusals = refused(changed, before, context.asked_warmup)
@@ -70,6 +72,7 @@ def find_start(context: RunContext) -> Start:
             restored = context.checkpoints.restore_latest(state, check=check)
     except DoesNotFit as error:
         restored = _restore_with_other_skips(context, state, check)
+        restored = restored or restore_stored_otherwise(context, state, before)
         if restored is None:
             raise UsageError(f"{run_dir}: {error}") from None
     if restored is None:

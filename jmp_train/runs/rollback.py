@@ -11,6 +11,7 @@ from jmp_train.reports.progress import print_line
 from jmp_train.runs.context import RunContext
 from jmp_train.runs.investigate import explain
 from jmp_train.runs.loop import Diverged
+from jmp_train.runs.processes import several
 from jmp_train.runs.resume import Start, find_start
 
 T = TypeVar("T")
@@ -38,6 +39,8 @@ def with_rollbacks(attempt: Callable[[Start], T], context: RunContext, start: St
             with contextlib.suppress(NotSaved):  # the divergence matters more than a lost save
                 context.checkpoints.wait()
             if context.experiment.nonfinite != "rollback" or start.rollbacks >= MAX_ROLLBACKS:
+                if several():  # a replay needs the whole state in one process
+                    raise
                 raise explain(context, error) from None
             reason, bad = str(error), error.last.bad
         # Here the error is gone, and with it the state that diverged.

@@ -42,11 +42,13 @@ def exit_on_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collect_signals(*, notice: bool = False) -> Iterator[list[int]]:
+def collect_signals(*, notice: bool = False, shared: bool = False) -> Iterator[list[int]]:
     """Collect the first ending signal in a list; a second signal has its usual effect.
 
     Args:
       notice: whether to write a line to standard error when the first one comes.
+      shared: whether other processes have to stop too. JAX then has its own handler of SIGTERM, which
+        tells them, and the other signals are handed on to it.
     """
     caught: list[int] = []
     before: dict[int, Any] = {}
@@ -58,6 +60,8 @@ def collect_signals(*, notice: bool = False) -> Iterator[list[int]]:
     def handle(signum: int, frame: FrameType | None) -> None:
         caught.append(signum)
         restore()
+        if shared:
+            os.kill(os.getpid(), signal.SIGTERM)
         if notice:  # unbuffered, because the signal may have interrupted a print
             name = signal.Signals(signum).name
             os.write(
@@ -66,7 +70,8 @@ def collect_signals(*, notice: bool = False) -> Iterator[list[int]]:
             )
 
     try:
-        for signum in (getattr(signal, name, None) for name in _ENDING):
+        names = _ENDING[1:] if shared else _ENDING
+        for signum in (getattr(signal, name, None) for name in names):
             if signum is not None:  # Windows has no SIGUSR1
                 before[signum] = signal.signal(signum, handle)
     except ValueError:  # only the main thread may handle signals

@@ -38,6 +38,7 @@ from jmp_train.runs.folders import results_folder
 from jmp_train.runs.header import show_header
 from jmp_train.runs.lock import lock_directory
 from jmp_train.runs.loop import Every, LoopResult, run_loop
+from jmp_train.runs.processes import StopTogether, is_first, several, wait_for_all
 from jmp_train.runs.resume import Start, find_start, finished_summary
 from jmp_train.runs.rollback import with_rollbacks
 from jmp_train.runs.signals import Stopped, collect_signals
@@ -82,7 +83,8 @@ def train(
       Stopped: if SIGTERM, SIGINT or SIGUSR1 ended the run, after saving.
     """
     began = time.perf_counter()
-    console = Console(quiet=True) if console is None else console
+    if console is None or not is_first():  # one process speaks for all
+        console = Console(quiet=True)
     given = None if run_dir is None else Path(run_dir)
     name = name or _name_of(given)
     with results_folder(given, RUNS / name) as folder:
@@ -109,21 +111,24 @@ def _train_in(
     asked_warmup = experiment.optimizer.warmup_steps
     experiment, scaled = fit_warmup(experiment)
     with (
-        collect_signals(notice=not console.quiet) as stopped,
+        collect_signals(notice=not console.quiet, shared=several()) as stopped,
         matmul_precision(experiment.matmul_precision),
     ):
         # Refuses before anything is written.
         check_directory(run_dir, name, experiment, asked_warmup, force)
-        trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
+        trackers = Trackers(silent=True)
+        if is_first():
+            trackers = Trackers(make_trackers(experiment.trackers, experiment.own_trackers))
         with stage(console, "loading data"):
             parts = build(experiment, run_dir)
-        if stopped:  # before anything is written
+        if stopped and not several():  # before anything is written
             raise Stopped(stopped[0], 0, run_dir)
         check_batch_splits(experiment, parts.sharded)
         check_evaluation(experiment, parts)
         if not (run_dir / "config.json").exists():  # an older run is resumed as it began
             check_batch_size(experiment, parts.dataset)
-        with lock_directory(run_dir, console):
+        wait_for_all("checked")
+        with lock_directory(run_dir, console) if is_first() else contextlib.nullcontext():
             for line in filter(None, (scaled, *parts.dataset.notes)):
                 print_line(console, line)
             # The run may have begun since.
@@ -131,10 +136,12 @@ def _train_in(
             changed += check_same_data(run_dir, parts.dataset, force)
             if changed:
                 print_line(console, f"changed: {', '.join(changed)}")
-            if not (run_dir / "config.json").exists():  # a kill leaves a directory that is a run's
+            # A kill leaves a directory that is a run's.
+            if is_first() and not (run_dir / "config.json").exists():
                 write_config(run_dir, name, experiment)
                 write_spec(run_dir, parts.dataset)
                 write_files(run_dir, parts.dataset.files)
+            wait_for_all("configured")
             with contextlib.closing(
                 open_checkpoints(run_dir, experiment, clean=True)
             ) as checkpoints:
@@ -171,15 +178,17 @@ def _resume(context: RunContext, trackers: Trackers) -> Json:
     finished = finished_summary(run_dir, start, experiment.steps)
     if finished is not None:
         return finished
-    write_config(run_dir, context.name, experiment)
-    write_spec(run_dir, context.parts.dataset)
-    write_files(run_dir, context.parts.dataset.files)
+    wait_for_all("restored")
+    if is_first():
+        write_config(run_dir, context.name, experiment)
+        write_spec(run_dir, context.parts.dataset)
+        write_files(run_dir, context.parts.dataset.files)
     context.checkpoints.set_aside_after(start.step)
     show_header(context, start.state.params)
     with stage(context.console, "compiling"), one_line_errors():
         calls = compile_calls(experiment, context.parts, start.state, start=start.step)
 
-    if context.stopped:  # nothing has been trained that must be saved
+    if context.stopped and not several():  # nothing has been trained that must be saved
         raise Stopped(context.stopped[0], start.step, run_dir)
 
     def attempt(start: Start) -> Json:
@@ -215,7 +224,9 @@ def _train_once(context: RunContext, trackers: Trackers, start: Start, calls: Ca
             ended=events.ended,
         )
         finished = result.step >= context.experiment.steps or events.ended is not None
-        write_summary(context, summary, finished=finished)
+        if is_first():
+            write_summary(context, summary, finished=finished)
+        wait_for_all("finished")
     finally:
         trackers.finish(summary)
     if events.ended is not None:
@@ -250,7 +261,8 @@ def _run_steps(
         if batches.replayed:
             print_line(context.console, f"read {batches.replayed} batches again")
     for file in ("diverged.json", "diverged.txt"):  # of an earlier attempt, which is resumed
-        (context.run_dir / file).unlink(missing_ok=True)
+        if is_first():
+            (context.run_dir / file).unlink(missing_ok=True)
     with contextlib.closing(progress), contextlib.closing(batches):
         result = run_loop(
             calls.call,
@@ -263,7 +275,7 @@ def _run_steps(
             log=events.log,
             evaluate=events.evaluate,
             checkpoint=events.checkpoint,
-            should_stop=lambda: bool(context.stopped),
+            should_stop=StopTogether(context.stopped),
             skips_nonfinite=start.state.last_skip is not None,
             max_skipped_in_row=experiment.max_skipped_in_row,
             last_batch=calls.last_batch,
@@ -273,6 +285,8 @@ def _run_steps(
 
 
 def _start_trackers(context: RunContext, trackers: Trackers, start: Start) -> None:
+    if not is_first():
+        return
     run = {
         "id": run_id(context.run_dir),
         "directory": str(context.run_dir.resolve()),

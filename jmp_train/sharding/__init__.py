@@ -2,7 +2,7 @@
 
 from jmp_train.sharding.mesh import AXES, MeshShape, make_mesh
 from jmp_train.sharding.placement import Placed, Placement, PlacementRule, place
-from jmp_train.sharding.sharded import Sharded
+from jmp_train.sharding.sharded import Sharded, batch_shards
 
 __all__ = [
     "AXES",
@@ -11,6 +11,7 @@ __all__ = [
     "Placement",
     "PlacementRule",
     "Sharded",
+    "batch_shards",
     "make_mesh",
     "place",
 ]

@@ -8,6 +8,7 @@ as the function runs, in the dtype that it is stored in.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def gathering(
     >>> float(jax.jit(function)(jnp.ones(3), jnp.ones(3)))
     3.0
     """
-    if mesh.shape["fsdp"] == 1 and reduce_dtype is None:
+    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1 and reduce_dtype is None:
         return function
 
     @functools.wraps(function)
@@ -97,7 +98,7 @@ def _equation(eqn: Equation, operands: list[Any]) -> Sequence[Any]:
         if enter is not None:
             return enter(eqn, operands)
         return compat.bind(eqn.primitive, [_used(x) for x in operands], eqn.params)
-    if name in _KEEPING and shares == [0]:
+    if name in _KEEPING and shares == [0] and (operands[0].used is None or name in _IN_ANY_SHARES):
         kept = _KEEPING[name](operands[0], operands[1:], eqn)
         if kept is not None:
             return [kept]
@@ -244,18 +245,36 @@ def _transpose(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
     return share.like(_bound(share, rest, eqn), axes)
 
 
-def _with_axes_of_one(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
-    """Return a parameter with more or fewer axes of size 1, as it is added to a batch."""
-    shape = eqn.outvars[0].aval.shape
-    before = [(size, names) for size, names in zip(share.array.shape, share.axes, strict=True)]
-    kept = [pair for pair in before if pair[0] != 1]
-    if any(names for size, names in before if size == 1) or [s for s in shape if s != 1] != [
-        size for size, _ in kept
-    ]:
-        return None
-    names = iter(kept)
-    axes = [next(names)[1] if size != 1 else () for size in shape]
+def _reshape(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
+    """Return a parameter with more or fewer axes, if each axis that is split remains one."""
+    shape = tuple(eqn.outvars[0].aval.shape)
+    before = [math.prod(share.array.shape[:i]) for i in range(share.array.ndim)]
+    starts = [math.prod(shape[:i]) for i in range(len(shape))]
+    axes: list[tuple[str, ...]] = [() for _ in shape]
+    for size, start, names in zip(share.array.shape, before, share.axes, strict=True):
+        same = [i for i, n in enumerate(shape) if (n, starts[i]) == (size, start)]
+        if names and (size == 1 or not same):
+            return None
+        if names:
+            axes[same[0]] = names
     return share.like(share.array.reshape(shape), axes)
+
+
+def _broadcast(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
+    """Return a parameter with more axes of size 1, as it is added to a batch."""
+    same = math.prod(eqn.outvars[0].aval.shape) == math.prod(share.array.shape)
+    return _reshape(share, rest, eqn) if same else None
+
+
+def _use(share: Share, rest: list[Any], eqn: Equation) -> Share | None:
+    """Return a parameter that is used in other shares of the axis `tensor`."""
+    spec = getattr(eqn.params["sharding"], "spec", None)
+    if spec is None or eqn.params["unconstrained_dims"]:
+        return None
+    names = [(n,) if isinstance(n, str) else tuple(n or ()) for n in spec]
+    if not {n for own in names for n in own} <= {"tensor"}:
+        return None
+    return share.used_by([*names, *[()] * (share.array.ndim - len(names))])
 
 
 def _bound(share: Share, rest: list[Any], eqn: Equation) -> Any:
@@ -266,8 +285,10 @@ _KEEPING: dict[str, Callable[[Share, list[Any], Equation], Share | None]] = {
     "convert_element_type": _cast,
     "slice": _slice,
     "dynamic_slice": _slice,
-    "broadcast_in_dim": _with_axes_of_one,
-    "reshape": _with_axes_of_one,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "sharding_constraint": _use,
     "squeeze": _squeeze,
     "transpose": _transpose,
 }
+_IN_ANY_SHARES = ("convert_element_type", "sharding_constraint")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jmp_train.errors import nearest
 from jmp_train.policy.patterns import check_matches, compiled, first_match
 from jmp_train.types import PyTree
+
+Annotation = str | tuple[str, ...] | None
+"""Mesh axes of an axis of a parameter: one, several, or none."""
+Annotations = Mapping[str, Sequence[Annotation]]
+"""By the path of a parameter, the mesh axes of each of its axes."""
 
 _ON_PARAMETERS = ("fsdp", "tensor")
 _REPLICATED = "replicated"
@@ -76,7 +81,11 @@ class Placed(NamedTuple):
 
 
 def place(
-    params: PyTree, mesh: Mesh, placement: Placement | None = None, defaults: Sequence[str] = ()
+    params: PyTree,
+    mesh: Mesh,
+    placement: Placement | None = None,
+    defaults: Sequence[str] = (),
+    annotations: Annotations | None = None,
 ) -> tuple[Placed, ...]:
     """Return where each parameter lies on a mesh, in the order of `jax.tree.leaves`.
 
@@ -85,11 +94,15 @@ def place(
       mesh: a mesh with the axes of `AXES`.
       placement: rules; each has to match a parameter, and to divide those that it matches.
       defaults: rules as texts that the model brings; those that match nothing, or do not divide a
-        parameter, are left out for it.
+        parameter, are left out for it. Those that name `tensor` are for meshes with several devices on
+        that axis.
+      annotations: by the path of a parameter, the mesh axes of each of its axes, as Flax's metadata
+        names them (`jmp_train.flax.annotations`). They come after `placement` and before `defaults`.
 
     Raises:
-      ValueError: for a rule that matches no parameter, with the nearest paths; for one that a
-        parameter's axes do not fit.
+      ValueError: for a rule that matches no parameter, with the nearest paths; for a rule or an
+        annotation that a parameter's axes do not fit, and for an annotation with another name than
+        those of mesh axes for parameters.
 
     >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))
     >>> params = {"kernel": jax.ShapeDtypeStruct((8, 32), "float32")}
@@ -100,13 +113,16 @@ def place(
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     rules = [] if placement is None else list(placement.entries)
     check_matches({rule.pattern: "" for rule in rules}, paths, "parameter")
-    own = Placement(defaults).entries
+    own = [rule for rule in Placement(defaults).entries if _applies(rule, mesh)]
     placed = []
     for path, (_, leaf) in zip(paths, leaves, strict=True):
         shape = tuple(leaf.shape)
         index = first_match([rule.pattern for rule in rules], path)
         rule = None if index is None else rules[index]
-        if rule is None:
+        if rule is None and annotations and path in annotations:
+            axes, why = _annotated(path, annotations[path], shape, mesh)
+            pattern = None
+        elif rule is None:
             index = first_match([r.pattern for r in own], path)
             default = None if index is None else own[index]
             fits = default is not None and _misfit(default, shape, mesh) == ""
@@ -162,6 +178,45 @@ def _names(text: str, entry: str) -> tuple[str, ...]:
             choices = (*_ON_PARAMETERS, "-", _REPLICATED)
             raise ValueError(f"placement {entry!r} has the axis {name!r}; {nearest(name, choices)}")
     return names
+
+
+def _annotated(
+    path: str, entries: Sequence[Annotation], shape: tuple[int, ...], mesh: Mesh
+) -> tuple[list[tuple[str, ...]], str]:
+    """Return the mesh axes of each axis of an annotated parameter, with `fsdp` added, and why.
+
+    Raises:
+      ValueError: for an annotation that does not fit.
+    """
+    if len(entries) != len(shape):
+        raise ValueError(
+            f"the annotation of parameter {path!r} has {len(entries)} names, and its shape {shape} has "
+            f"{len(shape)} axes; expected a name or None for each"
+        )
+    axes = tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
+    named = [name for names in axes for name in names]
+    for name in named:
+        if name not in _ON_PARAMETERS:
+            hint = nearest(name, _ON_PARAMETERS) if isinstance(name, str) else "expected a name"
+            raise ValueError(
+                f"the annotation of parameter {path!r} has the name {name!r}; {hint}, None, or a name "
+                "that Flax's logical axis rules make one of them"
+            )
+        if named.count(name) > 1:
+            raise ValueError(
+                f"the annotation of parameter {path!r} has {name} twice; expected once"
+            )
+    misfit = _misfit(PlacementRule("", axes), shape, mesh)
+    if misfit:
+        raise ValueError(
+            f"the annotation of parameter {path!r}, of shape {shape}, does not fit: {misfit}"
+        )
+    return _split(axes, shape, mesh)[0], "annotation"
+
+
+def _applies(rule: PlacementRule, mesh: Mesh) -> bool:
+    """Return whether a rule of a model is meant for a mesh."""
+    return mesh.shape["tensor"] > 1 or not any("tensor" in names for names in rule.axes or ())
 
 
 def _misfit(rule: PlacementRule, shape: tuple[int, ...], mesh: Mesh) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jmp_train.numerics.dtypes import parse_dtype
 from jmp_train.sharding.gather import gathering
 from jmp_train.sharding.mesh import AXES, MeshShape, batch_sharding, replicated
-from jmp_train.sharding.placement import Placed, Placement, place, shardings_of
+from jmp_train.sharding.placement import Annotations, Placed, Placement, place, shardings_of
 from jmp_train.sharding.state import follow
 from jmp_train.types import DTypeLike, Function, PyTree
 
@@ -47,6 +48,8 @@ class Sharded:
     reduce_dtype: DTypeLike | None = None
     """Dtype of the sums of gradients over the devices: "float32", "bfloat16" or "float16"; None for that
     of the compute, in which the gradients are made."""
+    annotations: Annotations = dataclasses.field(default_factory=dict, hash=False)
+    """Mesh axes that the model names by Flax's metadata, of `jmp_train.flax.annotations`; see `place`."""
 
     def __post_init__(self) -> None:
         if not hasattr(self.mesh, "axis_names"):
@@ -79,7 +82,7 @@ class Sharded:
 
     def place(self, params: PyTree) -> tuple[Placed, ...]:
         """Return where each parameter lies, as `jmp_train.sharding.place` does."""
-        return place(params, self.mesh, self.placement, self.defaults)
+        return place(params, self.mesh, self.placement, self.defaults, self.annotations)
 
     def shardings(self, params: PyTree) -> PyTree:
         """Return the sharding of each parameter."""
@@ -134,8 +137,20 @@ class Sharded:
             yield
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Copy a tree to every device."""
-        return jax.device_put(tree, replicated(self.mesh))
+        """Copy a tree, which every process has, to every device."""
+        everywhere = replicated(self.mesh)
+        if jax.process_count() == 1:
+            return jax.device_put(tree, everywhere)
+
+        def put(x: Any) -> jax.Array:
+            if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.random.wrap_key_data(
+                    put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+                )
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index])
+
+        return jax.tree.map(put, tree)
 
 
 def batch_shards() -> int:

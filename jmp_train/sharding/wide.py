@@ -15,7 +15,7 @@ import numpy as np
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.compat import Equation
 from jmp_train._jaxpr.walk import walk
-from jmp_train.sharding.shares import gather_values
+from jmp_train.sharding.shares import gather_values, scatter_gradient
 
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 USES = _PRODUCTS | {"broadcast_in_dim", "gather"}
@@ -34,17 +34,17 @@ def use(eqn: Equation, operands: list[Any], index: int) -> Any:
         return None
     if not jax.numpy.issubdtype(share.dtype, jax.numpy.floating):
         return None
-    places = share.sharding(gathered=False), share.sharding(gathered=True)
+    places = share.places
 
     def apply(whole: Any, others: Any) -> Any:
         return compat.bind(eqn.primitive, [*others[:index], whole, *others[index:]], eqn.params)[0]
 
     @jax.custom_vjp
     def run(x: Any, others: Any) -> Any:
-        return apply(gather_values(x, *places, share.dtype), others)
+        return apply(gather_values(x, places, share.dtype), others)
 
     def forward(x: Any, others: Any) -> Any:
-        whole = gather_values(x, *places, share.dtype)
+        whole = gather_values(x, places, share.dtype)
         return apply(whole, others), (whole, others)
 
     def backward(residuals: Any, g: Any) -> Any:
@@ -65,7 +65,7 @@ def use(eqn: Equation, operands: list[Any], index: int) -> Any:
         for i, x in zip(rest, given, strict=True):
             grads[i] = x
         own = _gradient(eqn, functools.partial(apply, others=others), whole, g, share.reduce_dtype)
-        own = jax.lax.with_sharding_constraint(own, places[0])
+        own = scatter_gradient(own, places)
         return own.astype(share.array.dtype), grads
 
     run.defvjp(forward, backward)

@@ -117,7 +117,7 @@ def _decode_jpeg(path: str, channels: int, size: int) -> np.ndarray | None:
         with open(path, "rb") as file:
             content = file.read()
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        if height * width > _LARGEST_IMAGE or space in ("CMYK", "YCCK"):
+        if int(height) * int(width) > _LARGEST_IMAGE or space in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(content, kind, min_height=size, min_width=size, min_factor=2)
     except (OSError, ValueError):

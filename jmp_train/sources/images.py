@@ -65,7 +65,8 @@ class ImageFolder:
                     f"{nearest(name, class_names)}"
                 )
         self.class_names = class_names
-        self._size, self._channels, self._resize = size, channels, resize
+        self._size, self._channels = size, channels
+        self._resize: Resize = resize
         self._files: list[str] = []
         labels: list[int] = []
         for name in found:

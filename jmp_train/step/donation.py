@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jmp_train.types import PyTree
 
@@ -61,7 +63,12 @@ class Donating:
         shardings = tuple(x.sharding for x in leaves)
         found = self._placed.get((tree, shardings))
         if found is None:
-            places = (tree.unflatten(shardings), None)
+            # Results that every process reads are whole on each device.
+            mesh = getattr(sharding, "mesh", None)
+            info = (
+                NamedSharding(mesh, P()) if mesh is not None and jax.process_count() > 1 else None
+            )
+            places = (tree.unflatten(shardings), info)
             found = jax.jit(self._function, donate_argnums=0, out_shardings=places)
             self._placed[tree, shardings] = found
         return found

@@ -103,6 +103,7 @@ def make_task(
         None if task.generate is None else _generate(net, task.generate, spec),
         net.precision,
         net.network,
+        net.annotations,
     )
 
 

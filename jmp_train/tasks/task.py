@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jmp_train.policy.precision import Precision
+from jmp_train.sharding.placement import Annotations
 from jmp_train.types import Batch, Function, Key, PyTree
 
 Outputs = Any
@@ -144,3 +145,6 @@ class TaskFunctions(NamedTuple):
     network: Callable[[PyTree, PyTree], Any]
     """`network(params, model_state)` returns the network with its arrays, as a user of Flax expects it
     (`jmp_train.flax.functional.Functional`)."""
+    annotations: Callable[[], Annotations]
+    """`annotations()` returns the mesh axes that the network names for its parameters
+    (`jmp_train.flax.annotations`)."""

@@ -12,8 +12,9 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from jmp_train.numerics.dtypes import at_least_float32
-from jmp_train.sharding.mesh import BATCH_AXES
+from jmp_train.sharding.mesh import AXES, BATCH_AXES
 from jmp_train.sharding.sharded import batch_shards
+from jmp_train.sharding.tensor import tensor_size, whole_features
 from jmp_train.types import PyTree
 
 
@@ -41,11 +42,14 @@ def token_losses(
     >>> token_losses(x, table, jnp.array([0, 1, 2]), 2).round(4).tolist()  # log 4
     [1.386299967765808, 1.386299967765808, 1.386299967765808]
     """
-    shards = batch_shards()
+    # Devices on the axis `tensor` have the same tokens: each computes the logits of its share of them.
+    shares = tensor_size() if len(x_NxD) % (batch_shards() * tensor_size()) == 0 else 1
+    shards, axes = batch_shards() * shares, AXES if shares > 1 else BATCH_AXES
+    x_NxD, targets_N = whole_features(x_NxD), whole_features(targets_N)
     if shards > 1 and len(x_NxD) % shards == 0:
         # The chunks of each device are of its own tokens, and it sums its own gradient of the embedding.
         x_SxNxD, targets_SxN = (
-            jax.lax.with_sharding_constraint(y.reshape(shards, -1, *y.shape[1:]), P(BATCH_AXES))
+            jax.lax.with_sharding_constraint(y.reshape(shards, -1, *y.shape[1:]), P(axes))
             for y in (x_NxD, targets_N)
         )
         chunk = max(min(chunk, x_SxNxD.shape[1]), 1)

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jmp_train.config.find import find_experiment
 from jmp_train.plan.compiled import devices_of, lower_step, plan_step
-from jmp_train.plan.devices import DEVICES
+from jmp_train.plan.devices import DEVICES, host_of
 from jmp_train.plan.program import Program
 from jmp_train.runs.build import load_dataset
 from jmp_train.sharding import make_mesh
@@ -22,7 +22,13 @@ pytestmark = pytest.mark.compiled
 
 FAMILIES = ("mlp", "gpt", "cnn", "vit")
 HALF = {"fp16": "f16", "bf16": "bf16"}
+ASKED = re.compile(
+    r"stablehlo\.(?:dot_general|convolution)\b.*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)"
+)
 spec_of = functools.cache(lambda name: load_dataset(find_experiment(name)).spec)
+
+
+TARGETS = {"one h100": ("h100", 1), "eight h100": ("h100", 8), "tpu-v5e 2x4": ("tpu-v5e", 8)}
 
 
 def experiment(name, **fields):
@@ -34,10 +40,14 @@ def experiment(name, **fields):
 
 
 @functools.cache
-def text_of(name, device, count=1, mesh="", **fields):
-    own = experiment(name, mesh=mesh, **dict(fields))
-    lowered, _ = lower_step(own, spec_of(name), DEVICES[device], count)
-    return lowered.compile().as_text()
+def lowered_of(name, device, count=1, mesh=""):
+    own = experiment(name, mesh=mesh)
+    return lower_step(own, spec_of(name), DEVICES[device], count)[0]
+
+
+@functools.cache
+def text_of(name, device, count=1, mesh=""):
+    return lowered_of(name, device, count, mesh).compile().as_text()
 
 
 def products(text):
@@ -56,21 +66,29 @@ def products(text):
     return found
 
 
-@pytest.mark.parametrize("device", ["h100", "tpu-v5e"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_products_run_in_half_and_the_optimizer_in_float32(family, precision, device):
-    if precision == "fp16" and device == "tpu-v5e":
-        half = {"f16", "bf16", "f32"}  # a TPU has no float16 products: it converts
-    else:
-        half = {HALF[precision]}
-    text = text_of(f"{family}_{precision}", device)
+def test_products_run_in_half_and_the_optimizer_in_float32(family, precision, target):
+    device, count = TARGETS[target]
+    mesh, half = "fsdp=8" if count == 8 else "", HALF[precision]
+    text = text_of(f"{family}_{precision}", device, count, mesh)
+    assert f"num_partitions={count}" in text or count == 1
     found = products(text)
     assert found
-    wide = [dtypes for dtypes in found if not dtypes <= half]
+    if precision == "fp16" and device == "tpu-v5e":
+        # A TPU has no float16 products: it converts what is asked for.
+        asked = lowered_of(f"{family}_{precision}", device, count, mesh).as_text()
+        found = [set(operands) for operands in ASKED.findall(asked)]
+        assert found
+    wide = [dtypes for dtypes in found if not dtypes <= {half}]
     assert len(wide) <= 0.02 * len(found), wide
-    lines = [x for x in text.splitlines() if "sqrt(" in x and "[" in x]
-    assert lines and all(re.search(r"= f32\[", x) or HALF[precision] not in x for x in lines)
+    # Parameters, gradients' moments and statistics enter and leave the step in float32.
+    layout = re.search(r"entry_computation_layout=\{(.*)\}", text)
+    assert layout and "f32[" in layout[1]
+    assert not {"f16", "bf16"} & set(re.findall(r"\b(\w+)\[", layout[1]))
+    roots = [x for x in text.splitlines() if "sqrt(" in x and "[" in x]
+    assert roots and all(re.search(r"= f32\[", x) or half not in x for x in roots)
 
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=8"])
@@ -92,6 +110,13 @@ def test_gathers_carry_the_cast_and_are_not_repeated(device, mesh):
     assert "all-to-all" not in found
     # A TPU may sum gradients into shares by permutations that go on beside a product.
     assert set(found.get("collective-permute", ())) <= ({"bf16"} if device == "tpu-v5e" else set())
+
+
+def test_gathers_stay_on_a_host_and_data_crosses_hosts():
+    lowered = lowered_of("gpt_bf16", "h100", 16, "data=2,fsdp=8")
+    found = Program(lowered.compile().as_text(), host_of(DEVICES["h100"], 16)).collectives()
+    large = {(c.kind, c.devices): c.hosts for c in found if c.bytes > 1000}
+    assert large == {("all-gather", 8): 1, ("reduce-scatter", 8): 1, ("all-reduce", 2): 2}
 
 
 @pytest.mark.parametrize("device", ["h100", "tpu-v5e"])

@@ -29,7 +29,9 @@ def test_every_experiment_is_found_and_is_hashable_data(name):
     hash(experiment)
 
 
-@pytest.mark.parametrize("family", ["linear", "mlp", "gpt", "gpt_124m", "gpt_1b3"])
+@pytest.mark.parametrize(
+    "family", ["linear", "mlp", "gpt", "gpt_124m", "gpt_1b3", "gpt_7b", "gpt_70b"]
+)
 def test_a_family_differs_in_its_policy_alone(family):
     fp32, fp16, bf16 = (find_experiment(f"{family}_{p}") for p in ("fp32", "fp16", "bf16"))
     assert (fp32.policy, fp16.policy, bf16.policy) == ("float32", "mixed_float16", "mixed_bfloat16")

@@ -130,10 +130,21 @@ def test_processes_divide_each_batch_without_overlap():
     dataset = loaded("list")
     whole = take(dataset, 1)[0]["id"]
     parts = []
-    for index in range(2):
-        shard = grain.sharding.ShardOptions(shard_index=index, shard_count=2)
-        parts.append(next(iterate(train_batches(dataset.train, BATCH, seed=0, shard=shard)))["id"])
-    np.testing.assert_array_equal(np.stack(parts, axis=1).ravel(), whole)
+    for rows in np.split(np.arange(BATCH), 2):
+        parts.append(next(iterate(train_batches(dataset.train, BATCH, seed=0, rows=rows)))["id"])
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("form", ["list", "arrays"])
+def test_a_part_of_a_batch_has_the_random_numbers_of_the_whole(form):
+    noise = lambda example, rng: {**example, "x": rng.normal(size=3)}
+    augment = lambda batch, rng: {**batch, "x": rng.normal(size=batch["x"].shape)}
+    own = {"transform": noise} if form == "list" else {"batch_transform": augment}
+    train = loaded(form, **own).train
+    whole = next(iterate(train_batches(train, BATCH, seed=0)))["x"]
+    rows = np.arange(BATCH)[BATCH // 2 :]
+    part = next(iterate(train_batches(train, BATCH, seed=0, rows=rows)))["x"]
+    np.testing.assert_array_equal(part, whole[rows])
 
 
 def test_classes_are_found_from_labels_in_memory_alone():

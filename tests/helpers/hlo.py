@@ -17,3 +17,40 @@ def all_reduced(text):
             size = math.prod(int(n) for n in shape.split(",") if n)
             counts[dtype] = counts.get(dtype, 0) + size
     return counts
+
+
+def product_flops(program):
+    """Return the operations of the products of a `Program` on one device; loops count each step."""
+    total = 0
+    for name, items in program._computations.items():
+        shapes = {item.name: _dims(item.shape) for item in items}
+        for item in items:
+            if item.operation == "dot":
+                left = shapes[re.findall(r"%([\w.$-]+)", item.rest)[0]]
+                summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", item.rest)[1]
+                inner = math.prod(left[int(i)] for i in summed.split(",") if i)
+                total += 2 * math.prod(_dims(item.shape)) * inner * program._runs[name]
+    return total
+
+
+def sent_arrays(program):
+    """Return (kind, dtype, dimensions, number of times) of each array that collectives return."""
+    found = []
+    for name, items in program._computations.items():
+        for item in items:
+            kind = item.operation.removesuffix("-start")
+            times = program._runs[name]
+            if kind not in COLLECTIVES or not times:
+                continue
+            arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", item.shape)
+            if item.operation.endswith("-start") and kind != "all-reduce":
+                arrays = arrays[len(arrays) // 2 :]  # operands, then results
+            found += [(kind, d, tuple(int(n) for n in s.split(",") if n), times) for d, s in arrays]
+    return found
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def _dims(shape):
+    return [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n]

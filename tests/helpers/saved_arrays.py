@@ -12,7 +12,11 @@ def final_arrays(run_dir):
     from orbax.checkpoint import v1 as ocp
 
     step = Checkpoints(run_dir / "checkpoints").steps()[-1]
-    tree = ocp.load_checkpointables(str((run_dir / "checkpoints" / str(step)).resolve()))["state"]
+    path = str((run_dir / "checkpoints" / str(step)).resolve())
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices saved it
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+    saved = ocp.checkpointables_metadata(path).metadata["state"]
+    tree = ocp.load_checkpointables(path, {"state": jax.tree.map(like, saved)})["state"]
     numbers = lambda x: (
         jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
     )

@@ -254,7 +254,13 @@ def test_dropout_drops_in_training_alone(params):
 
 
 @pytest.mark.parametrize(
-    "name,million,within", [("gpt_124m_bf16", 124, 1), ("gpt_1b3_bf16", 1300, 10)]
+    "name,million,within",
+    [
+        ("gpt_124m_bf16", 124, 1),
+        ("gpt_1b3_bf16", 1300, 10),
+        ("gpt_7b_bf16", 6477, 1),
+        ("gpt_70b_bf16", 77850, 1),
+    ],
 )
 def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
     # By shapes alone: nothing of that size is allocated.
@@ -265,7 +271,7 @@ def test_presets_have_their_sizes_and_their_steps_lower(name, million, within):
     shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
     count = sum(x.size for x in jax.tree.leaves(shapes))
     # The closed form: two kernels of attention, three gated ones, two norms; a table, a norm.
-    inner = round(config.width * 8 / 3 / 64) * 64
+    inner = config.hidden or round(config.width * 8 / 3 / 64) * 64
     block = 4 * config.width**2 + 3 * config.width * inner + 2 * config.width
     assert count == config.depth * block + 256 * config.width + config.width
     assert abs(count / 1e6 - million) < within

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from helpers.small_runs import small
 from jmp_train.cli.main import main
 from jmp_train.config.find import find_experiment
 from jmp_train.errors import UsageError
+from jmp_train.plan import compiled
 from jmp_train.plan import fit as fit_module
 from jmp_train.plan.devices import DEVICES, Device, target_config, tpu_topology
 from jmp_train.plan.plan import Plan, make_plan, remedies
@@ -166,9 +168,57 @@ def test_a_device_has_its_figures_and_its_source():
     assert "major: 9 minor: 0" in text and "core_count: 132" in text
 
 
+def test_between_hosts_data_pass_the_network_card_of_each_device():
+    """By hand: eight GPUs of 450 GB/s by NVLink, and a card of 50 GB/s for each of them."""
+    gather = {"kind": "all-gather", "dtype": "bf16", "count": 1, "bytes": 1}
+    on = [
+        {**gather, "devices": 8, "hosts": 1, "sent": 450e9},  # 1 s
+        {**gather, "devices": 16, "hosts": 2, "sent": 400e9},  # eight cards a host: 1 s
+        {**gather, "devices": 16, "hosts": 16, "sent": 50e9},  # one card each: 1 s
+    ]
+    found = {"peak": 1, "products": {"bfloat16": 1}, "moved_bytes": 1, "parameters": 1, "flops": 1,
+             "activations": 0, "gradients": 0, "temporary_bytes": 0, "collectives": on,
+             "arguments": dict.fromkeys(("parameters", "optimizer", "average", "other state", "batch"), 1)}  # fmt: skip
+    plan = Plan("gpt", DEVICES["h100"], MeshShape(data=2, fsdp=8), found)
+    assert plan.times["links"] == pytest.approx(3.0)
+    text = report(plan)
+    assert "450 GB/s each way, 50 GB/s of each device between hosts" in text
+    assert text.count(" on 16 hosts") == 1 and text.count(" on 2 hosts") == 1
+    whole = dataclasses.replace(plan, found={**found, "collectives": on[:1]})
+    assert whole.times["links"] == 1.0 and "between hosts" not in report(whole)
+
+
+def test_a_program_that_cannot_be_read_has_memory_but_no_links(monkeypatch):
+    """What libtpu compiles, and this jaxlib does not understand: memory is still known."""
+
+    def unreadable():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: async-update\nmore")
+
+    sizes = dict.fromkeys(("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes", "temp_size_in_bytes"), 7)  # fmt: skip
+    program = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes), as_text=unreadable)
+    own = {"arguments": {"parameters": 5}, "activations": 3, "gradients": 2, "parameters": 9,
+           "flops": 1e12, "products": {"bfloat16": 1e12}}  # fmt: skip
+    lowered = SimpleNamespace(compile=lambda: program)
+    monkeypatch.setattr(compiled, "lower_step", lambda *arguments: (lowered, own))
+    found = compiled.plan_step(None, None, DEVICES["tpu-v5p"], 8)
+    assert (found["peak"], found["moved_bytes"], found["collectives"]) == (14, 2 * (5 + 3), None)
+    found["arguments"] = dict.fromkeys(("parameters", "optimizer", "average", "other state", "batch"), 1)  # fmt: skip
+    plan = Plan("gpt", DEVICES["tpu-v5p"], MeshShape(fsdp=8), found)
+    assert plan.fits and set(plan.times) == {"products", "memory"}
+    text = report(plan)
+    assert (
+        "not known, for the program cannot be read: INTERNAL: RET_CHECK failure: async-update\n"
+        in text
+    )
+    assert "\n  links" not in text and "\n  memory " in text
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compiled.plan_step(None, None, DEVICES["h100"], 8)
+
+
 def test_a_slice_of_tpus_has_a_shape():
     assert tpu_topology(DEVICES["tpu-v5e"], 8) == "v5e:2x4"
     assert tpu_topology(DEVICES["tpu-v5p"], 8) == "v5:2x2x2"
+    assert tpu_topology(DEVICES["tpu-v5p"], 4096) == "v5:16x16x16"
     with pytest.raises(ValueError, match="mesh has 3 devices, and no slice of tpu-v5e does"):
         tpu_topology(DEVICES["tpu-v5e"], 3)
 

@@ -68,6 +68,33 @@ def test_collectives_are_counted_by_kind_dtype_and_runs():
     assert total.sent == 350  # twice 7 / 8
 
 
+@pytest.mark.parametrize(
+    "groups,devices,hosts",
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, 1),
+        ("replica_groups={{0,1,2,4},{3,5,6,7}}", 4, 2),
+        ("replica_groups=[2,4]<=[8]", 4, 1),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, 2),  # 0 and 4, 1 and 5 ...
+        ("replica_groups=[1,8]<=[8]", 8, 2),
+        ("replica_groups={}", 8, 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, 1),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 2, 2),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4, 2),  # 0, 2, 4, 6
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','b'}", 4, 2),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 2, 1),
+        ("source_target_pairs={{2,3},{3,4}}", 2, 2),
+    ],
+)
+def test_the_hosts_of_a_collective_are_those_of_its_devices(groups, devices, hosts):
+    """Eight devices, of which 0 to 3 are on one host and 4 to 7 on another."""
+    kind = "collective-permute" if "pairs" in groups else "all-gather"
+    text = "HloModule step, num_partitions=8\n\nENTRY %main (p: f32[8]) -> f32[8] {\n"
+    text += f"  %x = f32[8]{{0}} {kind}(%p), channel_id=1, {groups}, dimensions={{0}}\n}}\n"
+    (found,) = Program(text, host=4).collectives()
+    assert (found.kind, found.devices, found.hosts, found.bytes) == (kind, devices, hosts, 32)
+    assert Program(text).collectives()[0].hosts == 1
+
+
 def test_a_slice_counts_as_a_slice_and_an_update_in_place_as_an_update():
     dropped = ("while(", "all-reduce(", "index=1")
     text = "\n".join(x for x in TEXT.splitlines() if not any(word in x for word in dropped))

@@ -23,3 +23,23 @@ def test_a_mesh_that_does_not_divide_the_batch_is_one_line(capsys):
     assert main(["explain", "mlp_fp16", "--mesh", "fsdp=3"]) == 2
     error = capsys.readouterr().err
     assert "batch_size is 128, and the mesh fsdp=3" in error and error.count("\n") == 1
+
+
+def test_bundled_models_are_placed_by_their_rules_where_there_is_an_axis_tensor(capsys):
+    """Of the gpt: 4 blocks of width 128, an inner width of 320, four bytes a number."""
+    assert main(["explain", "gpt_bf16", "--mesh", "data=2,fsdp=2,tensor=2"]) == 0
+    rows = {x.split()[0]: x.split()[2:] for x in capsys.readouterr().out.splitlines() if "x" in x}
+    split = {
+        "blocks/attention/qkv/kernel": ("-,fsdp+tensor,-", "**/qkv/kernel", 4 * 128 * 384),
+        "blocks/attention/out/kernel": ("-,tensor,fsdp", "**/attention/out/kernel", 4 * 128 * 128),
+        "blocks/mlp/up/kernel": ("-,fsdp+tensor,-", "**/mlp/up/kernel", 4 * 128 * 640),
+        "blocks/mlp/down/kernel": ("-,tensor,fsdp", "**/mlp/down/kernel", 4 * 320 * 128),
+    }
+    for path, (axes, rule, size) in split.items():
+        assert rows[path] == ["float32", axes, rule, f"{size * 4 // 4:,}"]
+    for name, rules in (("vit_bf16", ("**/up/kernel", "**/down/kernel")), ("mlp_bf16", ())):
+        assert main(["explain", name, "--mesh", "tensor=2", "--batch-size", "64"]) == 0
+        printed = capsys.readouterr().out
+        assert "tensor" in printed and all(f" {rule} " in printed for rule in rules)
+    assert main(["explain", "gpt_bf16", "--mesh", "fsdp=4"]) == 0
+    assert "**/" not in capsys.readouterr().out

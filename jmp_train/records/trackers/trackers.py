@@ -19,10 +19,11 @@ class Trackers:
 
     Args:
       others: pairs of a name for warnings and a tracker.
+      silent: whether nothing is passed on, because another process of the run does it.
     """
 
-    def __init__(self, others: Iterable[tuple[str, Tracker]] = ()):
-        self._jsonl = Jsonl()
+    def __init__(self, others: Iterable[tuple[str, Tracker]] = (), *, silent: bool = False):
+        self._jsonl, self._silent = Jsonl(), silent
         self._others = list(others)
 
     def start(self, config: Json) -> None:
@@ -32,13 +33,15 @@ class Trackers:
           ValueError: if a record in metrics.jsonl is damaged.
           OSError: if metrics.jsonl cannot be written.
         """
-        self._jsonl.start(config)
+        if not self._silent:
+            self._jsonl.start(config)
         self._call("start", config)
 
     def record(self, step: int, split: str, values: Json) -> None:
         """Pass a record on. On a full disk the record waits for room in metrics.jsonl."""
         values = {k: v for k, v in values.items() if k not in ("step", "split")}
-        self._jsonl.record(step, split, values)
+        if not self._silent:
+            self._jsonl.record(step, split, values)
         self._call("record", step, split, values)
 
     def flush(self) -> None:
@@ -47,12 +50,14 @@ class Trackers:
         Raises:
           OSError: if metrics.jsonl still cannot be written.
         """
-        self._jsonl.flush()
+        if not self._silent:
+            self._jsonl.flush()
         self._call("flush")
 
     def finish(self, summary: Json) -> None:
         """End every tracker, as `Tracker.finish`."""
-        self._jsonl.finish(summary)
+        if not self._silent:
+            self._jsonl.finish(summary)
         self._call("finish", summary)
 
     def _call(self, method: str, *arguments: Any) -> None:

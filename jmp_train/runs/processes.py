@@ -1,0 +1,172 @@
+"""Several processes of one run: how they find each other, and what the first of them does alone."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jmp_train.errors import UsageError
+from jmp_train.runs.launched import launched
+
+_LETTERS = 4096  # bytes of a text that the first process sends
+
+
+# What JAX, Gloo and NCCL say of a process that does not answer.
+_COMMUNICATION = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|unavailable|deadline_exceeded|coordination|heartbeat",
+    re.IGNORECASE,
+)
+
+
+class Lost(Exception):
+    """Another process of the run ended, or does not answer."""
+
+
+class Address(NamedTuple):
+    """Where the processes of a run meet."""
+
+    coordinator: str | None = None
+    """Host and port of the first process."""
+    processes: int | None = None
+    """Number of processes."""
+    process: int | None = None
+    """Index of this one, from 0."""
+    heartbeat: int = 60
+    """Seconds after which a process that does not answer ends the others."""
+
+    @property
+    def given(self) -> bool:
+        """Whether the run has several processes: by its address, or by what launched this one.
+
+        Raises:
+          UsageError: for an address in parts.
+        """
+        parts = (self.coordinator, self.processes, self.process)
+        given = [part is not None for part in parts]
+        if any(given) and not all(given):
+            raise UsageError(
+                "several processes need --coordinator HOST:PORT, --processes N and --process I; expected "
+                "all three, or none"
+            )
+        count, index = self.processes or 0, self.process or 0
+        if all(given) and not 0 <= index < count:
+            raise UsageError(
+                f"process is {index}; expected 0 to {count - 1}, for processes is {count}"
+            )
+        return all(given) or launched()
+
+
+def join(address: Address) -> None:
+    """Join the other processes of a run, before any device is used; nothing for a run of one.
+
+    Without an address, SLURM (`srun`), Open MPI (`mpirun`), indexed jobs of Kubernetes (with the package
+    `kubernetes`) and the pods of Cloud TPUs are recognised by their environment.
+
+    Raises:
+      UsageError: for an address in parts, and if the others cannot be reached.
+    """
+    if not address.given:
+        return
+    try:
+        jax.distributed.initialize(
+            address.coordinator,
+            address.processes,
+            address.process,
+            heartbeat_timeout_seconds=address.heartbeat,
+            initialization_timeout=300,
+        )
+    except (RuntimeError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UsageError(f"the processes of the run did not meet: {line}") from None
+
+
+@contextlib.contextmanager
+def noticing_lost() -> Iterator[None]:
+    """Raise `Lost` for an error of the communication between the processes of a run.
+
+    JAX itself ends the process, from C++, where it is the first to notice.
+    """
+    try:
+        yield
+    except (
+        RuntimeError,
+        ValueError,
+        OSError,
+    ) as error:  # JAX's and Orbax's; a UsageError is none of them
+        if several() and _COMMUNICATION.search(str(error)):
+            raise Lost("another process of the run was lost") from None
+        raise
+
+
+def several() -> bool:
+    """Return whether the run has several processes."""
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Return whether this process writes records, prints, and makes folders."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process of the run is here."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def of_first(make: Callable[[], str]) -> str:
+    """Return a text that the first process makes, in every process.
+
+    Raises:
+      Exception: what `make` raised, in the first process; in the others UsageError.
+    """
+    if not several():
+        return make()
+    from jax.experimental import multihost_utils
+
+    text, error = "", None
+    if is_first():
+        try:
+            text = make()
+        except Exception as raised:  # noqa: BLE001  # after the others know
+            error = raised
+    sent = np.frombuffer(text.encode()[:_LETTERS].ljust(_LETTERS, b"\0"), np.uint8)
+    got = multihost_utils.broadcast_one_to_all(sent)
+    if error is not None:
+        raise error
+    text = bytes(np.asarray(got)).rstrip(b"\0").decode()
+    if not text:
+        raise UsageError("the first process of the run ended with an error; its line says why")
+    return text
+
+
+class StopTogether:
+    """Asks between calls whether a signal ends the run, in all processes after the same call.
+
+    Args:
+      caught: the signals that came to this process; that of another process is added to it.
+    """
+
+    def __init__(self, caught: list[int]):
+        self._caught, self._calls = caught, 0
+
+    def __call__(self) -> bool:
+        if not several():
+            return bool(self._caught)
+        from jax.experimental import multihost_utils
+
+        self._calls += 1
+        if not multihost_utils.reached_preemption_sync_point(self._calls):
+            return False
+        import signal
+
+        if not self._caught:
+            self._caught.append(int(signal.SIGTERM))
+        return True

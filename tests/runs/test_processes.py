@@ -1,0 +1,244 @@
+"""Runs of several real processes, with the collectives of the CPU; the oracle is a run of one process."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers.saved_arrays import assert_same_arrays, final_arrays
+
+from jmp_train.cli.attend import wants_attention
+from jmp_train.cli.main import main
+from jmp_train.runs.launched import launched
+from jmp_train.runs.processes import Address
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = ["--steps", "40", "--log-every", "10", "--eval-every", "20", "--checkpoint-every", "10",
+           "--mesh", "data=2,fsdp=2", "--checkpoint-wait", "True"]  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def environment(count):
+    """Return the environment of one of so many processes, which have four devices together."""
+    flags = f"--xla_force_host_platform_device_count={4 // count}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
+
+
+def command(run_dir, *options):
+    words = [sys.executable, "-m", "jmp_train", "train", "mlp_fp16", *OPTIONS, *options]
+    return [*words, "--run-dir", str(run_dir), "--heartbeat", "10"]
+
+
+def start(run_dir, count, *options):
+    """Start a run of so many processes."""
+    together = ["--coordinator", f"localhost:{free_port()}", "--processes", str(count), "--process"]
+    return [
+        subprocess.Popen(
+            [*command(run_dir, *options), *([*together, str(i)] if count > 1 else [])],
+            env=environment(count), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def end(processes, timeout=240):
+    """Wait for processes; return their exit statuses, outputs and errors."""
+    done = [p.communicate(timeout=timeout) for p in processes]
+    return [p.returncode for p in processes], [out for out, _ in done], [err for _, err in done]
+
+
+def wait_for_step(run_dir, step, processes):
+    until = time.monotonic() + 200
+    while not (run_dir / "checkpoints" / str(step)).is_dir() and time.monotonic() < until:
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        time.sleep(0.05)
+
+
+def curve(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {(line["step"], line["split"]): line["loss"] for line in lines}
+    assert len(losses) == len(lines)  # one process writes records
+    return losses
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process with four devices."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    statuses, _, errors = end(start(run_dir, 1))
+    assert statuses == [0], errors
+    return run_dir
+
+
+def assert_same_curve(run_dir, other):
+    """Sums over devices in another order: some dozens of roundings of 2^-11."""
+    a, b = curve(run_dir), curve(other)
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=2e-2)
+
+
+@pytest.mark.parametrize("count,resident", [(2, "True"), (4, "False")])
+def test_processes_train_as_one(tmp_path, alone, count, resident):
+    run_dir = tmp_path / "run"
+    statuses, outs, errors = end(start(run_dir, count, "--data-on-device", resident))
+    assert statuses == [0] * count, errors
+    assert_same_curve(run_dir, alone)
+    assert "4 x cpu, mesh data=2,fsdp=2" in outs[0]
+    spoken = [line for line in "".join(outs[1:]).splitlines() if line and "Gloo" not in line]
+    assert spoken == []  # one process speaks for all
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["device"]["count"] == 4 and summary["steps"] == 40
+
+
+def test_a_signal_to_one_process_saves_all(tmp_path, alone):
+    run_dir = tmp_path / "run"
+    processes = start(run_dir, 2, "--steps", "4000")
+    wait_for_step(run_dir, 20, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    statuses, _, errors = end(processes)
+    assert statuses == [143, 143], errors
+    steps = sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit())
+    assert "stopped by SIGTERM at step" in errors[0] and str(steps[-1]) in errors[0]
+
+
+@pytest.mark.parametrize("signum", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_process_ends_the_others_and_the_run_resumes(tmp_path, signum):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    statuses, _, errors = end(start(whole, 2, "--steps", "60"))
+    assert statuses == [0, 0], errors
+    processes = start(cut, 2, "--steps", "60", "--log-every", "5")
+    wait_for_step(cut, 10, processes)
+    trainer = int(subprocess.check_output(["pgrep", "-P", str(processes[1].pid)]).split()[0])
+    os.kill(trainer, getattr(signal, signum))
+    began = time.monotonic()
+    processes[0].wait(timeout=90)
+    assert time.monotonic() - began < 60
+    if signum == "SIGSTOP":
+        os.kill(trainer, signal.SIGKILL)
+    statuses, _, errors = end(processes)
+    finished = (cut / "summary.json").exists()  # it may have ended before the signal came
+    if not finished:
+        assert statuses[0] == 5, errors
+        assert errors[0].splitlines()[-1].startswith("jmp-train: another process of the run ended")
+    statuses, _, errors = end(start(cut, 2, "--steps", "60"))
+    assert statuses == [0, 0], errors
+    assert_same_arrays(final_arrays(whole), final_arrays(cut))
+
+
+def test_a_run_resumes_on_another_number_of_processes(tmp_path, alone):
+    run_dir = tmp_path / "run"
+    processes = start(run_dir, 2)
+    wait_for_step(run_dir, 20, processes)
+    processes[0].send_signal(signal.SIGTERM)
+    statuses, _, errors = end(processes)
+    stopped = statuses == [143, 143]  # it may have ended before the signal came
+    assert stopped or statuses == [0, 0], errors
+    for count in (1, 4):
+        statuses, _, errors = end(start(run_dir, count))
+        assert statuses == [0] * count, errors
+    assert_same_curve(run_dir, alone)
+
+
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="Open MPI is not installed: apt-get install openmpi-bin"
+)
+def test_open_mpi_starts_a_run(tmp_path, alone):
+    run_dir = tmp_path / "run"
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    done = subprocess.run(
+        [*words, *command(run_dir)], check=False, env=environment(2), capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu, mesh data=2,fsdp=2" in done.stdout
+    assert_same_curve(run_dir, alone)
+
+
+def test_slurm_starts_a_run(tmp_path, alone):
+    """With the variables that srun sets, on a node whose name is localhost."""
+    run_dir = tmp_path / "run"
+    step = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command(run_dir), env={**environment(2), **step, "SLURM_PROCID": i, "SLURM_LOCALID": i},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in "01"
+    ]  # fmt: skip
+    statuses, _, errors = end(processes)
+    assert statuses == [0, 0], errors
+    assert_same_curve(run_dir, alone)
+
+
+def test_an_error_of_one_process_ends_the_others(tmp_path):
+    """The second one has another batch size, which four devices do not divide."""
+    run_dir = tmp_path / "run"
+    together = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
+    processes = [
+        subprocess.Popen(
+            [*command(run_dir, *options), *together, str(i)], env=environment(2),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i, options in enumerate([(), ("--batch-size", "66")])
+    ]  # fmt: skip
+    statuses, _, errors = end(processes, timeout=120)
+    assert statuses == [5, 2], errors
+    assert errors[0].splitlines()[-1].startswith("jmp-train: another process of the run ended")
+    assert "66" in errors[1] and "Traceback" not in "".join(errors)
+
+
+@pytest.mark.parametrize(
+    "options,line",
+    [
+        (["--processes", "2"], "several processes need --coordinator HOST:PORT, --processes N and"),
+        (["--coordinator", "localhost:1", "--processes", "2", "--process", "2"],
+         "process is 2; expected 0 to 1, for processes is 2"),
+    ],
+)  # fmt: skip
+def test_an_address_in_parts_is_one_line(capsys, tmp_path, options, line):
+    status = main(["train", "mlp_fp16", "--run-dir", str(tmp_path / "run"), *options])
+    assert status == 2 and line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables,expected",
+    [
+        ({}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({"SLURM_NTASKS": "2"}, False),  # a batch script, without srun
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod of its own
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ],
+)
+def test_launchers_are_recognised(monkeypatch, variables, expected):
+    for name in (
+        "OMPI_COMM_WORLD_SIZE",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_NTASKS",
+        "TPU_WORKER_HOSTNAMES",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched() is expected
+    assert wants_attention(["train", "mlp_fp16"]) is expected
+    assert not wants_attention(["eval", "runs/x"])
+    assert wants_attention(["train", "mlp_fp16", "--process=1"])
+    assert Address().given is expected
+    assert Address("localhost:1", 2, 0).given
