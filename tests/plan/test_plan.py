@@ -228,3 +228,22 @@ def test_unknown_devices_are_refused():
 
     with pytest.raises(UsageError, match="device is 'a10'; did you mean 'a100'"):
         find_device("a10")
+
+
+def test_a_product_that_xla_cannot_tile_is_left_to_cublas():
+    """What XLA raised for a ViT-B of 224 pixels in float32, for an H100 that is not here."""
+    asked = []
+
+    def compile_once(text, compiler_options=None):
+        asked.append(compiler_options)
+        if compiler_options is None:
+            raise jax.errors.JaxRuntimeError(text)
+        return "compiled"
+
+    line = "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.474 = f32[6272,768]"
+    lowered = SimpleNamespace(compile=lambda **options: compile_once(line, **options))
+    assert compiled.compile_lowered(lowered) == "compiled"
+    assert asked == [None, {"xla_gpu_enable_triton_gemm": False}]
+    other = SimpleNamespace(compile=lambda **options: compile_once("INTERNAL: no", **options))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no"):
+        compiled.compile_lowered(other)
