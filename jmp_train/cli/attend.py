@@ -5,6 +5,7 @@ When another process of the run is lost, JAX ends this one at once, from C++, wi
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import os
 import re
@@ -16,24 +17,25 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
-from jmp_train.runs.launched import launched
+from jmp_train.runs.launched import MARK, is_attended, launched
 
-_MARK = "JMP_TRAIN_ATTENDED"
 LOST = 5
 """Exit status of a process whose run lost another one."""
 
-# Of the trace that JAX writes when it ends a process.
-_TRACE = re.compile(
-    r"^(\s+@ |\*\*\* |[EFIW]\d{4} |\[Gloo\]|:UNKNOWN:)|coordination|grpc|Coordination|^Barrier|^\d+$|^The tasks have|^RPC: |^Additional GRPC|^$"
+# Of what JAX writes when it ends a process: lines that begin a message, and those that continue one.
+_BEGINS = re.compile(
+    r"[EFIW]\d{4} \d\d:\d\d:\d\d|\*\*\* |\[Gloo\] |:UNKNOWN:|WARNING: All log messages before absl"
 )
+_CONTINUES = re.compile(
+    r"\s*$|\s+@ +0x|\d+$|The tasks have|RPC: |Additional GRPC|Barrier|:UNKNOWN:|\*\*\* |\[Gloo\] "
+)
+_HANDED_ON = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+]
+_KEPT = 30  # of these lines, shown if a signal of its own ends the process
 
 
 _ADDRESS = ("--coordinator", "--processes", "--process")
-
-
-def is_attended() -> bool:
-    """Return whether another process attends to this one."""
-    return os.environ.get(_MARK) == str(os.getppid())
 
 
 def wants_attention(arguments: Sequence[str]) -> bool:
@@ -45,12 +47,13 @@ def wants_attention(arguments: Sequence[str]) -> bool:
 
 def attend() -> int:
     """Run this program again in a process, hand on signals to it, and return its exit status."""
-    environment = {**os.environ, _MARK: str(os.getpid())}
+    environment = {**os.environ, MARK: str(os.getpid())}
     child = subprocess.Popen(
         [sys.executable, *sys.orig_argv[1:]],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a signal to the group, as of a terminal, comes once, from here
         # Safe, because this process has no other threads yet.
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
     )
@@ -58,15 +61,17 @@ def attend() -> int:
     def hand_on(signum: int, frame: FrameType | None) -> None:
         child.send_signal(signum)
 
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), hand_on)
+    for signum in _HANDED_ON:
+        signal.signal(signum, hand_on)
     assert child.stderr is not None
-    copier = threading.Thread(target=_copy, args=(child.stderr,))
+    held: collections.deque[str] = collections.deque(maxlen=_KEPT)
+    copier = threading.Thread(target=_copy, args=(child.stderr, held))
     copier.start()
     status = child.wait()
     copier.join()
     if status not in (-signal.SIGABRT, LOST):
+        if status < 0 and -status not in _HANDED_ON:  # a fault of a library, perhaps
+            sys.stderr.writelines(held)
         return status if status >= 0 else 128 - status
     print(
         "jmp-train: another process of the run ended, or did not answer; the same commands resume the "
@@ -88,9 +93,13 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _copy(lines: IO[str]) -> None:
-    """Copy what a process writes to standard error, but for the trace of JAX."""
+def _copy(lines: IO[str], held: collections.deque[str]) -> None:
+    """Copy what a process writes to standard error, but for messages of JAX, which are held."""
+    within = False
     for line in lines:
-        if not _TRACE.search(line):
+        within = bool(_BEGINS.match(line) or (within and _CONTINUES.match(line)))
+        if within:
+            held.append(line)
+        else:
             sys.stderr.write(line)
             sys.stderr.flush()

@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jmp_train.cli.attend import attend, is_attended, leave, wants_attention
+from jmp_train.cli.attend import attend, leave, wants_attention
 from jmp_train.errors import UsageError, nearest
+from jmp_train.runs.launched import is_attended
 
 # Each is a module of this package with a function `command`, imported when it is called.
 _COMMANDS = (

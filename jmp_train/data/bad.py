@@ -17,7 +17,8 @@ from jmp_train.types import Batch, Json
 
 OnBad = Literal["stop", "skip"]
 
-_STATE = "skipped_examples"
+#: The count in the state of an iterator.
+SKIPPED = "skipped_examples"
 _COUNT, _WHY = "\0bad", "\0why"  # names that no array of an example has
 _LETTERS = 400  # bytes of the message that is kept
 _IN_ROW = 100  # as many examples in a row that cannot be read end the run
@@ -34,11 +35,11 @@ class Bad:
     @classmethod
     def of(cls, state: Json) -> Bad:
         """Return those of a state that `state` returned."""
-        return cls(state.get(_STATE, 0))
+        return cls(state.get(SKIPPED, 0))
 
     def state(self) -> Json:
         """Return the count as a part of an iterator's state: {} for none."""
-        return {_STATE: self.count} if self.count else {}
+        return {SKIPPED: self.count} if self.count else {}
 
     def and_(self, other: Bad) -> Bad:
         """Return these and later ones together."""

@@ -82,7 +82,7 @@ def train_batches(
     if isinstance(source, Stream):  # each process reads all of it, and takes its rows
         return source.batches(batch_size, seed=seed)
     batches = _ShuffledBatches(source, batch_size, seed=seed, rows=rows)
-    return _MadeBatches(batches, workers, cheap=not isinstance(source, Examples))
+    return _MadeBatches(batches, workers, cheap=getattr(source, "in_memory", False))
 
 
 class _MadeBatches:
@@ -145,10 +145,17 @@ class _Lists:
 
     def __getitem__(self, index: int) -> Any:
         first = self._start + int(index) * self._count
-        found = [self._batches[first + n] for n in range(self._count)]
         if self._join is not None:
-            return self._join(found)
-        return found if self._count > 1 else found[0]
+            return self._join([self._batches[first + n] for n in range(self._count)])
+        if self._count == 1:
+            return self._batches[first]
+        found: list[Any] = []
+        for n in range(self._count):
+            try:
+                found.append(self._batches[first + n])
+            except Exception as error:  # noqa: BLE001  # raised after the batches before it
+                return [*found, error]
+        return found
 
 
 def _how_many(batch: Batch) -> int:
@@ -158,10 +165,13 @@ def _how_many(batch: Batch) -> int:
 
 
 def _each(lists: Any) -> Iterator[Batch]:
-    """Yield the batches of lists of batches."""
+    """Yield the batches of lists of batches, and raise the error that ends a list."""
     try:
         for batches in lists:
-            yield from batches
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
     finally:
         lists.close()
 

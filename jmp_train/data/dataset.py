@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class Arrays:
     """Arrays by name, whose leading axis counts examples."""
     augment: Callable[[Batch, np.random.Generator], Batch] | None = None
     """`augment(batch, rng)` returns a batch with random changes; None makes no changes."""
+    in_memory: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))

@@ -68,21 +68,31 @@ class Examples:
             drawn, or a label out of range; names its index. If examples are skipped: if too many in a
             row are bad.
         """
-        return self.draw_part(rows, np.arange(len(rows)), rng)
+        return self.draw_part(rows, None, rng)
 
-    def draw_part(self, rows: np.ndarray, part: np.ndarray, rng: np.random.Generator) -> Batch:
-        """Return a part of the batch that `draw` returns, given by the places in it.
+    def draw_part(
+        self, rows: np.ndarray, part: np.ndarray | None, rng: np.random.Generator
+    ) -> Batch:
+        """Return a part of the batch that `draw` returns, given by the places in it; None for all.
 
-        The transform of a batch is applied to the part.
+        Examples beside the part are read only if there is a transform of a batch, which sees all of it.
         """
+        whole = self._augment is not None
+        places = range(len(rows)) if whole or part is None else part
         seeded = self._transform is not None and takes_generator(self._transform)
         generators = rng.spawn(len(rows)) if seeded else [rng] * len(rows)
-        indices = [int(rows[place]) for place in part]
-        batch, bad = self._read(indices, [generators[place] for place in part])
+        indices = [int(rows[place]) for place in places]
+        batch, bad = self._read(indices, [generators[place] for place in places])
         if self._augment is not None:
-            own = rng if len(part) == len(rows) else rng.spawn(int(part[0]) + 1)[-1]
-            batch = self._augment(batch, own)
+            batch = self._augment(batch, rng)
+            if part is not None:
+                batch = {name: x[part] for name, x in batch.items()}
         return bad.marked(batch) if self._skips else batch
+
+    @property
+    def counts_apart(self) -> bool:
+        """Whether processes that draw parts of a batch count the bad examples of their parts alone."""
+        return self._skips and self._augment is None
 
     def held_out(self, start: int, stop: int) -> tuple[Batch, Bad]:
         """Return the examples in a range as a batch, without bad ones if they are skipped; it may be

@@ -106,6 +106,8 @@ class PackedRows:
 'mask': [True, True, True, True, True, False]}
     """
 
+    in_memory = True
+
     def __init__(self, stream: TokenStream, length: int, end: int, sizes: np.ndarray):
         self._ids, self._length, self._end, self._bytes = stream.ids, length, end, sizes
         pieces = pieces_of(stream.bounds, length)

@@ -13,6 +13,8 @@ class Windows:
     There are as many parts as disjoint windows.
     """
 
+    in_memory = True
+
     def __init__(self, text: np.ndarray, length: int):
         self._windows = np.lib.stride_tricks.sliding_window_view(text, length + 1)
         self._parts = max(len(self._windows) // length, 1)

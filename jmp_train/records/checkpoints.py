@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from jmp_train.records.digest import array_digests, json_digest
 from jmp_train.types import Function, Json, PyTree
@@ -205,6 +206,7 @@ class Checkpoints:
         *,
         parts: Collection[str] | None = None,
         check: Callable[[int, Json], None] | None = None,
+        casts: bool = False,
     ) -> Restored | None:
         """Return the first of some checkpoints that can be loaded; None for no steps.
 
@@ -214,6 +216,7 @@ class Checkpoints:
           parts: the fields of the state to load, such as "params"; the others are not read from the
             disk. None loads all.
           check: as for `restore_latest`.
+          casts: whether floating arrays of another dtype are cast to that of `like`.
 
         Raises:
           NoUsableCheckpoint: if there are steps but none can be loaded.
@@ -231,9 +234,12 @@ class Checkpoints:
             arrays = metadata["arrays"]
             if parts is not None:
                 arrays = {k: v for k, v in arrays.items() if k.partition("/")[0] in parts}
-            _check_same(step, arrays, like)
+            saved = _with_saved_dtypes(arrays, like) if casts else like
+            _check_same(step, arrays, saved)
             try:
-                state = self._load(step, arrays, like, partial=parts is not None)
+                state = self._load(step, arrays, saved, partial=parts is not None)
+                if casts:
+                    state = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, like)
                 return Restored(step, state, metadata["extra"])
             except Exception as error:  # noqa: BLE001
                 log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
@@ -354,6 +360,19 @@ def _check_same(step: int, saved: dict[str, list[str]], like: Any) -> None:
         else:
             continue
         raise DoesNotFit(f"checkpoint {step} does not match the state: {what}")
+
+
+def _with_saved_dtypes(saved: dict[str, list[str]], like: Any) -> Any:
+    """Return the shapes of `like`, with the dtypes of saved arrays where both are floating."""
+    floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating)
+
+    def one(path: Any, x: Any) -> Any:
+        dtype = saved.get(jax.tree_util.keystr(path, simple=True, separator="/"), ["", ""])[1]
+        if dtype in ("", str(x.dtype)) or not floating(x.dtype) or not floating(jnp.dtype(dtype)):
+            return x
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=getattr(x, "sharding", None))
+
+    return jax.tree_util.tree_map_with_path(one, like)
 
 
 def _first_line(error: Exception) -> str:

@@ -374,7 +374,8 @@ def _restore(
         with contextlib.closing(open_checkpoints(run_dir, experiment)) as checkpoints:
             steps = _steps_to_try(run_dir, checkpoints, which)
             try:
-                restored = checkpoints.restore_first(steps, like, parts=like.keys())
+                # A run that went on in another precision has checkpoints of both.
+                restored = checkpoints.restore_first(steps, like, parts=like.keys(), casts=True)
             except DoesNotFit as error:
                 raise UsageError(f"{run_dir}: {error}") from None
     if restored is None:

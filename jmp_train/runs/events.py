@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from jmp_train.data.bad import Bad
+from jmp_train.data.bad import SKIPPED, Bad
 from jmp_train.data.batches import Batches, state_at
 from jmp_train.optim.schedules import make_schedule
 from jmp_train.records.provenance import package_versions
@@ -16,6 +16,7 @@ from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import config_json
 from jmp_train.runs.early_stop import metric_of
 from jmp_train.runs.loop import Asked
+from jmp_train.runs.processes import total
 from jmp_train.runs.resume import Start
 from jmp_train.runs.window import Window
 from jmp_train.step.state import TrainState
@@ -52,6 +53,7 @@ class Events:
         self._evaluated: tuple[int, dict[str, float]] = (-1, {})
         self._early = start.early_stop
         self._saved: Json = start.data or state_at(0)  # the last state of the data
+        self._skipped_before = self._saved.get(SKIPPED, 0)
         self._first = self._saved["next_batch"] + start.batches_left_out
         self._warned: set[str] = set()
         self.ended = start.ended  # why the run ended before its last step
@@ -62,10 +64,10 @@ class Events:
         # A skipped step does not count for the schedule. The last update had the count before it.
         before = step - values["skipped_steps"] - (values["skipped_in_row"] == 0)
         values = {**values, "learning_rate": float(self._learning_rate(before))}
-        bad = self._batches.bad
-        if bad.count:
-            values["skipped_examples"] = bad.count
-            self._warn(bad, "training")
+        count = self.skipped_examples
+        if count:
+            values["skipped_examples"] = count
+            self._warn(self._batches.bad, "training")
         self._trackers.record(step, "train", values)
         self._progress.train(step, values)
         return self._on_record(step, "train", values, state)
@@ -89,15 +91,21 @@ class Events:
     def checkpoint(self, step: int, state: TrainState, seconds: float) -> None:
         """Save the state, after the records up to it: a resume leaves no gap."""
         context, start = self._context, self._start
+        failure: OSError | None = None
         try:
             self._trackers.flush()
         except OSError as error:
-            context.checkpoints.give_up(step, error)
+            failure = error
+        if total(int(failure is not None)):  # the first process writes the records of all
+            failure = failure or OSError("the first process could not write its records")
+            context.checkpoints.give_up(step, failure)
             return
+        position = self._position(step)
+        skipped = self._of_all(position.get(SKIPPED, 0))
         extra = {
             "config": config_json(context.name, context.experiment),
             "versions": package_versions(),
-            "data": self._position(step),
+            "data": {**position, SKIPPED: skipped} if skipped else position,
             "wall_time_s": start.wall_time_s + time.perf_counter() - context.began,
             "train_time_s": start.train_time_s + seconds,
             "rollbacks": start.rollbacks,
@@ -154,8 +162,15 @@ class Events:
 
     @property
     def skipped_examples(self) -> int:
-        """Number of training examples that were left out so far."""
-        return self._batches.bad.count
+        """Number of training examples that were left out so far, by all processes."""
+        return self._of_all(self._batches.bad.count)
+
+    def _of_all(self, own: int) -> int:
+        """Return the number of examples that all processes left out, from that of this one."""
+        train = self._context.parts.dataset.train
+        if not getattr(train, "counts_apart", False):
+            return own  # what one process reads, all of them read
+        return self._skipped_before + total(own - self._skipped_before)
 
     def _warn(self, bad: Bad, which: str) -> None:
         """Say once for each kind of examples that some are left out, with the first reason."""

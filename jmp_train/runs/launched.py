@@ -5,6 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 
+MARK = "JMP_TRAIN_ATTENDED"
+"""Environment variable with the process that attends to this one (`jmp_train.cli.attend`)."""
+
+
+def is_attended() -> bool:
+    """Return whether another process attends to this one."""
+    return os.environ.get(MARK) == str(os.getppid())
+
 
 def launched() -> bool:
     """Return whether the environment is that of one of several processes that a launcher started."""

@@ -53,9 +53,14 @@ def restore_stored_otherwise(
         converted = jax.jit(_converted, out_shardings=places)(restored.state, state)
     except ValueError:
         return None
-    kind = lambda state: min(str(x.dtype) for x in jax.tree.leaves(state.params))
-    kinds = f"{kind(restored.state)} -> {kind(state)}"
-    print_line(context.console, f"parameters converted: {kinds}")
+    kinds = [{str(x.dtype) for x in jax.tree.leaves(s.params)} for s in (restored.state, state)]
+    before_and_now = " -> ".join(", ".join(sorted(kind)) for kind in kinds)
+    what = (
+        f"parameters converted: {before_and_now}"
+        if kinds[0] != kinds[1]
+        else ("the optimizer's state was converted to that of these settings")
+    )
+    print_line(context.console, what)
     return restored._replace(state=converted)
 
 

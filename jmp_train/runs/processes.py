@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -53,12 +54,37 @@ class Address(NamedTuple):
                 "several processes need --coordinator HOST:PORT, --processes N and --process I; expected "
                 "all three, or none"
             )
+        if all(given):
+            self._check()
+        if self.heartbeat < 1:
+            raise UsageError(f"heartbeat is {self.heartbeat}; expected at least 1 second")
+        return all(given) or launched()
+
+    def _check(self) -> None:
         count, index = self.processes or 0, self.process or 0
-        if all(given) and not 0 <= index < count:
+        if count < 1:
+            raise UsageError(f"processes is {count}; expected at least 1")
+        if not 0 <= index < count:
             raise UsageError(
                 f"process is {index}; expected 0 to {count - 1}, for processes is {count}"
             )
-        return all(given) or launched()
+        host, _, port = (self.coordinator or "").rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+            raise UsageError(
+                f"coordinator is {self.coordinator!r}; expected HOST:PORT, such as localhost:1234"
+            )
+        if index == 0 and not _is_free(int(port)):
+            raise UsageError(f"port {port} of the coordinator is in use here; expected a free one")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def join(address: Address) -> None:
@@ -145,6 +171,15 @@ def of_first(make: Callable[[], str]) -> str:
     if not text:
         raise UsageError("the first process of the run ended with an error; its line says why")
     return text
+
+
+def total(count: int) -> int:
+    """Return the sum of a number over the processes of the run; every one has to call this."""
+    if not several():
+        return count
+    from jax.experimental import multihost_utils
+
+    return int(np.sum(multihost_utils.process_allgather(np.int32(count))))
 
 
 class StopTogether:

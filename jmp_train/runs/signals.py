@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from jmp_train.runs.launched import is_attended
 
 _ENDING = ("SIGTERM", "SIGINT", "SIGUSR1")  # SLURM sends the last before it takes a node back
 
@@ -52,14 +55,23 @@ def collect_signals(*, notice: bool = False, shared: bool = False) -> Iterator[l
     """
     caught: list[int] = []
     before: dict[int, Any] = {}
+    first = 0.0  # when the first one came
+    # One signal may come twice: to all processes of a job, and by the process that attends to this one.
+    same = 1.0 if is_attended() else 0.0
 
     def restore() -> None:
         for signum, previous in before.items():
             signal.signal(signum, previous or signal.SIG_DFL)
 
     def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if caught:
+            if time.monotonic() - first >= same:
+                restore()
+                os.kill(os.getpid(), signum)
+            return
+        first = time.monotonic()
         caught.append(signum)
-        restore()
         if shared:
             os.kill(os.getpid(), signal.SIGTERM)
         if notice:  # unbuffered, because the signal may have interrupted a print

@@ -166,3 +166,25 @@ def test_skipped_batches_are_never_made():
     np.testing.assert_array_equal(next(batches)["x"], next(expected)["x"])
     first = train_batches(source(1000), 2, seed=0)[0]["x"]
     assert tuple(first) not in drawn
+
+
+class Breaking(Arrays):
+    """Arrays of which the seventh batch cannot be drawn."""
+
+    def draw(self, rows, rng):
+        if 7 * 2 in rows:
+            raise ValueError("batch 7 is broken")
+        return super().draw(rows, rng)
+
+
+def test_batches_before_one_that_cannot_be_made_are_returned():
+    made = train_batches(Breaking({"x": np.arange(100)}), 2, seed=0)
+    broken = next(i for i in range(50) if 14 in train_batches(source(100), 2, seed=0)[i]["x"])
+    batches = iterate(made)
+    for index in range(broken):
+        np.testing.assert_array_equal(
+            next(batches)["x"], train_batches(source(100), 2, seed=0)[index]["x"]
+        )
+    with pytest.raises(ValueError, match="batch 7 is broken"):
+        next(batches)
+    assert batches.get_state() == state_at(broken)

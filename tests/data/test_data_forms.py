@@ -135,11 +135,11 @@ def test_processes_divide_each_batch_without_overlap():
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("form", ["list", "arrays"])
-def test_a_part_of_a_batch_has_the_random_numbers_of_the_whole(form):
+@pytest.mark.parametrize("form,of", [("list", "example"), ("list", "batch"), ("arrays", "batch")])
+def test_a_part_of_a_batch_has_the_random_numbers_of_the_whole(form, of):
     noise = lambda example, rng: {**example, "x": rng.normal(size=3)}
     augment = lambda batch, rng: {**batch, "x": rng.normal(size=batch["x"].shape)}
-    own = {"transform": noise} if form == "list" else {"batch_transform": augment}
+    own = {"transform": noise} if of == "example" else {"batch_transform": augment}
     train = loaded(form, **own).train
     whole = next(iterate(train_batches(train, BATCH, seed=0)))["x"]
     rows = np.arange(BATCH)[BATCH // 2 :]

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers.command_line import call
 from helpers.saved_arrays import final_arrays
+
+import jmp_train as jt
 
 OPTIONS = [
     "--steps-per-call",
@@ -63,6 +66,24 @@ def test_a_run_goes_to_narrow_parameters_and_back(capsys, tmp_path, options, dty
         np.testing.assert_array_equal(kept, expected.astype(np.float32), err_msg=name)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["split"] == "train"] == [10, 20, 30]
+
+
+def test_checkpoints_of_both_precisions_are_used(capsys, tmp_path):
+    run_dir = tmp_path / "run"
+    assert train(capsys, run_dir)[0] == 0
+    before = parameters(final_arrays(run_dir))
+    options = ("--policy", "bf16-true", "--optimizer.parameters", "remainder", "--force")
+    assert train(capsys, run_dir, *options, steps=20)[0] == 0
+    for which, dtype in ((10, ml_dtypes.bfloat16), ("best", None), ("latest", None)):
+        run = jt.load_run(run_dir, which)
+        leaves = jax.tree.leaves(run.params)
+        assert {str(x.dtype) for x in leaves} == {"bfloat16"}
+        if dtype is not None:
+            expected = sorted(
+                float(x.astype(dtype).astype(np.float64).sum()) for x in before.values()
+            )
+            found = sorted(float(np.asarray(x).astype(np.float64).sum()) for x in leaves)
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_another_network_is_still_refused(capsys, tmp_path):

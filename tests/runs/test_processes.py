@@ -1,5 +1,7 @@
 """Runs of several real processes, with the collectives of the CPU; the oracle is a run of one process."""
 
+import collections
+import io
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 
-from jmp_train.cli.attend import wants_attention
+from jmp_train.cli.attend import _copy, wants_attention
 from jmp_train.cli.main import main
 from jmp_train.runs.launched import launched
 from jmp_train.runs.processes import Address
@@ -36,18 +38,19 @@ def environment(count):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "16"}
 
 
-def command(run_dir, *options):
-    words = [sys.executable, "-m", "jmp_train", "train", "mlp_fp16", *OPTIONS, *options]
+def command(run_dir, *options, name="mlp_fp16"):
+    words = [sys.executable, "-m", "jmp_train", "train", name, *OPTIONS, *options]
     return [*words, "--run-dir", str(run_dir), "--heartbeat", "10"]
 
 
-def start(run_dir, count, *options):
-    """Start a run of so many processes."""
+def start(run_dir, count, *options, name="mlp_fp16"):
+    """Start a run of so many processes, in the folder of its directory."""
     together = ["--coordinator", f"localhost:{free_port()}", "--processes", str(count), "--process"]
     return [
         subprocess.Popen(
-            [*command(run_dir, *options), *([*together, str(i)] if count > 1 else [])],
+            [*command(run_dir, *options, name=name), *([*together, str(i)] if count > 1 else [])],
             env=environment(count), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=run_dir.parent,
         )
         for i in range(count)
     ]  # fmt: skip
@@ -183,6 +186,47 @@ def test_slurm_starts_a_run(tmp_path, alone):
     assert_same_curve(run_dir, alone)
 
 
+BROKEN = """
+import numpy as np
+
+import jmp_train as jt
+from jmp_train.models import Mlp, Model
+
+
+class Items:
+    def __init__(self, count, every):
+        self.count, self.every = count, every
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if self.every and i % self.every == 4:
+            raise ValueError("broken")
+        return {"image": np.full((4, 4), i % 7, np.float32) / 7, "label": i % 4}
+
+
+FAMILY = jt.Experiment(
+    Model(Mlp, inputs=lambda spec: 16, outputs=lambda spec: 4, hidden=(8,)),
+    jt.Data(lambda: (Items(200, 9), Items(40, 0)), classes=4, on_bad="skip"),
+    batch_size=24,
+)
+"""
+
+
+def test_bad_examples_are_counted_in_all_processes(tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "broken.py").write_text(BROKEN)
+    counts = []
+    for count, steps in ((1, 40), (2, 20), (2, 40)):
+        run_dir = tmp_path / ("alone" if count == 1 else "two")
+        processes = start(run_dir, count, "--steps", str(steps), name="broken_bf16")
+        statuses, _, errors = end(processes)
+        assert statuses == [0] * count, errors
+        counts.append(json.loads((run_dir / "summary.json").read_text())["skipped_examples"])
+    assert counts[0] == counts[2] > counts[1] > 0  # the third one resumed the second
+
+
 def test_an_error_of_one_process_ends_the_others(tmp_path):
     """The second one has another batch size, which four devices do not divide."""
     run_dir = tmp_path / "run"
@@ -206,11 +250,62 @@ def test_an_error_of_one_process_ends_the_others(tmp_path):
         (["--processes", "2"], "several processes need --coordinator HOST:PORT, --processes N and"),
         (["--coordinator", "localhost:1", "--processes", "2", "--process", "2"],
          "process is 2; expected 0 to 1, for processes is 2"),
+        (["--coordinator", "localhost:1", "--processes", "0", "--process", "0"],
+         "processes is 0; expected at least 1"),
+        (["--coordinator", "localhost", "--processes", "2", "--process", "1"],
+         "coordinator is 'localhost'; expected HOST:PORT, such as localhost:1234"),
+        (["--coordinator", "localhost:99999", "--processes", "2", "--process", "1"],
+         "coordinator is 'localhost:99999'; expected HOST:PORT"),
+        (["--heartbeat", "0"], "heartbeat is 0; expected at least 1 second"),
     ],
 )  # fmt: skip
 def test_an_address_in_parts_is_one_line(capsys, tmp_path, options, line):
     status = main(["train", "mlp_fp16", "--run-dir", str(tmp_path / "run"), *options])
     assert status == 2 and line in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_line(capsys, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        options = ["--coordinator", f"localhost:{port}", "--processes", "1", "--process", "0"]
+        status = main(["train", "mlp_fp16", "--run-dir", str(tmp_path / "run"), *options])
+    assert status == 2 and f"port {port} of the coordinator is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signum,status", [("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_signal_to_the_group_of_a_terminal_counts_once(tmp_path, signum, status):
+    run_dir = tmp_path / "run"
+    together = ["--coordinator", f"localhost:{free_port()}", "--processes", "1", "--process", "0"]
+    process = subprocess.Popen(
+        [*command(run_dir, "--steps", "100000"), *together], env=environment(1),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for_step(run_dir, 10, [process])
+    os.killpg(process.pid, getattr(signal, signum))
+    trainer = subprocess.run(["pgrep", "-P", str(process.pid)], check=False, capture_output=True)
+    for pid in trainer.stdout.split():  # as SLURM does, to every process of a job
+        os.kill(int(pid), getattr(signal, signum))
+    statuses, _, errors = end([process])
+    assert statuses == [status], errors
+    step = int(errors[0].partition("at step ")[2].partition(";")[0])
+    assert (run_dir / "checkpoints" / str(step)).is_dir()
+
+
+def test_what_a_process_says_itself_is_shown(monkeypatch, capsys):
+    lines = [
+        "a line about the coordination of hosts\n", "12345\n", "  @ my note\n", "\n",
+        "jmp-train: DataError in /data/grpc_logs/x.png\n", "plain\n",
+    ]  # fmt: skip
+    jax_says = [
+        "E1126 12:00:00.000000    77 coordination_service_agent.cc:400] Failed\n",
+        "Additional GRPC error information from remote target\n", ":UNKNOWN:Error received\n", "\n",
+    ]  # fmt: skip
+    held = collections.deque(maxlen=30)
+    _copy(io.StringIO("".join([*lines, *jax_says, *lines[4:]])), held)
+    assert capsys.readouterr().err == "".join([*lines, *lines[4:]])
+    assert list(held) == jax_says
 
 
 @pytest.mark.parametrize(
