@@ -18,6 +18,7 @@ from jmp_train.errors import UsageError
 from jmp_train.plan.fit import fit_report, largest_batches
 from jmp_train.plan.plan import find_device, make_plan
 from jmp_train.plan.report import report
+from jmp_train.types import Json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class PlanArguments:
     fit: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Search for the largest batch that fits, for several meshes and each remat of the model."""
     output: Path | None = None
-    """File to write the plan to, as JSON."""
+    """File to write the plan to, or those of --fit, as JSON."""
 
     def __post_init__(self) -> None:
         try:
@@ -44,16 +45,26 @@ def command(arguments: list[str]) -> None:
     name, options = take_experiment(arguments, "plan")
     default = PlanArguments(find_experiment(name))
     parsed = parse(PlanArguments, default, options, f"jmp-train plan {name}")
+    folder = Path() if parsed.output is None else parsed.output.parent
+    if not folder.is_dir():  # before minutes of compilation
+        raise UsageError(f"{parsed.output} cannot be written: {folder} does not exist")
+    values: Json | list[Json]
     if parsed.fit:
         show = lambda line: print(line, file=sys.stderr, flush=True)
         fits = largest_batches(name, parsed.experiment, find_device(parsed.device), show)
         print(fit_report(fits))
-        return
-    plan = make_plan(name, parsed.experiment, find_device(parsed.device))
-    print(report(plan))
+        values = [
+            {"settings": fit.settings, "batch_size": fit.batch_size,
+             "plan": None if fit.plan is None else fit.plan.to_json()}
+            for fit in fits
+        ]  # fmt: skip
+    else:
+        plan = make_plan(name, parsed.experiment, find_device(parsed.device))
+        print(report(plan))
+        values = plan.to_json()
     if parsed.output is not None:
         try:
-            parsed.output.write_text(json.dumps(plan.to_json(), indent=2), encoding="utf-8")
+            parsed.output.write_text(json.dumps(values, indent=2), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"{parsed.output} cannot be written: {error.strerror}") from None
         print(f"wrote {parsed.output}")

@@ -115,6 +115,19 @@ def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
     assert table[0].split()[:3] == ["mesh", "remat", "batch"] and table[1].split()[:3] == ["data=1", "full", "64"]  # fmt: skip
 
 
+def test_what_fit_found_is_written_as_json(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fit_module, "compile_for", fake(lambda t: t["batch_size"] * 2**32))
+    file = tmp_path / "fits.json"
+    assert main(["plan", "gpt_bf16", "--device", "h100", "--fit", "--output", str(file)]) == 0
+    values = json.loads(file.read_text())
+    assert {v["batch_size"] for v in values} == {16} and all(v["plan"]["fits"] for v in values)
+    missing = tmp_path / "no" / "fits.json"
+    assert main(["plan", "gpt_bf16", "--fit", "--output", str(missing)]) == 2
+    assert (
+        f"{missing} cannot be written: {missing.parent} does not exist" in capsys.readouterr().err
+    )
+
+
 def test_changes_are_tried_one_upon_the_other_the_least_costly_first():
     own = dataclasses.replace(find_experiment("gpt_bf16"), batch_size=16)
     found = [text for _, text in remedies(own, MeshShape(2, 2, 1))]
