@@ -95,6 +95,7 @@ def test_features_need_no_other_device():
     assert re.search(collective, texts[nnx.BatchNorm])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy,tolerance", [("float32", 1e-5), ("mixed_bfloat16", 2e-2)])
 def test_a_resnet_has_the_loss_of_its_shares(policy, tolerance):
     """The mean of the losses of each share alone, as its own batch on one device."""

@@ -32,6 +32,7 @@ def parameters(arrays):
     return {k: v for k, v in arrays.items() if k.startswith(("['params']", ".params"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options,dtype",
     [

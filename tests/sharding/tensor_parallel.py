@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.marks import slow
 from jax.sharding import PartitionSpec as P
 
 import jmp_train as jt
@@ -87,13 +86,14 @@ alone_with = functools.cache(train)
 """On one device; each once."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy,mesh",
     [
         ("mixed_bfloat16", MESHES[0]),
-        *(slow("float32", mesh) for mesh in MESHES),
-        slow("mixed_bfloat16", MESHES[1]),
-        *(slow("mixed_float16", mesh) for mesh in MESHES[:2]),
+        *(("float32", mesh) for mesh in MESHES),
+        ("mixed_bfloat16", MESHES[1]),
+        *(("mixed_float16", mesh) for mesh in MESHES[:2]),
     ],
 )
 @pytest.mark.parametrize("family", ["gpt", "vit", "mlp"])
