@@ -131,3 +131,13 @@ def path_name(path: Sequence[Any]) -> str:
     if last and isinstance(last[0], jax.tree_util.GetAttrKey) and last[0].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def same_shapes(a: PyTree, b: PyTree) -> bool:
+    """Return whether two trees of arrays have the same structure and shapes, whatever their dtypes.
+
+    >>> same_shapes({"x": jnp.ones(2)}, {"x": jnp.zeros(2, jnp.bfloat16)}), same_shapes([1.0], (1.0,))
+    (True, False)
+    """
+    shapes = lambda tree: [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    return jax.tree.structure(a) == jax.tree.structure(b) and shapes(a) == shapes(b)

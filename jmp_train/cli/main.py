@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jmp_train.cli.attend import attend, leave, wants_attention
+from jmp_train.cli.attend import LOST, attend, leave, wants_attention
 from jmp_train.errors import UsageError, nearest
 from jmp_train.runs.launched import is_attended
 
@@ -151,7 +151,7 @@ def _run(name: str, arguments: list[str]) -> int:
     except (NoUsableCheckpoint, NotSaved) as error:
         return _fail(error, 4)
     except Lost:
-        return 5  # the process that attends to this one says so, after what JAX prints
+        return LOST  # the process that attends to this one says so, after what JAX prints
     except Stopped as error:
         status = _fail(error, 128 + error.signum)
         _print_notes(error)

@@ -18,6 +18,7 @@ from jmp_train.optim.kahan import KahanState
 from jmp_train.optim.master_weights import MasterWeightsState
 from jmp_train.optim.narrow_parameters import in_full, is_narrow, map_narrow, widened
 from jmp_train.optim.stochastic_rounding import StochasticRoundingState
+from jmp_train.tree import same_shapes
 from jmp_train.types import PyTree
 
 _KEEPING = (Bf16RemainderState, KahanState, MasterWeightsState, StochasticRoundingState)
@@ -70,9 +71,7 @@ def store_as(
       ValueError: if the inner states differ in more than dtypes.
     """
     like_inner = like_state.inner if isinstance(like_state, _KEEPING) else like_state
-    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
-    same = jax.tree.structure(inner) == jax.tree.structure(like_inner)
-    if not same or shapes(inner) != shapes(like_inner):
+    if not same_shapes(inner, like_inner):
         raise ValueError("the optimizer's state has another structure; expected the same optimizer")
     inner = jax.tree.map(lambda x, like: x.astype(like.dtype), inner, like_inner)
     nearest = lambda p, x: round_to_nearest(x, p.dtype) if is_narrow(p) else x.astype(p.dtype)

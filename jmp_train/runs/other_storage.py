@@ -14,6 +14,7 @@ from jmp_train.reports.progress import print_line
 from jmp_train.runs.build import abstract_state, make_stepper, make_task_of
 from jmp_train.runs.context import RunContext
 from jmp_train.step.state import TrainState
+from jmp_train.tree import same_shapes
 from jmp_train.types import Json, PyTree
 
 _STORAGE = ("policy", "rules", "optimizer.parameters", "optimizer.state", "nonfinite")
@@ -55,12 +56,10 @@ def restore_stored_otherwise(
         return None
     kinds = [{str(x.dtype) for x in jax.tree.leaves(s.params)} for s in (restored.state, state)]
     before_and_now = " -> ".join(", ".join(sorted(kind)) for kind in kinds)
-    what = (
-        f"parameters converted: {before_and_now}"
-        if kinds[0] != kinds[1]
-        else ("the optimizer's state was converted to that of these settings")
-    )
-    print_line(context.console, what)
+    if kinds[0] == kinds[1]:
+        print_line(context.console, "the optimizer's state was converted to that of these settings")
+    else:
+        print_line(context.console, f"parameters converted: {before_and_now}")
     return restored._replace(state=converted)
 
 
@@ -71,15 +70,14 @@ def _is_of_storage(key: str) -> bool:
 def _converted(saved: TrainState, like: TrainState) -> TrainState:
     full, inner = full_parameters(saved.params, saved.opt_state)
     params, opt_state = store_as(full, inner, like.params, like.opt_state)
+    scale = saved.loss_scale if same_shapes(saved.loss_scale, like.loss_scale) else like.loss_scale
     return like._replace(
         step=saved.step,
         params=params,
         opt_state=opt_state,
         model_state=_as(saved.model_state, like.model_state),
         ema=_as(saved.ema, like.ema),
-        loss_scale=saved.loss_scale
-        if _same(saved.loss_scale, like.loss_scale)
-        else like.loss_scale,
+        loss_scale=scale,
         skipped=saved.skipped,
         skipped_in_row=saved.skipped_in_row,
         key=saved.key,
@@ -87,11 +85,6 @@ def _converted(saved: TrainState, like: TrainState) -> TrainState:
 
 
 def _as(saved: PyTree, like: PyTree) -> Any:
-    if not _same(saved, like):
+    if not same_shapes(saved, like):
         raise ValueError("the states have another structure")
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), saved, like)
-
-
-def _same(a: PyTree, b: PyTree) -> bool:
-    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]
-    return jax.tree.structure(a) == jax.tree.structure(b) and shapes(a) == shapes(b)

@@ -17,10 +17,11 @@ from jmp_train.runs.launched import launched
 _LETTERS = 4096  # bytes of a text that the first process sends
 
 
-# What JAX, Gloo and NCCL say of a process that does not answer.
-_COMMUNICATION = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|unavailable|deadline_exceeded|coordination|heartbeat",
-    re.IGNORECASE,
+# What Gloo and NCCL say of a process that does not answer, and what JAX says besides.
+_COLLECTIVES = r"\bgloo\b|\bnccl\b|connection (closed|reset) by peer"
+_BY_ANYONE = re.compile(_COLLECTIVES, re.IGNORECASE)
+_BY_JAX = re.compile(
+    _COLLECTIVES + r"|unavailable|deadline_exceeded|coordination|heartbeat", re.IGNORECASE
 )
 
 
@@ -123,8 +124,9 @@ def noticing_lost() -> Iterator[None]:
         RuntimeError,
         ValueError,
         OSError,
-    ) as error:  # JAX's and Orbax's; a UsageError is none of them
-        if several() and _COMMUNICATION.search(str(error)):
+    ) as error:  # of JAX, or wrapped by Orbax
+        pattern = _BY_JAX if isinstance(error, jax.errors.JaxRuntimeError) else _BY_ANYONE
+        if several() and pattern.search(str(error)):
             raise Lost("another process of the run was lost") from None
         raise
 

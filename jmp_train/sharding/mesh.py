@@ -119,8 +119,8 @@ def make_mesh(shape: MeshShape | str = "", devices: Sequence[Any] | None = None)
     kinds = (AxisType.Auto,) * len(AXES)
     try:
         return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
-    except NotImplementedError:
-        # From JAX: the sizes split an axis of a TPU's torus, as data=8,fsdp=8 does on 4 x 4 x 4.
+    except NotImplementedError:  # from JAX: the sizes split an axis of a TPU's torus
+        # As data=8,fsdp=8 does on 4 x 4 x 4.
         placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=kinds)
 
