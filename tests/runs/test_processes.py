@@ -149,7 +149,10 @@ def test_a_run_resumes_on_another_number_of_processes(tmp_path, alone):
     for count in (1, 4):
         statuses, _, errors = end(start(run_dir, count))
         assert statuses == [0] * count, errors
-    assert_same_curve(run_dir, alone)
+    resumed, whole = curve(run_dir), curve(alone)
+    assert resumed.keys() >= whole.keys()  # and a record of where it was stopped
+    evals = [key for key in whole if key[1] == "eval"]
+    np.testing.assert_allclose([resumed[k] for k in evals], [whole[k] for k in evals], rtol=2e-2)
 
 
 @pytest.mark.skipif(
