@@ -15,7 +15,7 @@ import jmp_train as jt
 from benchmarks.gpu import hand_written, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, Workload
-from jmp_train.models import Gpt, Mlp, Model
+from jmp_train.models import Gpt, Mlp, Model, ResNet, Vit
 from jmp_train.policy.precision import get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.spec import DataSpec
@@ -36,8 +36,8 @@ class Step(NamedTuple):
 
     step: Any
     """`step(state, batch) -> (state, loss)`, the state donated; the loss a scalar, or one a step."""
-    init: Callable[[Any], Any]
-    """`init(params) -> state`."""
+    init: Callable[..., Any]
+    """`init(params, model_state) -> state`."""
     skipped: Callable[[Any], Any]
     """Steps skipped so far, out of the state."""
 
@@ -84,6 +84,13 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
             hidden=hidden,
         )
         return make_task(model, "classification", DataSpec(example, workload.classes), precision)
+    if workload.kind in ("resnet", "vit"):
+        example = {
+            "image": jax.ShapeDtypeStruct((workload.features, workload.features, 3), jnp.float32),
+            "label": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        spec = DataSpec(example, workload.classes)
+        return make_task(_image_model(workload), "classification", spec, precision)
     sizes: Any = {
         "width": workload.width,
         "depth": workload.depth,
@@ -101,6 +108,15 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
     )
 
 
+def _image_model(workload: Workload) -> Model[Any]:
+    classes = lambda spec: spec.classes
+    size: Any = workload.size
+    if workload.kind == "resnet":
+        return Model(ResNet, channels=lambda spec: 3, classes=classes, size=size, reduce=4)
+    shape = lambda spec: spec.example["image"].shape
+    return Model(Vit, image=shape, classes=classes, size=size, patch=workload.patch, drop_path=0.0)
+
+
 def optimizer_of(workload: Workload) -> optax.GradientTransformation:
     """The optimizer that every program uses."""
     return optax.adamw(workload.learning_rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)
@@ -109,8 +125,10 @@ def optimizer_of(workload: Workload) -> optax.GradientTransformation:
 def _ours(row: Row, workload: Workload, task: TaskFunctions) -> Step:
     policy, options = POLICIES[row.precision], {}
 
-    def loss_fn(params: Any, batch: Any) -> Any:
-        return task.loss_fn(params, batch)[0]  # no accuracy: the other programs compute none
+    def loss_fn(params: Any, batch: Any, **model_state: Any) -> Any:
+        # No accuracy: the other programs compute none.
+        loss, _, *changed = task.loss_fn(params, batch, **model_state)
+        return (loss, None, *changed) if changed else loss
 
     if row.program == "autocast":
         loss_fn = jt.autocast(loss_fn, COMPUTE[row.precision])
@@ -123,7 +141,8 @@ def _ours(row: Row, workload: Workload, task: TaskFunctions) -> Step:
 
 def step_of(stepper: jt.step.Stepper, steps: int = 1) -> Step:
     """A stepper's step, or its scan of several steps, as users call it."""
-    return Step(stepper.step if steps == 1 else stepper.scan, stepper.init, lambda s: s.skipped)
+    init = lambda params, model_state: stepper.init(params, model_state=model_state)
+    return Step(stepper.step if steps == 1 else stepper.scan, init, lambda s: s.skipped)
 
 
 def _hand_written(row: Row, workload: Workload, task: TaskFunctions) -> Step:
@@ -131,7 +150,7 @@ def _hand_written(row: Row, workload: Workload, task: TaskFunctions) -> Step:
     step, init, skipped = hand_written.make(
         workload, optimizer_of(workload), COMPUTE[row.precision], _steps(row)
     )
-    return Step(step, init, skipped)
+    return Step(step, lambda params, _: init(params), skipped)
 
 
 def _steps(row: Row) -> int:
@@ -150,11 +169,11 @@ def trainer(
       batch: windows or examples.
       steps: of a call.
     """
-    params = jax.jit(task.init)(jax.random.key(0))[0]
+    params, model_state = jax.jit(task.init)(jax.random.key(0))
     parameters = sum(x.size for x in jax.tree.leaves(params))
     # In one program and donated: copies beside it would be the peak of memory that is reported.
-    state = jax.jit(step.init, donate_argnums=0)(params)
-    del params
+    state = jax.jit(step.init, donate_argnums=(0, 1))(params, model_state)
+    del params, model_state
     example = next(measure.batches(workload, batch))
     if steps > 1:
         example = {k: np.stack([v] * steps) for k, v in example.items()}
@@ -212,7 +231,7 @@ def fitting_batch(workload: Workload, memory: int, largest: int) -> int:
     set_precision(row.precision)
     task = task_of(row, workload)
     step = _ours(row, workload, task)
-    state = jax.eval_shape(lambda: step.init(task.init(jax.random.key(0))[0]))
+    state = jax.eval_shape(lambda: step.init(*task.init(jax.random.key(0))))
 
     def needed(batch: int) -> int:
         shape = jax.ShapeDtypeStruct((batch, workload.length + 1), jnp.int32)

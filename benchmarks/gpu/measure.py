@@ -42,7 +42,8 @@ def batches(workload: Workload, batch: int) -> Iterator[dict[str, np.ndarray]]:
 
     Args:
       workload: "gpt" gives `tokens`, int32 (batch, length + 1); "mlp" gives `image`, float32
-        (batch, features), and `label`, int32 (batch,).
+        (batch, features), and `label`, int32 (batch,); "resnet" and "vit" give images (batch, height,
+        width, 3).
       batch: windows or examples.
 
     Raises:
@@ -67,6 +68,15 @@ def batches(workload: Workload, batch: int) -> Iterator[dict[str, np.ndarray]]:
             drawn = rng.integers(0, len(images), batch)
             image = (images[drawn] / 16).astype(np.float32)
             yield {"image": image, "label": labels[drawn].astype(np.int32)}
+    if workload.kind in ("resnet", "vit"):
+        # Each class has a pattern of 8 x 8 colours, which noise hides.
+        patterns = rng.standard_normal((workload.classes, 8, 8, 3), np.float32)
+        place = np.arange(workload.features) * 8 // workload.features
+        while True:
+            label = rng.integers(0, workload.classes, batch).astype(np.int32)
+            image = patterns[label][:, place][:, :, place]
+            image = image + rng.standard_normal(image.shape, np.float32)
+            yield {"image": image, "label": label}
     teacher = rng.standard_normal((workload.features, workload.classes), np.float32)
     while True:
         image = rng.standard_normal((batch, workload.features), np.float32)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.gpu import images
 
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 QUESTIONS = ("loss_scale", "attention", "remat", "naming", "accumulation", "xla_flags")
@@ -18,13 +21,14 @@ class Workload:
 
     name: str
     kind: str
-    """"gpt", "mlp" or "ceiling"."""
+    """"gpt", "mlp", "resnet", "vit" or "ceiling"."""
     width: int
-    """Features of a token or of a hidden layer; of "ceiling", rows and columns of a matrix."""
+    """Features of a token, of a hidden layer or of the first stage of a "resnet"; of "ceiling", rows
+    and columns of a matrix."""
     depth: int = 0
     """Blocks, or hidden layers."""
     heads: int = 0
-    """Attention heads of a "gpt"."""
+    """Attention heads of a "gpt" or a "vit"."""
     length: int = 0
     """Tokens of a window, for a "gpt"."""
     remat: str = "none"
@@ -32,7 +36,7 @@ class Workload:
     loss_chunk: int = 1024
     """Tokens whose logits are in memory at once; a vocabulary of 256 needs few chunks."""
     features: int = 0
-    """Inputs of an "mlp"."""
+    """Inputs of an "mlp"; height and width of an image of a "resnet" or a "vit"."""
     classes: int = 256
     """Outputs; of a "gpt", the vocabulary."""
     batch: int = 0
@@ -40,6 +44,10 @@ class Workload:
     learning_rate: float = 1e-3
     pool: int = 100
     """Different batches, used in turn."""
+    size: str = ""
+    """Of a "resnet" or a "vit", the size in `jmp_train.models`."""
+    patch: int = 0
+    """Height and width of a patch of a "vit"."""
 
     @property
     def unit(self) -> str:
@@ -51,20 +59,26 @@ class Workload:
 
         6 N, two products' worth forward and four backward for each parameter; and for attention
         12 L T W (L blocks, T tokens of a window, W features), counted without the causal mask.
-        N counts the embedding once, as the output head that it is tied to.
+        N counts the embedding once, as the output head that it is tied to. An image counts 6 for each
+        multiplication of its forward pass.
 
         Source: Chowdhery et al. 2022, "PaLM", arXiv:2204.02311, appendix B.
         """
+        if self.kind in ("resnet", "vit"):
+            return 6 * images.products(self)
         attention = 12 * self.depth * self.length * self.width if self.kind == "gpt" else 0
         return 6 * parameters + attention
 
 
+_IMAGES: Any = {"features": 224, "classes": 1000, "batch": 128, "learning_rate": 1e-4, "pool": 4}
 _FULL = (
     Workload("ceiling", "ceiling", 8192),
     Workload("gpt_124m", "gpt", 896, 13, 14, 1024, "dots", 32768, batch=32, learning_rate=6e-4),
     Workload("gpt_1b3", "gpt", 2048, 26, 16, 2048, "dots", 32768, batch=4, learning_rate=2e-4),
     Workload("mlp_wide", "mlp", 4096, 4, features=4096, classes=16, batch=8192, pool=4),
     Workload("mlp_digits", "mlp", 256, 2, features=64, classes=10, batch=128),
+    Workload("resnet50", "resnet", 64, size="50", **_IMAGES),
+    Workload("vit_b", "vit", 768, 12, 12, size="B", patch=16, **_IMAGES),
 )
 _TOY = (
     Workload("ceiling", "ceiling", 256),
@@ -72,6 +86,10 @@ _TOY = (
     Workload("gpt_1b3", "gpt", 32, 3, 2, 32, "dots", batch=4, learning_rate=2e-4),
     Workload("mlp_wide", "mlp", 64, 4, features=64, classes=16, batch=64, pool=4),
     Workload("mlp_digits", "mlp", 32, 2, features=64, classes=10, batch=32),
+    Workload("resnet50", "resnet", 16, size="tiny", **{**_IMAGES, "features": 33, "batch": 8}),
+    Workload(
+        "vit_b", "vit", 96, 4, 3, size="tiny", patch=8, **{**_IMAGES, "features": 32, "batch": 8}
+    ),
 )
 
 
@@ -130,6 +148,8 @@ class Row:
             return 10.0
         if self.workload.startswith("mlp"):
             return 17.0 + torch / 2
+        if self.workload in ("resnet50", "vit_b"):
+            return 35.0 + torch
         large = self.workload == "gpt_1b3"
         steps = {"fp32": self.steps_seconds / 2, "tf32": 25.0}.get(self.precision, 12.0)
         if large:
@@ -170,6 +190,15 @@ def _rows() -> Iterator[Row]:
     for p in ("bf16", "fp16", "fp32"):
         steps = (("steps", "50"),)
         yield from (Row("mlp_digits", p, program, steps) for program in (ours, hand))
+
+    # Images.
+    for name in ("resnet50", "vit_b"):
+        yield from (Row(name, p, ours) for p in ("bf16", "fp32"))
+        yield Row(name, "bf16", torch)
+    for name in ("resnet50", "vit_b"):
+        yield Row(name, "fp16", ours)
+        yield Row(name, "fp16", torch)
+        yield Row(name, "tf32", ours)
 
     # The rest.
     for p in ("tf32", "fp32"):

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.gpu import torch_images
 from benchmarks.gpu.measure import Trainer
 
 if TYPE_CHECKING:
@@ -122,9 +123,15 @@ class Mlp(nn.Module):
         return F.cross_entropy(self.layers[-1](x_BxI).float(), batch["label"].long())
 
 
-def network(workload: Workload) -> Gpt | Mlp:
+def network(workload: Workload) -> nn.Module:
     """The float32 network of a workload, on the CPU; `copy_parameters` fills it."""
-    return Gpt(workload) if workload.kind == "gpt" else Mlp(workload)
+    networks: dict[str, type[nn.Module]] = {
+        "gpt": Gpt,
+        "mlp": Mlp,
+        "resnet": torch_images.ResNet,
+        "vit": torch_images.Vit,
+    }
+    return networks[workload.kind](workload)
 
 
 def our_parameters(workload: Workload) -> Any:
@@ -153,6 +160,8 @@ def copy_parameters(net: nn.Module, workload: Workload, params: Any) -> None:
 
 def by_torch_name(workload: Workload, params: Any) -> dict[str, np.ndarray]:
     """Our parameters, or gradients of them, under the names and in the layout of the network."""
+    if workload.kind in ("resnet", "vit"):
+        return torch_images.by_torch_name(params)
     named = {}
     if workload.kind == "mlp":
         for number, layer in params["layers"].items():
@@ -198,12 +207,14 @@ def make(row: Row, workload: Workload, batch: int, toy: bool) -> Trainer:
     if dict(row.options).get("steps", "1") != "1":
         raise ValueError("PyTorch takes one step in a dispatch; expected a row without steps=")
     torch.set_float32_matmul_precision("highest" if row.precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = row.precision != "fp32"
+    torch.backends.cudnn.benchmark = True  # the quickest convolutions
     net = network(workload)
     copy_parameters(net, workload, our_parameters(workload))
     return _trainer(net, row.precision, workload, batch)
 
 
-def _trainer(net: Gpt | Mlp, precision: str, workload: Workload, batch: int) -> Trainer:
+def _trainer(net: nn.Module, precision: str, workload: Workload, batch: int) -> Trainer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     net.to(device)
@@ -296,7 +307,9 @@ def _zeros(workload: Workload, batch: int) -> dict[str, np.ndarray]:
     """A batch of the right shapes."""
     if workload.kind == "gpt":
         return {"tokens": np.zeros((batch, workload.length + 1), np.int32)}
-    image = np.zeros((batch, workload.features), np.float32)
+    side = workload.features
+    shape = (side,) if workload.kind == "mlp" else (side, side, 3)
+    image = np.zeros((batch, *shape), np.float32)
     return {"image": image, "label": np.zeros(batch, np.int32)}
 
 

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.gpu import jax_rows, measure
 from benchmarks.gpu.measure import Trainer
 from benchmarks.gpu.table import Row, workload
+from jmp_train._jaxpr.flops import OTHER, flops_by_dtype
 
 MLP, GPT = workload("mlp_wide", True), workload("gpt_124m", True)
 
@@ -86,7 +87,7 @@ def test_a_loss_that_is_not_finite_is_no_result(clock):
 
 
 def test_batches_are_the_same_for_every_program():
-    for work in (MLP, GPT):
+    for work in (MLP, GPT, workload("resnet50", True)):
         first, second = (list(itertools.islice(measure.batches(work, 4), 3)) for _ in range(2))
         for a, b in zip(first, second, strict=True):
             assert all((a[k] == b[k]).all() for k in a)
@@ -123,6 +124,26 @@ def test_model_flops_are_those_of_the_products(work):
     assert work.flops(matrices) * tokens == flops
 
 
+def test_multiplications_of_networks_for_images_are_those_of_their_programs():
+    for name in ("resnet50", "vit_b"):
+        for toy in (True, False):
+            work = workload(name, toy)
+            task = jax_rows.task_of(Row(name, "fp32", "jmp_train"), work)
+            params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+            shape = (1, work.features, work.features, 3)
+            batch = {"image": np.zeros(shape, np.float32), "label": np.zeros(1, np.int32)}
+            options = {} if model_state is None else {"model_state": model_state}
+            loss = lambda p, o, batch=batch, task=task: task.loss_fn(p, batch, **o)[0]
+            counted = flops_by_dtype(jax.make_jaxpr(loss)(params, options).jaxpr)
+            # What is not a product or a convolution is counted by itself.
+            products = sum(n for dtype, n in counted.items() if dtype != OTHER)
+            assert work.flops(0) == 3 * products
+            if not toy:  # published: 4.1e9 and 17.5e9
+                assert products / 2e9 == pytest.approx(
+                    {"resnet50": 4.1, "vit_b": 17.5}[name], rel=0.01
+                )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_124m", "mlp_wide"])
 @pytest.mark.parametrize("precision,tolerance", [("fp32", 1e-5), ("bf16", 2e-3), ("fp16", 1e-3)])
@@ -142,7 +163,7 @@ def test_fitting_batch_is_the_largest_that_needs_sixty_percent():
     row = Row("gpt_124m", "fp32", "jmp_train")
     task = jax_rows.task_of(row, GPT)
     step = jax_rows._ours(row, GPT, task)
-    state = step.init(task.init(jax.random.key(0))[0])
+    state = step.init(*task.init(jax.random.key(0)))
 
     def needed(batch):
         tokens = jnp.zeros((batch, GPT.length + 1), jnp.int32)

@@ -17,6 +17,7 @@ from benchmarks.gpu import torch_rows
 
 GPT = table.workload("gpt_124m", toy=True)
 MLP = table.workload("mlp_wide", toy=True)
+IMAGES = [table.workload(name, toy=True) for name in ("resnet50", "vit_b")]
 BATCH = 4
 
 
@@ -28,14 +29,15 @@ def one_thread():
 def both(workload):
     """Our loss and parameters, and the torch network with the same parameters."""
     task = jax_rows.task_of(table.Row(workload.name, "fp32", "jmp_train"), workload)
-    params = task.init(jax.random.key(0))[0]
+    params, model_state = task.init(jax.random.key(0))
     # Scales of one and biases of zero would hide where they are applied.
     params = jax.tree.map(
         lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
     )
     net = torch_rows.network(workload)
     torch_rows.copy_parameters(net, workload, params)
-    return lambda p, batch: task.loss_fn(p, batch)[0], params, net
+    options = {} if model_state is None else {"model_state": model_state}
+    return lambda p, batch: task.loss_fn(p, batch, **options)[0], params, net
 
 
 def batches(workload, count):
@@ -56,6 +58,16 @@ def test_gpt_has_the_loss_and_gradients_of_ours(again):
 
 def test_mlp_has_the_loss_and_gradients_of_ours():
     check_loss_and_gradients(MLP, *both(MLP))
+
+
+@pytest.mark.parametrize("workload", IMAGES, ids=lambda w: w.name)
+def test_networks_for_images_have_the_loss_and_gradients_of_ours(workload):
+    check_loss_and_gradients(workload, *both(workload))
+
+
+def test_bottlenecks_have_the_loss_and_gradients_of_ours():
+    resnet = dataclasses.replace(IMAGES[0], width=64, size="50")
+    check_loss_and_gradients(resnet, *both(resnet))
 
 
 def check_loss_and_gradients(workload, loss_fn, params, net):
@@ -109,7 +121,7 @@ def test_a_row_starts_from_our_parameters(workload):
 
 
 @pytest.mark.parametrize("precision", table.PRECISIONS)
-@pytest.mark.parametrize("workload", [GPT, MLP], ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", [GPT, MLP, *IMAGES], ids=lambda w: w.name)
 def test_trainer_learns_in_every_precision(workload, precision):
     row = table.Row(workload.name, precision, "PyTorch")
     trainer = torch_rows.make(row, workload, BATCH, True)
