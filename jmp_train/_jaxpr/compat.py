@@ -85,6 +85,18 @@ def body_of(jaxpr: Jaxpr) -> Body:
     return Body(getattr(jaxpr, "jaxpr", jaxpr), tuple(getattr(jaxpr, "consts", ())))
 
 
+def called_body(eqn: Equation) -> Body:
+    """Return the body that an equation runs once on all its operands.
+
+    Raises:
+      JaxLayoutError: if its parameters have none.
+    """
+    for name in ("jaxpr", "call_jaxpr", "call", "callee"):  # "jaxpr" of composite: up to JAX 0.10
+        if name in eqn.params:
+            return body_of(eqn.params[name])
+    raise JaxLayoutError(f"the body of {eqn.primitive.name}")
+
+
 def trace(fun: Function, avals: Sequence[Operand], name: str = "") -> Any:
     """Return the closed jaxpr of a function of flat arrays; `avals` have shardings and axes."""
     if name:

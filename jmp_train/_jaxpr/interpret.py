@@ -21,7 +21,7 @@ TOP = Place()
 
 #: Primitives that run one body on all their operands, beside those of `bodies.CONSTRUCTS`: autocast
 #: leaves these as they were written, an evaluation enters them.
-_CALLS = {"composite": "jaxpr", "custom_vmap_call": "call", "linear_call": "callee"}
+_CALLS = ("composite", "custom_vmap_call", "linear_call")
 
 
 class Interpreter:
@@ -76,7 +76,7 @@ class Interpreter:
     def _call(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
         name = eqn.primitive.name
         inner = f"{name}:{eqn.params['name']}" if name == "composite" else name
-        body = compat.body_of(eqn.params[_CALLS[name]])
+        body = compat.called_body(eqn)
         return self.run(body, operands, place.inside(eqn, inner))
 
     def _solve(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:

@@ -110,7 +110,7 @@ class _Method:
         import unittest
 
         if issubclass(owner, unittest.TestCase):
-            raise UsageError(
+            raise TypeError(
                 f"{owner.__name__}.{name} is in a unittest.TestCase, which cannot be parametrized; "
                 "expected chex.TestCase"
             )

@@ -1,5 +1,6 @@
 """Arrays for tests, and comparing them."""
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,11 @@ def rounded(shape, seed=0, low=-2.0, high=2.0):
     """Return float32 numbers that bfloat16 represents exactly: a cast to it loses nothing."""
     x = np.random.default_rng(seed).uniform(low, high, shape)
     return x.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
+def through(x, dtype=jnp.bfloat16):
+    """Round float32 numbers to a narrower dtype, with casts that the compiler for GPUs cannot leave out."""
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def through_product(op):

@@ -160,7 +160,8 @@ def test_every_operation_of_a_reduction_is_looked_at_not_its_root(fn):
 
 def test_a_compiled_sum_that_rounds_to_bfloat16_at_each_step_is_found():
     half = jax.jit(lambda x: lax.reduce_sum(x, axes=(0, 1))).lower(HALF).compile()
-    assert re.search(r"ROOT .* convert", half.as_text())
+    if jax.default_backend() == "cpu":  # it adds in float32, and rounds each sum
+        assert re.search(r"ROOT .* convert", half.as_text())
     assert_reductions_in(half, dtype="bfloat16")
     with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
         assert_reductions_in(half)

@@ -170,8 +170,15 @@ def test_a_read_on_the_host_is_shown_with_its_line(words, wrap):
 
 
 def test_shapes_and_dtypes_are_shown_without_a_read():
-    assert_no_host_sync(lambda x: x if f"{x.shape} {x.dtype} {x!r}" else -x, X)
-    assert_no_host_sync(lambda x: x if f"{X}" else -x, X)  # not of the argument
+    shown = lambda x: x if f"{x.shape} {x.dtype}" else -x
+    assert_no_host_sync(shown, X)
+    assert_no_host_sync(jax.jit(lambda x: x if f"{x!r}" else -x), X)  # a traced array
+
+
+def test_values_that_the_host_has_are_shown_without_a_read():
+    constant = X + 1
+    str(constant)  # the host has its values from now on
+    assert_no_host_sync(lambda x: x if f"{constant}" else -x, X)
 
 
 def test_arrays_and_traced_arrays_are_as_before_afterwards():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jmp_train.testing import assert_close_to_float64
+from tests.helpers.arrays import through
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 32)).astype(np.float32)
@@ -83,7 +84,7 @@ def test_small_elements_are_judged_by_the_size_of_their_leaf():
 
 
 def test_the_size_of_a_leaf_is_that_without_its_largest_quarter():
-    low = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32)
+    low = through
     x = np.array([0, 1 + 2.0**-9, 2, 4, 0, 100, 200, 300, 400], np.float32)  # seven are not zero
     message = failure(low, x, ulps=1)  # 300 and 400 are exact in bfloat16, and 100 and 200
     assert units(message) == pytest.approx(2.0**15 / 300, rel=1e-2)
@@ -94,7 +95,7 @@ def test_the_size_of_a_leaf_is_that_without_its_largest_quarter():
 @pytest.mark.parametrize("outlier", [1e9, -1e30])
 def test_one_huge_element_hides_no_errors(outlier):
     x = np.linspace(0.1, 2, 64, dtype=np.float32)
-    low = lambda x: x.astype(jnp.bfloat16).astype(jnp.float32).at[3].set(outlier)
+    low = lambda x: through(x).at[3].set(outlier)
     assert units(failure(low, x, ulps=4)) > 2**14
     assert_close_to_float64(lambda x: (x * 1.1).at[3].set(outlier), x, ulps=1)
 
@@ -134,8 +135,7 @@ def test_the_operation_that_loses_most_is_named():
 
 def test_operations_are_ranked_by_their_effect_on_the_result():
     def fn(x):  # bfloat16 has the larger error, and hardly any effect
-        low = x.astype(jnp.bfloat16).astype(jnp.float32)
-        return low * 1e-6 + x.astype(jnp.float16).astype(jnp.float32)
+        return through(x) * 1e-6 + through(x, jnp.float16)
 
     message = failure(fn, X, ulps=64)
     assert "Worst operation: convert_element_type in float16 (" in message
@@ -153,7 +153,7 @@ def test_the_worst_operation_inside_a_loop_is_named():
 
 def test_the_effect_of_the_worst_operation_is_its_own():
     def fn(x):
-        y = x.astype(jnp.bfloat16).astype(jnp.float32)
+        y = through(x)
         return (y * y)[0]
 
     x = np.array([1 + 2.0**-8 + 2.0**-12], np.float32)  # rounds up to 1 + 2^-7

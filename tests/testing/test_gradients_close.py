@@ -9,6 +9,7 @@ import pytest
 import jmp_train as jt
 from jmp_train import testing
 from jmp_train.testing import assert_gradients_close
+from tests.helpers.arrays import through
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 8)).astype(np.float32)
@@ -77,7 +78,7 @@ def test_the_reference_is_in_float64():
     """An error of 2^-9 in float32 parameters' gradients is found, though the loss casts to float32."""
 
     def narrow(params, batch):
-        w = params["w"].astype(jnp.bfloat16).astype(jnp.float32)
+        w = through(params["w"])
         return loss_fn(params | {"w": w}, batch)
 
     low = PARAMS["w"].astype(ml_dtypes.bfloat16).astype(np.float64)

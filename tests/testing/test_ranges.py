@@ -192,7 +192,8 @@ def linear_call(x):
 
 
 def reduced(x):
-    return jax.lax.reduce(x, np.float16(0), lambda a, b: a + b * b, (0,))
+    # In any order, as devices take it; a product alone would be `reduce_prod`.
+    return jax.lax.reduce(x[:2], np.float16(1), lambda a, b: 2 * (a * b) / 2, (0,))
 
 
 def in_windows(x):
@@ -227,7 +228,7 @@ def exported(x):
         (by_batch, "9e+04 (4 of 4 values overflow) in mul in float16 (custom_vmap_call; "),
         (jax.lax.composite(square, "my.square"), "in mul in float16 (composite:my.square; "),
         (linear_call, "in mul in float16 (linear_call; "),
-        (reduced, "3.6e+05 (1 of 1 values overflow) in reduce in float16"),
+        (reduced, "9e+04 (1 of 1 values overflow) in reduce in float16"),
         (in_windows, "1.8e+05 (3 of 3 values overflow) in reduce_window in float16"),
         (on_devices, "9e+04 (4 of 4 values overflow) in shard_map in float16"),
         (lambda x: jax.pmap(square)(x[None]), "9e+04 (4 of 4 values overflow) in shard_map in"),

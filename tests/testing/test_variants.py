@@ -168,7 +168,7 @@ def test_wrong_uses_are_errors_where_the_test_is_defined():
         testing.policies(lambda policy: None)
     with pytest.raises(TypeError, match="test has no argument 'policy'"):
         testing.policies("float32")(named)
-    with pytest.raises((TypeError, RuntimeError)) as error:
+    with pytest.raises((TypeError, RuntimeError)) as error:  # Python 3.11 wraps it
 
         class Plain(unittest.TestCase):
             @testing.policies("float32")

@@ -10,6 +10,7 @@ import pytest
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train.testing.wide import results_in_float64
 from jmp_train.testing.worst import observe
+from tests.helpers.arrays import through
 
 X = np.random.default_rng(0).normal(size=(6, 6)).astype(np.float32)
 XW = X.astype(np.float64)
@@ -232,7 +233,7 @@ def test_a_function_applied_to_elements_is_in_float64():
 
 
 def test_an_exported_function_runs_as_it_was_written():
-    third = jax.jit(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32))
+    third = jax.jit(through)
     exported = jax.export.export(third)(jax.ShapeDtypeStruct(X.shape, X.dtype))
     got = wide(lambda x: exported.call(x) / 3, X)
     np.testing.assert_allclose(got, np.float64(X.astype(jnp.bfloat16)) / 3, rtol=1e-15)
