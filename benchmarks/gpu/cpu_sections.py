@@ -176,6 +176,14 @@ def _plans(rows: Any) -> str:
     return f"{len(rows)} plans for {', '.join(devices)}, of which {fitting} fit."
 
 
+def _plan(rows: Any) -> str:
+    ratios = [row["measured_over_planned"] for row in rows.values()]
+    return (
+        f"The peak of {len(rows)} runs is {number(min(ratios))} to {number(max(ratios))} of what "
+        "`jmp-train plan` says."
+    )
+
+
 def _baselines(rows: Any) -> str:
     best = (f"{family} {number(max(row.values()))}" for family, row in rows.items())
     return f"The best held-out accuracy of a classical model: {', '.join(best)}."
@@ -232,6 +240,7 @@ QUESTIONS = {
     "compare_gpt": Question(
         "Do fp16 and bf16 reach fp32's loss on text?", _comparison, ("compare_gpt",)
     ),
+    "plan": Question("Is the memory of a plan what a run takes on a GPU?", _plan),
     "published_models": Question("Do published models run?", _models),
     "plans": Question("What do models of 1 to 78 billion parameters need?", _plans),
 }

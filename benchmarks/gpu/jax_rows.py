@@ -108,7 +108,7 @@ def task_of(row: Row, workload: Workload, **changes: Any) -> TaskFunctions:
     )
 
 
-def _image_model(workload: Workload) -> Model[Any]:
+def _image_model(workload: Workload) -> Any:
     classes = lambda spec: spec.classes
     size: Any = workload.size
     if workload.kind == "resnet":

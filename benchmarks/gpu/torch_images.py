@@ -134,7 +134,7 @@ def by_torch_name(params: Any, prefix: str = "") -> dict[str, np.ndarray]:
                 (3, 2, 0, 1) if kernel.ndim == 4 else (1, 0)
             )
         else:
-            named[prefix + {"scale": "weight"}.get(key, key)] = np.asarray(value)
+            named[prefix + ("weight" if key == "scale" else key)] = np.asarray(value)
     return named
 
 

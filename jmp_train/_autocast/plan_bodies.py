@@ -43,6 +43,15 @@ def plan_once(plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegio
     return _planned(eqn, values, [body], requests, body.outs)
 
 
+def plan_remat(
+    plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None
+) -> OpPlan:
+    """Plan a body that runs again in the backward pass: what is kept for it is not widened before."""
+    op = plan_once(plan, eqn, values, region)
+    op.requests = [_not_widened(k, r) for k, r in zip(_kinds(values), op.requests, strict=True)]
+    return op
+
+
 def plan_unrounded(
     plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegion | None
 ) -> OpPlan:
@@ -98,7 +107,7 @@ def plan_scan(plan: PlanBody, eqn: Equation, values: Values, region: MarkedRegio
 #: By construct; see `jmp_train._jaxpr.bodies`.
 PLANS_OF_BODIES: dict[str, Callable[..., OpPlan]] = {
     "jit": plan_once,
-    "remat": plan_once,
+    "remat": plan_remat,
     "call": plan_once,
     "custom_jvp": plan_unrounded,
     "custom_vjp": plan_unrounded,
@@ -120,6 +129,14 @@ def _certain(requests: Requests) -> Requests:
 def _settled(kind: Kind | None, requests: Requests) -> Requests:
     """Return certain requests alone, else also the array as it is, to be cast inside."""
     return requests if requests and all(requests.values()) else {**_as_is(kind), **requests}
+
+
+def _not_widened(kind: Kind | None, requests: Requests) -> Requests:
+    """Return the array as it is in place of requests that widen it."""
+    if kind is None:
+        return requests
+    narrow = {d: c for d, c in requests.items() if d.itemsize <= kind.base.itemsize}
+    return narrow if len(narrow) == len(requests) else {**narrow, **_as_is(kind)}
 
 
 def _uncertain(kind: Kind | None, requests: Requests) -> Requests:

@@ -1,4 +1,4 @@
-"""Causal self-attention and rotary positions; chooses the implementation of attention."""
+"""Self-attention and rotary positions; chooses the implementation of attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jmp_train.models.blockwise import blockwise_attention
 from jmp_train.types import DTypeLike
 
 LONG = 1024
-"""Number of positions from which on attention goes by blocks."""
+"""Number of positions from which on causal attention goes by blocks."""
+LONG_ENCODER = 128
+"""Number of positions from which on attention over all of them goes by blocks, or in a fused kernel."""
 
 
 class Segments(NamedTuple):
@@ -119,6 +121,34 @@ def causal_attention(
         )
     position = jnp.arange(q_BxTxHxK.shape[1])
     return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, position[:, None] >= position[None, :])
+
+
+def encoder_attention(
+    q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array
+) -> jax.Array:
+    """Compute attention of each position over all positions; softmax in float32.
+
+    From `LONG_ENCODER` positions on, no scores are kept for the backward pass: half precision uses
+    cuDNN's fused kernel on NVIDIA GPUs since Ampere, and else attention goes by blocks.
+
+    Args:
+      q_BxTxHxK: queries, (batch, positions, heads, features).
+      k_BxTxHxK: keys, of the same shape and dtype.
+      v_BxTxHxK: values, of the same shape and dtype.
+
+    Returns:
+      Weighted means of the values, of the same shape and dtype.
+
+    >>> values = jnp.array([1.0, 3.0]).reshape(1, 2, 1, 1)
+    >>> zeros = jnp.zeros_like(values)  # equal scores
+    >>> encoder_attention(zeros, zeros, values).ravel().tolist()
+    [2.0, 2.0]
+    """
+    if q_BxTxHxK.shape[1] < LONG_ENCODER:
+        return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)
+    if _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1]) == "cudnn":
+        return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, implementation="cudnn")
+    return blockwise_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, causal=False)
 
 
 def masked_attention(

@@ -1,4 +1,4 @@
-"""Causal attention by blocks, whose memory grows with the length and not with its square."""
+"""Attention by blocks, whose memory grows with the length and not with its square."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jmp_train.numerics.dtypes import at_least_float32
 
 BLOCK = 256
-"""Number of queries, and of keys, whose scores are in memory at once."""
+"""Largest number of queries, and of keys, whose scores are in memory at once."""
 
 
 def blockwise_attention(
@@ -20,9 +20,11 @@ def blockwise_attention(
     k_BxTxHxK: jax.Array,
     v_BxTxHxK: jax.Array,
     ids_BxT: jax.Array | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
+    *,
+    causal: bool = True,
 ) -> jax.Array:
-    """Compute attention of each position over itself and earlier positions, a pair of blocks at a time.
+    """Compute attention of each position over others, a pair of blocks at a time.
 
     Products have operands in the dtype of the arguments; scores, softmax and sums are float32. The
     backward pass computes the scores again. It is a custom rule, so forward mode is not available.
@@ -33,7 +35,9 @@ def blockwise_attention(
       v_BxTxHxK: values, of the same shape and dtype.
       ids_BxT: int32, the number of the document of each position, which attends to its own alone; None:
         one document.
-      block: number of positions in a block.
+      block: largest number of positions in a block; None: `BLOCK`, or of a causal row an eighth, but
+        at least 128.
+      causal: whether a position attends to itself and earlier ones alone.
 
     Returns:
       Weighted means of the values, of the same shape and dtype.
@@ -46,22 +50,30 @@ def blockwise_attention(
     Source: Dao et al. 2022, "FlashAttention", arXiv:2205.14135, algorithms 1 and 4.
     """
     length = q_BxTxHxK.shape[1]
-    block = max(min(block, length), 1)
-    padding = -length % block  # keys of the padding come after every query
+    if block is None:
+        block = min(max(length // 8, 128), BLOCK) if causal else BLOCK
+    blocks = max(-(-length // block), 1)
+    block = max(-(-length // blocks), 1)
+    padding = blocks * block - length
     if ids_BxT is None:
         ids_BxT = jnp.zeros(q_BxTxHxK.shape[:2], jnp.int32)
     padded = lambda x: jnp.pad(x, [(0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)])
-    args = map(padded, (q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, ids_BxT))
-    out: Any = _attention(*args, block)
+    # No query attends to the padding: its keys come after all, or are those of another document.
+    ids_BxT = jnp.pad(ids_BxT, [(0, 0), (0, padding)], constant_values=np.iinfo(np.int32).min)
+    out: Any = _attention(*map(padded, (q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)), ids_BxT, block, causal)
     return out[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: int) -> jax.Array:
-    return _forward(q, k, v, ids, block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: int, causal: bool
+) -> jax.Array:
+    return _forward(q, k, v, ids, block, causal)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: int) -> Any:
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: int, causal: bool
+) -> Any:
     batch, length, heads, _ = q.shape
     wide = at_least_float32(q.dtype)
 
@@ -69,7 +81,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: in
         sums_BxTxHxK, total_BxHxT, largest_BxHxT = carry
         i, j = pair[0] * block, pair[1] * block
         q_BxQxHxK, k_BxSxHxK, v_BxSxHxK = _part(q, i, block), _part(k, j, block), _part(v, j, block)
-        scores_BxHxQxS = _scores(q_BxQxHxK, k_BxSxHxK, ids, i, j, block)
+        scores_BxHxQxS = _scores(q_BxQxHxK, k_BxSxHxK, ids, i, j, block, causal)
         before_BxHxQ = _part(largest_BxHxT, i, block, axis=2)
         now_BxHxQ = jnp.maximum(before_BxHxQ, scores_BxHxQxS.max(-1))
         shrink_BxHxQ = jnp.exp(before_BxHxQ - now_BxHxQ)
@@ -86,12 +98,13 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array, block: in
     zeros = jnp.zeros((batch, heads, length), wide)
     # Each query attends to itself in the first of its pairs, the one on the diagonal.
     start = (jnp.zeros(q.shape, wide), zeros, jnp.full_like(zeros, -jnp.inf))
-    (sums, total, largest), _ = jax.lax.scan(add, start, jnp.asarray(_pairs(length // block)))
+    pairs = jnp.asarray(_pairs(length // block, causal))
+    (sums, total, largest), _ = jax.lax.scan(add, start, pairs)
     out = (sums / jnp.moveaxis(total, 1, 2)[..., None]).astype(q.dtype)
     return out, (q, k, v, ids, out, largest + jnp.log(total))
 
 
-def _backward(block: int, residuals: Any, g: jax.Array) -> Any:
+def _backward(block: int, causal: bool, residuals: Any, g: jax.Array) -> Any:
     q, k, v, ids, out, normaliser_BxHxT = residuals
     wide = at_least_float32(q.dtype)
     scale = q.shape[-1] ** -0.5
@@ -102,7 +115,7 @@ def _backward(block: int, residuals: Any, g: jax.Array) -> Any:
         i, j = pair[0] * block, pair[1] * block
         q_BxQxHxK, k_BxSxHxK, v_BxSxHxK = _part(q, i, block), _part(k, j, block), _part(v, j, block)
         g_BxQxHxK = _part(g, i, block)
-        scores_BxHxQxS = _scores(q_BxQxHxK, k_BxSxHxK, ids, i, j, block)
+        scores_BxHxQxS = _scores(q_BxQxHxK, k_BxSxHxK, ids, i, j, block, causal)
         weights_BxHxQxS = jnp.exp(
             scores_BxHxQxS - _part(normaliser_BxHxT, i, block, axis=2)[..., None]
         )
@@ -120,8 +133,8 @@ def _backward(block: int, residuals: Any, g: jax.Array) -> Any:
 
     part = jnp.zeros((q.shape[0], block, *q.shape[2:]), wide)
     start = (jnp.zeros(q.shape, wide), jnp.zeros_like(k), jnp.zeros_like(v), part, part)
-    pairs = _pairs(q.shape[1] // block)
-    by_keys = pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))]
+    pairs = _pairs(q.shape[1] // block, causal)
+    by_keys = pairs[np.lexsort((pairs[:, 0], pairs[:, 0] != pairs[:, 1], pairs[:, 1]))]
     (dq, dk, dv, *_), _ = jax.lax.scan(add, start, jnp.asarray(by_keys))
     return dq.astype(q.dtype), dk, dv, np.zeros(ids.shape, jax.dtypes.float0)
 
@@ -129,25 +142,38 @@ def _backward(block: int, residuals: Any, g: jax.Array) -> Any:
 _attention.defvjp(_forward, _backward)
 
 
-def _pairs(count: int) -> np.ndarray:
-    """Return the pairs of a block of queries and one of keys that is not after it; the own one first."""
-    return np.array([(i, j) for i in range(count) for j in range(i, -1, -1)], np.int32)
+def _pairs(count: int, causal: bool) -> np.ndarray:
+    """Return the pairs of a block of queries and one of keys; of each queries, the own keys first.
+
+    If `causal`, without the keys that are after the queries.
+    """
+    later = [] if causal else [(i, j) for i in range(count) for j in range(i + 1, count)]
+    pairs = [(i, j) for i in range(count) for j in range(i, -1, -1)]
+    return np.array(sorted([*pairs, *later], key=lambda p: (p[0], p[0] != p[1], -p[1])), np.int32)
 
 
 def _scores(
-    q_BxQxHxK: jax.Array, k_BxSxHxK: jax.Array, ids: jax.Array, i: Any, j: Any, block: int
+    q_BxQxHxK: jax.Array,
+    k_BxSxHxK: jax.Array,
+    ids: jax.Array,
+    i: Any,
+    j: Any,
+    block: int,
+    causal: bool,
 ) -> jax.Array:
     """Return the scaled scores of a pair of blocks, -inf where a query does not attend."""
     # Else the masks of all pairs would be known before the loop, and `jax.checkpoint` would keep them.
-    i, j, q_BxQxHxK = jax.lax.optimization_barrier((i, j, q_BxQxHxK))
+    # And one block's scores would be computed once for both passes, and kept in between.
+    i, j, q_BxQxHxK, k_BxSxHxK = jax.lax.optimization_barrier((i, j, q_BxQxHxK, k_BxSxHxK))
     # Queries are scaled before the product, because unscaled float16 scores overflow sooner.
     q_BxQxHxK = q_BxQxHxK * np.asarray(q_BxQxHxK.shape[-1] ** -0.5, q_BxQxHxK.dtype)
     scores_BxHxQxS = _product("bqhk,bshk->bhqs", q_BxQxHxK, k_BxSxHxK)
-    place = jnp.arange(block)
-    seen_QxS = (i + place)[:, None] >= (j + place)[None, :]
     same_BxQxS = _part(ids, i, block)[:, :, None] == _part(ids, j, block)[:, None, :]
+    if causal:
+        place = jnp.arange(block)
+        same_BxQxS &= (i + place)[:, None] >= (j + place)[None, :]
     # Not -inf: a block without a key of a query's document would give it a NaN.
-    return jnp.where((seen_QxS & same_BxQxS)[:, None], scores_BxHxQxS, -1e30)
+    return jnp.where(same_BxQxS[:, None], scores_BxHxQxS, -1e30)
 
 
 def _product(dimensions: str, a: jax.Array, b: jax.Array) -> jax.Array:

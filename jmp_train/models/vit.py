@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jmp_train.models.attention import encoder_attention
+
 
 class _Shape(NamedTuple):
     """Features of a patch, blocks and attention heads."""
@@ -32,7 +34,12 @@ class EncoderBlock(nnx.Module):
         width = shape.width
         self.norm1 = nnx.LayerNorm(width, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(
-            shape.heads, width, dropout_rate=0.0, decode=False, rngs=rngs
+            shape.heads,
+            width,
+            dropout_rate=0.0,
+            decode=False,
+            attention_fn=lambda q, k, v, **options: encoder_attention(q, k, v),
+            rngs=rngs,
         )
         self.norm2 = nnx.LayerNorm(width, rngs=rngs)
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
@@ -42,7 +49,9 @@ class EncoderBlock(nnx.Module):
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = x_BxTxD + self.drop(self.attention(self.norm1(x_BxTxD)))
-        return x_BxTxD + self.drop(self.down(nnx.gelu(self.up(self.norm2(x_BxTxD)))))
+        # The backward pass computes the GELU again: else its tanh is kept, or float32 copies of float16.
+        inner_BxTxF = jax.checkpoint(nnx.gelu)(self.up(self.norm2(x_BxTxD)))
+        return x_BxTxD + self.drop(self.down(inner_BxTxF))
 
 
 class Vit(nnx.Module):

@@ -82,6 +82,20 @@ def test_parameters_of_constructs_are_kept():
     assert found["remat2"]["prevent_cse"] is False
 
 
+@pytest.mark.parametrize("fn", [jax.nn.gelu, lambda x: x * jax.nn.softmax(x)])
+def test_what_a_checkpoint_keeps_is_not_widened(fn):
+    """float32 operations of its body cast inside: kept is the float16 array, once."""
+
+    def loss(w, x):
+        return jax.checkpoint(fn)(x @ w).sum()
+
+    low = jt.autocast(loss, "float16")
+    w, x = jnp.asarray(rounded((6, 5))), jnp.asarray(rounded((3, 6), seed=1))
+    kept = jax.tree.leaves(jax.vjp(lambda w: low(w, x), w)[1])
+    assert [k.dtype for k in kept if k.shape == (3, 5)] == [jnp.float16]
+    np.testing.assert_allclose(jax.grad(low)(w, x), jax.grad(loss)(w, x), atol=5e-2)
+
+
 def test_name_scopes_and_source_lines_are_kept():
     def f(x):
         with jax.named_scope("attention"):

@@ -210,21 +210,20 @@ def test_half_precision_needs_little_more_than_half_the_temporaries(family):
         compiled = lowered.compile()
         sizes[precision] = compiled.memory_analysis().temp_size_in_bytes
         assert not re.search(r"\[(\d+,)*1024,1024\]", compiled.as_text())  # no scores of all pairs
-    assert sizes["fp16"] <= 0.58 * sizes["fp32"] and sizes["bf16"] <= 0.58 * sizes["fp32"]
+    assert max(sizes["fp16"], sizes["bf16"]) <= 0.56 * sizes["fp32"]  # measured: 0.559
 
 
 @pytest.mark.parametrize(
-    "family,settings,limits",
-    [  # measured: 0.489 and 0.488; 0.710 and 0.623
-        ("cnn", {"model.size": "50", "model.reduce": 4}, {"fp16": 0.56, "bf16": 0.56}),
-        # 196 positions are padded to 200 for tensor cores, and float16 keeps GELU's input in float32.
-        ("vit", {"model.size": "B", "model.patch": 16}, {"fp16": 0.73, "bf16": 0.64}),
+    "family,settings",
+    [  # measured: 0.489 and 0.488; 0.539 and 0.534
+        ("cnn", {"model.size": "50", "model.reduce": 4}),
+        ("vit", {"model.size": "B", "model.patch": 16}),
     ],
 )
-def test_temporaries_of_networks_for_images_of_224_pixels(family, settings, limits):
+def test_temporaries_of_networks_for_images_of_224_pixels(family, settings):
     example = {"image": np.zeros((2, 224, 224, 3), np.float32), "label": np.zeros(2, np.int32)}
     spec, sizes = DataSpec.of(example, classes=1000), {}
-    for precision in ("fp32", *limits):
+    for precision in ("fp32", "fp16", "bf16"):
         own = with_settings(find_experiment(f"{family}_{precision}"), settings)
         own = dataclasses.replace(own, batch_size=32)
         compiled = compile_lowered(lower_step(own, spec, DEVICES["h100"], 1)[0])
@@ -232,8 +231,7 @@ def test_temporaries_of_networks_for_images_of_224_pixels(family, settings, limi
         if precision != "fp32":
             found = products(compiled.as_text())
             assert found and all(dtypes == {HALF[precision]} for dtypes in found)
-    for precision, limit in limits.items():
-        assert sizes[precision] <= limit * sizes["fp32"]
+    assert max(sizes["fp16"], sizes["bf16"]) <= 0.56 * sizes["fp32"]
 
 
 @pytest.mark.parametrize("shape", ["data=8,fsdp=8", "data=2,fsdp=32", "fsdp=16,tensor=4"])
