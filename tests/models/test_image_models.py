@@ -134,7 +134,8 @@ def attention64(x, attention):
 def vit64(model, x):
     kernel = array(model.embed.kernel)
     size = kernel.shape[0]
-    patches = x.reshape(len(x), 8 // size, size, 8 // size, size, 3).transpose(0, 1, 3, 2, 4, 5)
+    side = x.shape[1] // size
+    patches = x.reshape(len(x), side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
     x = np.einsum("bijhwc,hwcd->bijd", patches, kernel) + array(model.embed.bias)
     x = x.reshape(len(x), -1, x.shape[-1]) + array(model.positions)
     for block in model.blocks:
@@ -153,6 +154,22 @@ def test_outputs_are_those_of_float64(name, oracle):
     # Some hundred roundings of 2**-24, relative to the largest output.
     found = np.asarray(model(IMAGES))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_many_patches_are_attended_to_as_in_float64():
+    model = randomised(Vit((24, 24, 3), CLASSES, patch=2, rngs=nnx.Rngs(0)))  # 144 patches
+    model.eval()
+    images = np.random.default_rng(1).normal(size=(2, 24, 24, 3)).astype(np.float32)
+    expected = vit64(model, images.astype(np.float64))
+    found = np.asarray(model(images))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_networks_of_one_kind_have_equal_graphs(name):
+    """Else a function under `nnx.jit` is compiled for each."""
+    first, second = (nnx.split(abstract(MODELS[name]))[0] for _ in range(2))
+    assert first == second and hash(first) == hash(second)
 
 
 @pytest.mark.parametrize("name", MODELS)
