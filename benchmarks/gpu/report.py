@@ -58,9 +58,9 @@ class has a pattern of 8 x 8 colours, which noise hides. An image counts 6 FLOPs
 forward pass. PyTorch's networks begin with the same parameters, have their channels last, and pad convolutions
 alike on both sides.
 
-The rows of vit_b were measured with XLA's attention over all pairs. Since then, `Vit` takes cuDNN's attention in
-half precision and computes its GELU again in the backward pass; that was compiled for this GPU, not run on it: at
-batch 32, temporaries in bf16 are 2.22 GiB in place of 3.06."""
+The rows of vit_b were measured with attention over all pairs at once. Since then, attention goes by blocks and the
+GELU is computed again in the backward pass. That was compiled for an H100 and not run on one: at batch 32,
+temporaries in bf16 are 2.22 GiB in place of 3.06."""
 
 
 def page(

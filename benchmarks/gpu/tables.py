@@ -59,7 +59,8 @@ def times(value: float | None) -> str:
 def origin(data: Mapping[str, Any]) -> str:
     """Return the line under a table: command, device, driver, versions and date."""
     device = data["device"]
-    clocks = ", ".join(f"{name} {mhz} MHz" for name, mhz in device.get("clocks_mhz", {}).items())
+    limits = {k: v for k, v in device.get("clocks_mhz", {}).items() if k.endswith("_max")}
+    clocks = ", ".join(f"{name} {mhz} MHz" for name, mhz in limits.items())
     parts = [
         f"`{data['command']}`",
         device["kind"],

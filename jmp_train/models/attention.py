@@ -17,7 +17,7 @@ from jmp_train.types import DTypeLike
 LONG = 1024
 """Number of positions from which on causal attention goes by blocks."""
 LONG_ENCODER = 128
-"""Number of positions from which on attention over all of them goes by blocks, or in a fused kernel."""
+"""Number of positions from which on attention over all of them goes by blocks."""
 
 
 class Segments(NamedTuple):
@@ -128,8 +128,8 @@ def encoder_attention(
 ) -> jax.Array:
     """Compute attention of each position over all positions; softmax in float32.
 
-    From `LONG_ENCODER` positions on, no scores are kept for the backward pass: half precision uses
-    cuDNN's fused kernel on NVIDIA GPUs since Ampere, and else attention goes by blocks.
+    From `LONG_ENCODER` positions on it goes by blocks (`blockwise_attention`), so that no scores are
+    kept for the backward pass; forward mode is not available there.
 
     Args:
       q_BxTxHxK: queries, (batch, positions, heads, features).
@@ -146,8 +146,6 @@ def encoder_attention(
     """
     if q_BxTxHxK.shape[1] < LONG_ENCODER:
         return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)
-    if _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1]) == "cudnn":
-        return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, implementation="cudnn")
     return blockwise_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, causal=False)
 
 

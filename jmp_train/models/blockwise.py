@@ -33,8 +33,8 @@ def blockwise_attention(
       q_BxTxHxK: queries, (batch, positions, heads, features).
       k_BxTxHxK: keys, of the same shape and dtype.
       v_BxTxHxK: values, of the same shape and dtype.
-      ids_BxT: int32, the number of the document of each position, which attends to its own alone; None:
-        one document.
+      ids_BxT: int32, above the smallest one, the number of the document of each position, which attends
+        to its own alone; None: one document.
       block: largest number of positions in a block; None: `BLOCK`, or of a causal row an eighth, but
         at least 128.
       causal: whether a position attends to itself and earlier ones alone.
@@ -52,7 +52,7 @@ def blockwise_attention(
     length = q_BxTxHxK.shape[1]
     if block is None:
         block = min(max(length // 8, 128), BLOCK) if causal else BLOCK
-    blocks = max(-(-length // block), 1)
+    blocks = max(-(-length // max(block, 1)), 1)
     block = max(-(-length // blocks), 1)
     padding = blocks * block - length
     if ids_BxT is None:

@@ -29,7 +29,8 @@ SIZES = {
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, **_: object) -> jax.Array:
     """Attention as Flax calls it; a function of the module, so that two networks have equal graphs."""
-    return encoder_attention(q, k, v)
+    dtype = jnp.result_type(q, k, v)
+    return encoder_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
 
 
 class EncoderBlock(nnx.Module):
@@ -61,6 +62,9 @@ class EncoderBlock(nnx.Module):
 
 class Vit(nnx.Module):
     """A vision transformer (Dosovitskiy et al. 2020, arXiv:2010.11929) that averages its patches.
+
+    With 128 patches or more, attention goes by blocks (`encoder_attention`), by a custom derivative rule for
+    reverse mode.
 
     Args:
       image: shape of an image, (height, width) or (height, width, channels).

@@ -46,7 +46,7 @@ def made_up():
     return {
         "benchmark": "gpu", "command": "make bench-gpu", "date": "2030-01-02", "toy": False,
         "device": {"kind": "Made-up GPU", "memory_bytes": 80 * GIB, "driver": "999.1",
-                   "clocks_mhz": {"sm": 1980}, "power_limit_w": 700},
+                   "clocks_mhz": {"sm": 345, "sm_max": 1980}, "power_limit_w": 700},
         "versions": {"jax": "0.0.1", "torch": None}, "batches": {}, "rows": named,
     }  # fmt: skip
 
@@ -180,7 +180,7 @@ def test_a_page_shows_figures_and_what_is_missing(result):
     assert cells(page, "fp32", "PyTorch")[0] == "failed: torch is not installed"
     assert cells(page, "tf32", "PyTorch")[0] == "not measured: ran into its time limit"
     assert cells(page, "bf16", "autocast")[0] == "not measured yet"
-    origin = "`make bench-gpu`; Made-up GPU; driver 999.1; power limit 700 W; clocks: sm 1980 MHz; "
+    origin = "`make bench-gpu`; Made-up GPU; driver 999.1; power limit 700 W; clocks: sm_max 1980 MHz; "
     assert origin + "jax 0.0.1; 2030-01-02." in page
 
 

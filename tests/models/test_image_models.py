@@ -165,6 +165,17 @@ def test_many_patches_are_attended_to_as_in_float64():
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+def test_attention_promotes_as_flax_does():
+    model = Vit(SHAPE, CLASSES, patch=2, rngs=nnx.Rngs(0))
+    model.eval()
+    attention = model.blocks[0].attention
+    attention.key.dtype = attention.value.dtype = jnp.bfloat16
+    tokens = jnp.ones((1, 4, 96))
+    assert attention(tokens).dtype == jnp.float32
+    own, attention.attention_fn = attention(tokens), nnx.dot_product_attention
+    np.testing.assert_array_equal(own, attention(tokens))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_two_networks_of_one_kind_have_equal_graphs(name):
     """Else a function under `nnx.jit` is compiled for each."""
