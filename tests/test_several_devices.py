@@ -9,7 +9,14 @@ import pytest
 from helpers.simulated_devices import NEED_DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = ["optim/sharded_state.py", "sharding/runs_on_devices.py", "step/sharded_steps.py"]
+SLOW = [
+    "models/batch_norm_shares.py",
+    "optim/sharded_state.py",
+    "sharding/runs_on_devices.py",
+    "sharding/tensor_parallel.py",
+    "step/four_devices.py",
+    "step/sharded_steps.py",
+]
 CHOICES = [
     pytest.param(file, devices, which, marks=[pytest.mark.slow] if which != "not slow" else [])
     for file, devices in NEED_DEVICES.items()

@@ -180,7 +180,9 @@ def test_a_page_shows_figures_and_what_is_missing(result):
     assert cells(page, "fp32", "PyTorch")[0] == "failed: torch is not installed"
     assert cells(page, "tf32", "PyTorch")[0] == "not measured: ran into its time limit"
     assert cells(page, "bf16", "autocast")[0] == "not measured yet"
-    origin = "`make bench-gpu`; Made-up GPU; driver 999.1; power limit 700 W; clocks: sm_max 1980 MHz; "
+    origin = (
+        "`make bench-gpu`; Made-up GPU; driver 999.1; power limit 700 W; clocks: sm_max 1980 MHz; "
+    )
     assert origin + "jax 0.0.1; 2030-01-02." in page
 
 

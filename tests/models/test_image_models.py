@@ -156,6 +156,7 @@ def test_outputs_are_those_of_float64(name, oracle):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_many_patches_are_attended_to_as_in_float64():
     model = randomised(Vit((24, 24, 3), CLASSES, patch=2, rngs=nnx.Rngs(0)))  # 144 patches
     model.eval()

@@ -69,6 +69,7 @@ def test_a_run_goes_to_narrow_parameters_and_back(capsys, tmp_path, options, dty
     assert [r["step"] for r in records if r["split"] == "train"] == [10, 20, 30]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_both_precisions_are_used(capsys, tmp_path):
     run_dir = tmp_path / "run"
     assert train(capsys, run_dir)[0] == 0
