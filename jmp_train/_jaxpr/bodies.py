@@ -40,6 +40,7 @@ CONSTRUCTS: dict[str, Construct] = {
     "call": _CALL,
     "core_call": _CALL,
     "closed_call": _CALL,
+    "eval_jaxpr": _CALL,  # both of these in JAX 0.12
     "custom_jvp_call": Construct("custom_jvp", ("call_jaxpr",), runs_once=True),
     "custom_vjp_call": Construct("custom_vjp", ("call_jaxpr",), runs_once=True),
     "shard_map": Construct("shard_map", ("jaxpr",)),  # once on every device, on a part of each

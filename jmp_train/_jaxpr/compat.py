@@ -2,7 +2,7 @@
 
 Everything here reads equations that JAX itself wrote: how a primitive is bound again, and how the
 rules that a user gave to `custom_jvp` and `custom_vjp` are stored in an equation's parameters. The
-layouts are those of JAX 0.10 and 0.11; any other layout raises `JaxLayoutError`, which names the
+layouts are those of JAX 0.10 to 0.12; any other layout raises `JaxLayoutError`, which names the
 installed version, so that a change in JAX is never a silent change in precision.
 """
 
@@ -39,7 +39,7 @@ class JaxLayoutError(RuntimeError):
     def __init__(self, what: str):
         super().__init__(
             f"autocast does not know {what} in jax {jax.__version__}; it is written for jax 0.10 "
-            "and 0.11. Install one of these, or wrap the code in with_precision('float32')"
+            "to 0.12. Install one of these, or wrap the code in with_precision('float32')"
         )
 
 
