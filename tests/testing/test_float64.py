@@ -125,6 +125,7 @@ def test_the_operation_that_loses_most_is_named():
         with jax.named_scope("head"):
             logits = (x @ w) * 30
             logits = logits.astype(jnp.bfloat16)  # loses most: the errors are multiplied by exp
+            logits = jax.lax.optimization_barrier(logits)  # on a GPU too
         return jax.nn.softmax(logits.astype(jnp.float32))
 
     line = loss.__code__.co_firstlineno + 3
