@@ -93,8 +93,19 @@ def _for_cpu(text):
         r", (?:backend_config=\{.*\}|metadata=\{[^{}]*\})(?=, |$)", "", text, flags=re.MULTILINE
     )
     text = re.sub(r" fusion\((.*?)\), kind=k\w+,.*? calls=", r" call(\1), to_apply=", text)
-    text = _without_bitcasts(text)
+    text = _without_tuples_of_one(_without_bitcasts(text))
     return re.sub(r"\]\{[\d,]*(?::[^{}]*)?\}", "]", text)
+
+
+def _without_tuples_of_one(text):
+    """Replace tuples of one array by the array: a call that returns one is not read back."""
+    one = r"\((\w+\[[\d,]*\](?:\{[^{}]*\})?)\)"
+    names = "|".join(re.escape(name) for name in re.findall(rf"(%[\w.-]+) = {one} ", text) and [
+        name for name, _ in re.findall(rf"(%[\w.-]+) = {one} ", text)
+    ])
+    text = re.sub(rf"(= |-> |: ){one}", r"\1\2", text)
+    text = re.sub(r" tuple\((%[\w.-]+)\)", r" copy(\1)", text)
+    return re.sub(rf" get-tuple-element\(({names})\), index=0", r" copy(\1)", text) if names else text
 
 
 def _without_bitcasts(text):
