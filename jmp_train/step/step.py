@@ -29,7 +29,7 @@ from jmp_train.step.donation import Donating
 from jmp_train.step.gradients import GradResult, value_and_grad
 from jmp_train.step.state import LastSkip, StepInfo, TrainState
 from jmp_train.tree import nonfinite_leaves, select_tree, widen_to_full
-from jmp_train.types import Function, Key, PyTree
+from jmp_train.types import DTypeLike, Function, Key, PyTree
 
 T = TypeVar("T")
 
@@ -222,7 +222,7 @@ def make_step(
                 taken = (state.step - carried.skipped).astype(jnp.float32)
                 rate = 1 - jnp.minimum(ema_decay, (1 + taken) / (10 + taken))
                 ema = jax.tree.map(
-                    lambda e, p: e + rate.astype(e.real.dtype) * (p.astype(e.dtype) - e),
+                    lambda e, p: e + rate.astype(e.real.dtype) * (_as_stored(p, e.dtype) - e),
                     ema,
                     params,
                 )
@@ -346,6 +346,11 @@ def no_skip(params: PyTree, model_state: PyTree) -> LastSkip:
     """Return the `LastSkip` of a state before any skipped step."""
     leaves = len(jax.tree.leaves((params, model_state)))
     return LastSkip(jnp.zeros((), jnp.int32), jnp.zeros(leaves, jnp.bool_))
+
+
+def _as_stored(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Widen an array to `dtype`; XLA for GPUs would else read it before it was rounded."""
+    return x if x.dtype == dtype else jax.lax.optimization_barrier(x).astype(dtype)
 
 
 def _became_nonfinite(new: PyTree, old: PyTree) -> jax.Array:

@@ -31,6 +31,7 @@ _DEFINITION = re.compile(
     r"^\s*(?P<root>ROOT )?(?P<name>%[\w.-]+) = (?P<dtype>\w+)\[(?P<shape>[\d,]*)\]"
     r"(?:\{(?P<layout>[\d,]*)[^}]*\})? (?P<operation>[\w-]+)\((?P<operands>[^)]*)"
 )
+_TUPLE_OF_ONE = r"\(\w+\[[\d,]*\](?:\{[^{}]*\})?\)"
 
 
 @contextlib.contextmanager
@@ -65,7 +66,9 @@ def _compile(backend, module, devices, options, host_callbacks):
     except jax.errors.JaxRuntimeError:  # of LAPACK, which a GPU's program does not have
         COUNTS["not for a GPU"] += 1
         return _on_cpu(backend, module, devices, options, host_callbacks)
-    text = program.hlo_modules()[0].to_string()
+    whole = _hlo.HloPrintOptions()
+    whole.print_large_constants = True
+    text = program.hlo_modules()[0].to_string(whole)
     if "custom-call(" in text:
         COUNTS["of a library"] += 1
         executable = _on_cpu(backend, module, devices, options, host_callbacks)
@@ -93,19 +96,22 @@ def _for_cpu(text):
         r", (?:backend_config=\{.*\}|metadata=\{[^{}]*\})(?=, |$)", "", text, flags=re.MULTILINE
     )
     text = re.sub(r" fusion\((.*?)\), kind=k\w+,.*? calls=", r" call(\1), to_apply=", text)
+    text = re.sub(r"(?<=[({ ])-0(?=[,)} ])", "-0.0", text)  # else read as the integer 0
     text = _without_tuples_of_one(_without_bitcasts(text))
     return re.sub(r"\]\{[\d,]*(?::[^{}]*)?\}", "]", text)
 
 
 def _without_tuples_of_one(text):
     """Replace tuples of one array by the array: a call that returns one is not read back."""
-    one = r"\((\w+\[[\d,]*\](?:\{[^{}]*\})?)\)"
-    names = "|".join(re.escape(name) for name in re.findall(rf"(%[\w.-]+) = {one} ", text) and [
-        name for name, _ in re.findall(rf"(%[\w.-]+) = {one} ", text)
-    ])
-    text = re.sub(rf"(= |-> |: ){one}", r"\1\2", text)
-    text = re.sub(r" tuple\((%[\w.-]+)\)", r" copy(\1)", text)
-    return re.sub(rf" get-tuple-element\(({names})\), index=0", r" copy(\1)", text) if names else text
+    names = "|".join(map(re.escape, re.findall(rf"(%[\w.-]+) = {_TUPLE_OF_ONE} ", text)))
+    if names:
+        text = re.sub(rf" get-tuple-element\(({names})\), index=0", r" copy(\1)", text)
+    text = re.sub(
+        rf"(= |-> |: ){_TUPLE_OF_ONE}",
+        lambda found: found[1] + found[0].split("(", 1)[1][:-1],
+        text,
+    )
+    return re.sub(r" tuple\((%[\w.-]+)\)", r" copy(\1)", text)
 
 
 def _without_bitcasts(text):

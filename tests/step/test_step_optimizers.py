@@ -113,12 +113,12 @@ def linear(params, batch):
     return jnp.sum((params["w"] * batch).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("dtype", FLOAT8)
-def test_float8_parameters_train_with_their_moving_average(dtype):
+@pytest.mark.parametrize("dtype", [*FLOAT8, "bfloat16", "float16"])
+def test_narrow_parameters_train_with_their_moving_average(dtype):
     policy = f"params={dtype},compute=bfloat16,output=float32"
     stepper = jt.make_step(linear, optax.sgd(0.25), policy, ema_decay=0.5)
     first = np.array([1.0, -0.5, 0.25, 2.0], np.float32)  # exact in each
-    gradient = np.array([1.375, 3.25, -0.59375, 0.1875], np.float32)  # exact in bfloat16
+    gradient = np.array([1.375, 3.25, -0.59375, 0.181640625], np.float32)  # exact in bfloat16
     state, _ = stepper.step(stepper.init({"w": first}), gradient)
     assert state.params["w"].dtype == dtype and state.ema["w"].dtype == jnp.float32
     # One rounding of the float32 sum to nearest, by ml_dtypes; an average over (1 + 0) / (10 + 0).
