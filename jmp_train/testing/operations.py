@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -104,12 +106,14 @@ def trace(fn: Program, args: Sequence[PyTree]) -> Any:
         return stage.jaxpr
     if stage is not None:
         raise TypeError(f"expected a function or a traced program, got {type(fn).__name__}")
+    fn, args = _unbound(fn, args)
     jitted, args = (fn, args) if isinstance(fn, jax.stages.Wrapped) else jit(fn, args)
     return stage_of(jitted.trace(*args)).jaxpr
 
 
 def lower(fn: Function, args: Sequence[PyTree]) -> jax.stages.Lowered:
     """Return the lowered program of a function, jitted or not, with its static and donated arguments."""
+    fn, args = _unbound(fn, args)
     is_jitted = isinstance(fn, jax.stages.Wrapped)
     jitted: Any = fn
     if _is_of_equinox(fn):  # it lowers for arrays alone
@@ -117,6 +121,20 @@ def lower(fn: Function, args: Sequence[PyTree]) -> jax.stages.Lowered:
     if not is_jitted:
         jitted, args = jit(fn, args)
     return stage_of(jitted.lower(*args))
+
+
+def _unbound(fn: Program, args: Sequence[PyTree]) -> tuple[Program, Sequence[PyTree]]:
+    """Return the jitted function that a bound method calls, and the arguments with `self`.
+
+    Python gives the method of `jax.jit` the attributes `trace` and `lower` of the function, which
+    know no `self`; the method of `nnx.jit` is a `functools.partial`.
+    """
+    inner, bound = fn, ()
+    if isinstance(fn, types.MethodType):
+        inner, bound = fn.__func__, (fn.__self__,)
+    elif isinstance(fn, functools.partial) and not fn.keywords:
+        inner, bound = fn.func, fn.args
+    return (inner, (*bound, *args)) if isinstance(inner, jax.stages.Wrapped) else (fn, args)
 
 
 def jit(fn: Function, args: Sequence[PyTree]) -> tuple[Any, list[Any]]:

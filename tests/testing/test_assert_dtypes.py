@@ -1,5 +1,6 @@
 """What runs in which dtype, in every construct of JAX; a failure names operation and line."""
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -15,7 +16,13 @@ from helpers.constructs import CONSTRUCTS
 from jax import lax
 
 import jmp_train as jt
-from jmp_train.testing import assert_contractions_in, assert_no_dtype, assert_reductions_in
+from jmp_train.testing import (
+    assert_contractions_in,
+    assert_costs_nothing,
+    assert_no_dtype,
+    assert_no_host_sync,
+    assert_reductions_in,
+)
 
 W, X = jax.ShapeDtypeStruct((6, 6), jnp.float32), jax.ShapeDtypeStruct((3, 6), jnp.float32)
 HALF = jax.ShapeDtypeStruct((3, 6), jnp.bfloat16)
@@ -191,6 +198,58 @@ def test_functions_and_programs_of_every_jit_are_read(jit):
     with pytest.raises(ValueError, match="expected none, got 1"):
         assert_contractions_in(programs[-1], HALF)
     assert_contractions_in(fn.lower(half.astype(jnp.float32)).compile(), dtype="float32")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class Layer:
+    weight: jax.Array
+
+    @jax.jit
+    def of_a_pytree(self, x):
+        return x @ self.weight
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def static(self, x, transposed):
+        return x @ x.T if transposed else x
+
+    @classmethod
+    @functools.partial(jax.jit, static_argnums=0)
+    def of_the_class(cls, x):
+        return x @ x.T
+
+
+class Linear(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def jitted(self, x):
+        return self.linear(x)
+
+    @nnx.jit
+    def jitted_by_nnx(self, x):
+        return self.linear(x)
+
+
+METHODS = {
+    "pytree": lambda: (Layer(jnp.ones((6, 6))).of_a_pytree,),
+    "static": lambda: (Layer(jnp.ones((6, 6))).static, True),
+    "class": lambda: (Layer.of_the_class,),
+    "nnx": lambda: (Linear().jitted,),
+    "nnx.jit": lambda: (Linear().jitted_by_nnx,),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bound_method_of_a_jitted_function_is_read(name):
+    method, *rest = METHODS[name]()
+    assert_contractions_in(method, X, *rest, dtype="float32")
+    with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
+        assert_contractions_in(method, X, *rest)
+    assert_no_host_sync(method, jnp.ones(X.shape), *rest)
+    with pytest.raises(AssertionError, match="FLOPs"):
+        assert_costs_nothing(method, lambda x, *_: x, X, *rest)
 
 
 def test_functions_of_a_module_that_is_an_argument_are_static():
