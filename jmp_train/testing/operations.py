@@ -203,9 +203,9 @@ def _operation(eqn: Equation, place: Place) -> Operation:
         algorithm=_algorithm(eqn.params.get("precision")),
         combines=frozenset(name for name, _ in combiner),
         combined=frozenset(dtype for _, dtype in combiner),
-        module=module_path(place.stack_of(eqn)) or calling_classes(eqn),
+        module=module_path(place.stack_of(eqn)) or calling_classes(eqn, place.callers),
         path="/".join(place.path),
-        source=user_line(eqn),
+        source=user_line(eqn, place.callers),
     )
 
 
