@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train._autocast.regions import module_path
-from jmp_train._jaxpr.compat import Equation
+from jmp_train._jaxpr.compat import Equation, exported_of
 from jmp_train._jaxpr.equations import Place, has_bodies, placed_equations
 from jmp_train._jaxpr.source import calling_classes, user_line
 from jmp_train.types import Function, PyTree
@@ -29,10 +29,10 @@ _COMBINERS = {"reduce": "jaxpr", "reduce_window": "jaxpr", "select_and_scatter":
 
 
 class ArrayType(NamedTuple):
-    """Dtype and shape of an operand or a result."""
+    """Dtype and shape of an operand or a result; a length that varies is a text, such as `"?"`."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
 
     @property
     def is_floating(self) -> bool:
@@ -53,6 +53,7 @@ class Operation(NamedTuple):
       algorithm: dtype that a product computes in whatever its operands are, `""` for none.
       combines: names of the floating operations that a reduction accumulates with: `"add"`.
       combined: dtypes of their results.
+      exported: the function of `jax.export` that it calls, None for none.
       module: path of the module, as the name stack or, for NNX, the calls tell it.
       path: the bodies that contain it, such as `"jit:step/scan"`.
       source: file, line and function.
@@ -68,9 +69,24 @@ class Operation(NamedTuple):
     module: str = ""
     path: str = ""
     source: str = ""
+    exported: Any = None
+
+    @property
+    def accumulated(self) -> set[str]:
+        """Dtypes that a reduction accumulates in.
+
+        Where the function that it applies converts, this is the coarsest of its dtypes, to which every
+        partial result is rounded.
+        """
+        dtypes = self.combined | {x.dtype for x in self.operands if x.is_floating}
+        if self.combines & {"convert", "convert_element_type"}:
+            return {max(dtypes, key=lambda name: float(jnp.finfo(name).eps))}
+        return set(dtypes)
 
     def __str__(self) -> str:
         algorithm = f" (computes in {self.algorithm})" if self.algorithm else ""
+        rounded = sorted(self.accumulated - {x.dtype for x in self.operands})
+        algorithm += f" (rounds to {' and '.join(rounded)})" if rounded else ""
         read, written = (", ".join(map(str, x)) for x in (self.operands, self.results))
         where = [f"in {self.module}"] * bool(self.module)
         where += [f"inside {self.path}"] * bool(self.path)
@@ -206,6 +222,7 @@ def _operation(eqn: Equation, place: Place) -> Operation:
         module=module_path(place.stack_of(eqn)) or calling_classes(eqn, place.callers),
         path="/".join(place.path),
         source=user_line(eqn, place.callers),
+        exported=exported_of(eqn),
     )
 
 

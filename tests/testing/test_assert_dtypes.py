@@ -8,6 +8,7 @@ import sys
 
 import equinox
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -314,6 +315,20 @@ def test_a_mean_that_adds_in_bfloat16_is_told_from_one_that_does_not():
         assert_reductions_in(jax.jit(naive), HALF)
 
 
+@pytest.mark.parametrize("reduce", [lax.reduce_sum, lax.reduce_prod])
+def test_a_sum_of_one_number_is_not_a_reduction(reduce):
+    with pytest.raises(AssertionError, match="found no reduction"):
+        assert_reductions_in(lambda x: reduce(x[:, None], axes=(1,)), HALF)
+    two = lambda x: reduce(x.reshape(9, 2), axes=(1,))
+    with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
+        assert_reductions_in(two, HALF)
+
+
+def test_the_gradient_of_a_new_axis_adds_nothing_up():
+    loss = lambda x: (x[:, None] * 2).astype(jnp.float32).sum()
+    assert_reductions_in(jax.grad(loss), HALF)
+
+
 def test_sums_of_integers_and_maxima_are_not_reductions():
     with pytest.raises(AssertionError, match="found no reduction to check"):
         assert_reductions_in(lambda x: (x.max(), jnp.arange(3).sum()), HALF)
@@ -397,6 +412,37 @@ def test_products_of_integers_are_not_checked():
     with pytest.raises(AssertionError, match="found no contraction"):
         assert_contractions_in(lambda n: n @ n, integers)
     assert_contractions_in(lambda n, x: (n @ n, x @ x.T), integers, HALF)
+
+
+def exported(fn, *args, platform="cpu"):
+    return jax.export.export(jax.jit(fn), platforms=[platform])(*args).call
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda x: lax.map(f, x[None])])
+def test_a_product_in_an_exported_function_is_found(wrap, platform):
+    call = exported(lambda x: x @ x.T, X, platform=platform)
+    assert_contractions_in(wrap(call), X, dtype="float32")
+    half = lambda x: x.astype(jnp.bfloat16) @ x.T.astype(jnp.bfloat16)
+    with pytest.raises(AssertionError, match="found 1 of 2") as caught:
+        assert_contractions_in(wrap(lambda x: (call(x), half(x))), X)
+    assert "call_exported:<lambda>  at " in str(caught.value)
+
+
+def test_an_exported_function_of_trees_and_any_shape_is_read():
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 6"), jnp.bfloat16)
+    call = exported(lambda tree: lax.reduce_sum(tree["x"], axes=(0, 1)), {"x": shape})
+    fn = lambda x: call({"x": x})
+    assert_reductions_in(fn, HALF, dtype="bfloat16")
+    with pytest.raises(AssertionError, match=r"reduce  bfloat16\[\?,6\]"):
+        assert_reductions_in(fn, HALF)
+
+
+def test_an_operation_in_an_exported_function_has_both_names():
+    call = exported(jnp.exp, X)
+    for name in ("exp", "exponential"):
+        with pytest.raises(AssertionError, match=f"no float32 in {name}, found 1 of 1"):
+            assert_no_dtype(call, X, only=[name])
 
 
 def test_a_function_is_traced_anew_at_each_assertion():
