@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 from jax.core import eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
@@ -208,6 +209,11 @@ def define_vjp(function: Any, forward: Function, backward: Function, symbolic_ze
         function.defvjp_with_logs(forward, backward, symbolic_zeros=symbolic_zeros)
     else:
         function.defvjp(forward, lambda *args: backward(*args)[0], symbolic_zeros=symbolic_zeros)
+
+
+def exported_of(eqn: Equation) -> Any:
+    """Return the function of `jax.export` that an equation calls, None for none."""
+    return next((p for p in eqn.params.values() if isinstance(p, jax.export.Exported)), None)
 
 
 def known_primitives() -> frozenset[str]:

@@ -13,13 +13,21 @@ _COMBINE = frozenset({"reduce", "reduce_window", "scatter", "select_and_scatter"
 
 
 class Place(NamedTuple):
-    """The place of an equation: the bodies that contain it, and its name stack."""
+    """The place of an equation.
+
+    Attributes:
+      path: names of the bodies that contain it, the outermost first.
+      stack: name stack of the equations that these belong to.
+      callers: tracebacks of these equations, the innermost first.
+    """
 
     path: tuple[str, ...] = ()
     stack: str = ""
+    callers: tuple[Any, ...] = ()
 
     def inside(self, eqn: Equation, name: str) -> Place:
-        return Place((*self.path, name), self.stack_of(eqn))
+        callers = (eqn.source_info.traceback, *self.callers)
+        return Place((*self.path, name), self.stack_of(eqn), callers)
 
     def stack_of(self, eqn: Equation) -> str:
         return f"{self.stack}/{eqn.source_info.name_stack}"

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jax.extend import source_info_util
@@ -28,21 +28,30 @@ def source_line(eqn: Equation) -> str:
     return source_info_util.summarize(eqn.source_info)
 
 
-def user_line(eqn: Equation) -> str:
+def user_line(eqn: Equation, callers: Sequence[Any] = ()) -> str:
     """Return `path/file.py:12 (function)` of the innermost frame that is the user's.
 
     Frames of Python's standard library, NumPy, JAX, Flax, Optax and this package's machinery are passed
     over, and so are those of every installed package where a frame outside exists. Where no other frame
     exists, the line is that of `source_line`.
+
+    Args:
+      callers: tracebacks of the equations whose bodies contain it, the innermost first, as a `Place`
+        has them. JAX ends the traceback of an equation at the body that contains it.
     """
-    return own_line(eqn) or source_line(eqn)
+    return own_line(eqn, callers) or source_line(eqn)
 
 
-def own_line(eqn: Equation) -> str:
+def own_line(eqn: Equation, callers: Sequence[Any] = ()) -> str:
     """Return the user's line as `user_line` does, '' where no frame is the user's."""
-    frames = getattr(eqn.source_info.traceback, "frames", ())
-    frame = own_frame(frames, lambda frame: frame.file_name)
+    frame = own_frame(_frames(eqn, callers), lambda frame: frame.file_name)
     return f"{frame.file_name}:{frame.line_num} ({frame.function_name})" if frame else ""
+
+
+def _frames(eqn: Equation, callers: Sequence[Any]) -> list[Any]:
+    """Return the frames of an equation and of its callers, the innermost first."""
+    stacks = (eqn.source_info.traceback, *callers)
+    return [frame for stack in stacks for frame in getattr(stack, "frames", ())]
 
 
 def own_frame(frames: Iterable[Any], file_of: Callable[[Any], str]) -> Any:
@@ -110,15 +119,15 @@ def _parts_below(root: str, file: str) -> list[str]:
     return file[len(prefix) :].split(os.sep) if file.startswith(prefix) else []
 
 
-def calling_classes(eqn: Equation) -> str:
+def calling_classes(eqn: Equation, callers: Sequence[Any] = ()) -> str:
     """Return the classes whose `__call__` an equation was written in, outermost first: `Net/Linear`.
 
     They stand for the path of a module where the name stack has none, as in NNX. Classes of JAX and
-    of this package's machinery are passed over.
+    of this package's machinery are passed over. `callers` are as for `user_line`.
     """
     called = [
         frame.function_name.removesuffix(".__call__").rpartition(".")[2]
-        for frame in getattr(eqn.source_info.traceback, "frames", ())
+        for frame in _frames(eqn, callers)
         if frame.function_name.endswith(".__call__")
         and (not is_library(frame.file_name) or _is_flax(frame.file_name))
     ]

@@ -36,7 +36,7 @@ def describe(origin: Origin, reaches: tuple[str, ...]) -> NonFiniteOp:
         backward=backward,
         module=_module(stack, operands, reaches if backward else (), origin.after),
         path="/".join(place.path),
-        source=user_line(eqn),
+        source=user_line(eqn, place.callers),
         operands=operands,
         wide=wide,
         reaches=reaches,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jmp_train._autocast.op_rules import default_op_rules
 from jmp_train._jaxpr.compat import known_primitives
@@ -61,8 +60,9 @@ def assert_contractions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "bfloa
     """Assert that every matrix product and convolution of floating numbers runs in a dtype.
 
     Of a function, the program is what JAX traces, so the dtypes are those that the code asks for,
-    whatever the device. Loops, branches, `jit`, `remat`, the functions of custom derivatives and
-    Pallas kernels are entered. Derivative rules are in the program of the derivative, so pass
+    whatever the device. Loops, branches, `jit`, `remat`, the functions of custom derivatives, Pallas
+    kernels and functions of `jax.export` are entered; one that was exported for several platforms can
+    have an operation once for each. Derivative rules are in the program of the derivative, so pass
     `jax.grad(loss)` to check them; the line of an operation in a rule may be that of the call.
 
     Of a compiled program, the dtypes are those that the device multiplies in. XLA converts float16
@@ -107,7 +107,9 @@ def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32
     `scatter-add`, `-sub` and `-mul` (the gradient of an embedding), `select_and_scatter_add` (that of
     max pooling), and `lax.reduce` and `reduce_window` of a function that adds or multiplies. Where
     that function converts, as XLA's does on a CPU, the coarsest of its dtypes counts, to which every
-    partial result is rounded. A maximum is exact in any dtype and is not checked. Sums between devices
+    partial result is rounded. A maximum is exact in any dtype and is not checked, and neither is a sum
+    over axes of length 1. A loop that adds to its carry has no reduction; `assert_close_to_float64`
+    finds the errors of its sum. Sums between devices
     (`psum`) are not checked either, because their dtype is often chosen to be narrow, and neither
     are products, which accumulate in float32 on most devices; see `assert_contractions_in`.
 
@@ -127,7 +129,7 @@ def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32
     _assert_each(
         "assert_reductions_in",
         [op for op in _operations(fn, args) if _is_reduction(op)],
-        lambda op: _accumulated_in(op) <= {expected},
+        lambda op: op.accumulated <= {expected},
         "reduction",
         expected,
     )
@@ -148,7 +150,8 @@ def assert_no_dtype(
       fn, *args: as for `assert_contractions_in`.
       dtype: the floating dtype that is not expected, or its name.
       except_: names of the operations that may have it, as a printed jaxpr shows them (`"exp"`,
-        `"reduce_sum"`). Of a compiled program, HLO names (`"exponential"`) match too.
+        `"reduce_sum"`). Of a lowered or compiled program, HLO names (`"exponential"`) match too, and
+        names of operations that JAX decomposes (`"cumsum"`, `"logistic"`) match nothing.
       only: names of the operations to check, each of which must occur with floating numbers; none to
         check all.
 
@@ -193,7 +196,27 @@ def _operations(program: Program, args: Sequence[PyTree]) -> list[Operation]:
     if isinstance(stage, (jax.stages.Lowered, jax.stages.Compiled)):
         refuse_arguments(args)
         return hlo_operations(_text(stage))
-    return traced_operations(program, args)
+    operations = traced_operations(program, args)
+    return [found for op in operations for found in (_exported(op) if op.exported else [op])]
+
+
+def _exported(op: Operation) -> list[Operation]:
+    """Return the operations of the exported function that an operation calls; JAX has no jaxpr of it."""
+    function = op.exported
+    arrays = zip(
+        op.operands, function.in_avals, strict=True
+    )  # shapes of `in_avals` may have symbols
+    leaves = [jax.ShapeDtypeStruct(given.shape, aval.dtype) for given, aval in arrays]
+    args, kwargs = jax.tree.unflatten(function.in_tree, leaves)
+    traced = jax.jit(function.call).trace(*args, **kwargs)
+    lowered = traced.lower(lowering_platforms=function.platforms)
+    path = "/".join(filter(None, (op.path, f"{op.name}:{function.fun_name}")))
+    return [
+        found._replace(
+            path=path, module=found.module or op.module, source=found.source or op.source
+        )
+        for found in hlo_operations(_text(lowered))
+    ]
 
 
 def _text(program: jax.stages.Lowered | jax.stages.Compiled) -> str:
@@ -212,20 +235,21 @@ def _is_reduction(op: Operation) -> bool:
     accumulates = op.name in REDUCTIONS or (
         op.name in _GENERIC_REDUCTIONS and bool(op.combines & _ACCUMULATING) and not applies_once
     )
-    return accumulates and bool(_read(op))
+    return accumulates and bool(_read(op)) and not _is_of_one_number(op)
+
+
+def _is_of_one_number(op: Operation) -> bool:
+    """Return whether each sum is over axes of length 1, as in the gradient of `x[:, None]`."""
+    if op.name not in ("reduce", "reduce_prod", "reduce_sum"):
+        return False
+    read, written = ([n for n in x.shape if n != 1] for x in (op.operands[0], op.results[0]))
+    return read == written
 
 
 def _multiplied_in(op: Operation) -> set[str]:
     if op.algorithm:
         return {op.algorithm}
     return {x.dtype for x in op.operands[:2] if x.is_floating}
-
-
-def _accumulated_in(op: Operation) -> set[str]:
-    dtypes = _read(op) | op.combined
-    if op.combines & {"convert", "convert_element_type"}:
-        return {max(dtypes, key=lambda name: float(jnp.finfo(name).eps))}
-    return dtypes
 
 
 def _read(op: Operation) -> set[str]:

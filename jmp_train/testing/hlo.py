@@ -20,7 +20,7 @@ _INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
-_TYPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_TYPE = re.compile(r"\b([a-z]\w*)\[([\d,?<=]*)\]")  # a length may be unknown: `?`, `<=8`
 _APPLIED = re.compile(r"\b(?:to_apply|scatter|select)=%?([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:to_apply|calls)=%?([\w.\-]+)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
@@ -105,7 +105,7 @@ def _body(name: str, bodies: dict[str, list[re.Match[str]]]) -> Iterator[re.Matc
 
 def _types(text: str) -> tuple[ArrayType, ...]:
     return tuple(
-        ArrayType(_dtype(name), tuple(int(n) for n in shape.split(",") if n))
+        ArrayType(_dtype(name), tuple(int(n) if n.isdigit() else n for n in shape.split(",") if n))
         for name, shape in _TYPE.findall(text)
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmp_train._autocast.regions import module_path
-from jmp_train._jaxpr.compat import Equation
+from jmp_train._jaxpr.compat import Equation, exported_of
 from jmp_train._jaxpr.equations import Place, has_bodies, placed_equations
 from jmp_train._jaxpr.source import calling_classes, user_line
 from jmp_train.types import Function, PyTree
@@ -27,10 +29,10 @@ _COMBINERS = {"reduce": "jaxpr", "reduce_window": "jaxpr", "select_and_scatter":
 
 
 class ArrayType(NamedTuple):
-    """Dtype and shape of an operand or a result."""
+    """Dtype and shape of an operand or a result; a length that varies is a text, such as `"?"`."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
 
     @property
     def is_floating(self) -> bool:
@@ -51,6 +53,7 @@ class Operation(NamedTuple):
       algorithm: dtype that a product computes in whatever its operands are, `""` for none.
       combines: names of the floating operations that a reduction accumulates with: `"add"`.
       combined: dtypes of their results.
+      exported: the function of `jax.export` that it calls, None for none.
       module: path of the module, as the name stack or, for NNX, the calls tell it.
       path: the bodies that contain it, such as `"jit:step/scan"`.
       source: file, line and function.
@@ -66,9 +69,24 @@ class Operation(NamedTuple):
     module: str = ""
     path: str = ""
     source: str = ""
+    exported: Any = None
+
+    @property
+    def accumulated(self) -> set[str]:
+        """Dtypes that a reduction accumulates in.
+
+        Where the function that it applies converts, this is the coarsest of its dtypes, to which every
+        partial result is rounded.
+        """
+        dtypes = self.combined | {x.dtype for x in self.operands if x.is_floating}
+        if self.combines & {"convert", "convert_element_type"}:
+            return {max(dtypes, key=lambda name: float(jnp.finfo(name).eps))}
+        return set(dtypes)
 
     def __str__(self) -> str:
         algorithm = f" (computes in {self.algorithm})" if self.algorithm else ""
+        rounded = sorted(self.accumulated - {x.dtype for x in self.operands})
+        algorithm += f" (rounds to {' and '.join(rounded)})" if rounded else ""
         read, written = (", ".join(map(str, x)) for x in (self.operands, self.results))
         where = [f"in {self.module}"] * bool(self.module)
         where += [f"inside {self.path}"] * bool(self.path)
@@ -104,12 +122,14 @@ def trace(fn: Program, args: Sequence[PyTree]) -> Any:
         return stage.jaxpr
     if stage is not None:
         raise TypeError(f"expected a function or a traced program, got {type(fn).__name__}")
+    fn, args = _unbound(fn, args)
     jitted, args = (fn, args) if isinstance(fn, jax.stages.Wrapped) else jit(fn, args)
     return stage_of(jitted.trace(*args)).jaxpr
 
 
 def lower(fn: Function, args: Sequence[PyTree]) -> jax.stages.Lowered:
     """Return the lowered program of a function, jitted or not, with its static and donated arguments."""
+    fn, args = _unbound(fn, args)
     is_jitted = isinstance(fn, jax.stages.Wrapped)
     jitted: Any = fn
     if _is_of_equinox(fn):  # it lowers for arrays alone
@@ -117,6 +137,20 @@ def lower(fn: Function, args: Sequence[PyTree]) -> jax.stages.Lowered:
     if not is_jitted:
         jitted, args = jit(fn, args)
     return stage_of(jitted.lower(*args))
+
+
+def _unbound(fn: Program, args: Sequence[PyTree]) -> tuple[Program, Sequence[PyTree]]:
+    """Return the jitted function that a bound method calls, and the arguments with `self`.
+
+    Python gives the method of `jax.jit` the attributes `trace` and `lower` of the function, which
+    know no `self`; the method of `nnx.jit` is a `functools.partial`.
+    """
+    inner, bound = fn, ()
+    if isinstance(fn, types.MethodType):
+        inner, bound = fn.__func__, (fn.__self__,)
+    elif isinstance(fn, functools.partial) and not fn.keywords:
+        inner, bound = fn.func, fn.args
+    return (inner, (*bound, *args)) if isinstance(inner, jax.stages.Wrapped) else (fn, args)
 
 
 def jit(fn: Function, args: Sequence[PyTree]) -> tuple[Any, list[Any]]:
@@ -185,9 +219,10 @@ def _operation(eqn: Equation, place: Place) -> Operation:
         algorithm=_algorithm(eqn.params.get("precision")),
         combines=frozenset(name for name, _ in combiner),
         combined=frozenset(dtype for _, dtype in combiner),
-        module=module_path(place.stack_of(eqn)) or calling_classes(eqn),
+        module=module_path(place.stack_of(eqn)) or calling_classes(eqn, place.callers),
         path="/".join(place.path),
-        source=user_line(eqn),
+        source=user_line(eqn, place.callers),
+        exported=exported_of(eqn),
     )
 
 

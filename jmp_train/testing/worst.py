@@ -47,7 +47,7 @@ class WorstOperation(NamedTuple):
 def describe(eqn: Equation, place: Place, dtype: str) -> str:
     """Return `"reduce_sum in bfloat16 (scan of encoder/dense; model.py:12 (loss))"`."""
     where = " of ".join(filter(None, ("/".join(place.path), module_path(place.stack_of(eqn)))))
-    details = "; ".join(filter(None, (where, own_line(eqn))))
+    details = "; ".join(filter(None, (where, own_line(eqn, place.callers))))
     return f"{eqn.primitive.name} in {dtype}" + (f" ({details})" if details else "")
 
 

@@ -168,6 +168,36 @@ def test_a_compiled_sum_that_rounds_to_bfloat16_at_each_step_is_found():
     assert_reductions_in(jax.jit(jnp.sum).lower(HALF).compile())
 
 
+# As XLA writes a sum of bfloat16 for a CPU, shortened.
+ROUNDED = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  %sum = f32[] add(%a, %b)
+  %half = bf16[] convert(%sum)
+  ROOT %wide = f32[] convert(%half)
+}
+
+ENTRY %main (x: f32[4,4]) -> f32[4] {
+  %x = f32[4,4]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  ROOT %reduce.1 = f32[4]{0} reduce(%x, %zero), dimensions={1}, to_apply=%add
+}
+"""
+
+
+def test_the_dtype_that_partial_sums_are_rounded_to_is_shown():
+    with pytest.raises(AssertionError, match=r"\n  reduce \(rounds to bfloat16\)  float32\[4,4\]"):
+        assert_reductions_in(Program(ROUNDED))
+
+
+def test_a_lowered_sum_over_an_axis_of_length_one_adds_nothing_up():
+    lowered = jax.jit(lambda x: lax.reduce_sum(x[:, None], axes=(1,))).lower(HALF)
+    assert "stablehlo.reduce(" in lowered.as_text()
+    with pytest.raises(AssertionError, match="found no reduction"):
+        assert_reductions_in(lowered)
+
+
 @pytest.mark.parametrize(
     "fn", [lambda x: x.argmax(), lambda x: x.at[0].apply(lambda v: v * 3), lambda x: jnp.sort(x)]
 )

@@ -1,5 +1,6 @@
 """What runs in which dtype, in every construct of JAX; a failure names operation and line."""
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import equinox
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +17,13 @@ from helpers.constructs import CONSTRUCTS
 from jax import lax
 
 import jmp_train as jt
-from jmp_train.testing import assert_contractions_in, assert_no_dtype, assert_reductions_in
+from jmp_train.testing import (
+    assert_contractions_in,
+    assert_costs_nothing,
+    assert_no_dtype,
+    assert_no_host_sync,
+    assert_reductions_in,
+)
 
 W, X = jax.ShapeDtypeStruct((6, 6), jnp.float32), jax.ShapeDtypeStruct((3, 6), jnp.float32)
 HALF = jax.ShapeDtypeStruct((3, 6), jnp.bfloat16)
@@ -193,6 +201,58 @@ def test_functions_and_programs_of_every_jit_are_read(jit):
     assert_contractions_in(fn.lower(half.astype(jnp.float32)).compile(), dtype="float32")
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(eq=False)
+class Layer:
+    weight: jax.Array
+
+    @jax.jit
+    def of_a_pytree(self, x):
+        return x @ self.weight
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def static(self, x, transposed):
+        return x @ x.T if transposed else x
+
+    @classmethod
+    @functools.partial(jax.jit, static_argnums=0)
+    def of_the_class(cls, x):
+        return x @ x.T
+
+
+class Linear(nnx.Module):
+    def __init__(self):
+        self.linear = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+    @jax.jit
+    def jitted(self, x):
+        return self.linear(x)
+
+    @nnx.jit
+    def jitted_by_nnx(self, x):
+        return self.linear(x)
+
+
+METHODS = {
+    "pytree": lambda: (Layer(jnp.ones((6, 6))).of_a_pytree,),
+    "static": lambda: (Layer(jnp.ones((6, 6))).static, True),
+    "class": lambda: (Layer.of_the_class,),
+    "nnx": lambda: (Linear().jitted,),
+    "nnx.jit": lambda: (Linear().jitted_by_nnx,),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_bound_method_of_a_jitted_function_is_read(name):
+    method, *rest = METHODS[name]()
+    assert_contractions_in(method, X, *rest, dtype="float32")
+    with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
+        assert_contractions_in(method, X, *rest)
+    assert_no_host_sync(method, jnp.ones(X.shape), *rest)
+    with pytest.raises(AssertionError, match="FLOPs"):
+        assert_costs_nothing(method, lambda x, *_: x, X, *rest)
+
+
 def test_functions_of_a_module_that_is_an_argument_are_static():
     module = equinox.nn.MLP(6, 2, 4, 1, key=jax.random.key(0))
     for wrap in (lambda f: f, equinox.filter_jit, equinox.filter_grad):
@@ -253,6 +313,20 @@ def test_a_mean_that_adds_in_bfloat16_is_told_from_one_that_does_not():
 
     with pytest.raises(AssertionError, match=rf"{__file__}:{line_of('naive mean')} \(.*naive\)"):
         assert_reductions_in(jax.jit(naive), HALF)
+
+
+@pytest.mark.parametrize("reduce", [lax.reduce_sum, lax.reduce_prod])
+def test_a_sum_of_one_number_is_not_a_reduction(reduce):
+    with pytest.raises(AssertionError, match="found no reduction"):
+        assert_reductions_in(lambda x: reduce(x[:, None], axes=(1,)), HALF)
+    two = lambda x: reduce(x.reshape(9, 2), axes=(1,))
+    with pytest.raises(AssertionError, match="found 1 of 1 in another dtype"):
+        assert_reductions_in(two, HALF)
+
+
+def test_the_gradient_of_a_new_axis_adds_nothing_up():
+    loss = lambda x: (x[:, None] * 2).astype(jnp.float32).sum()
+    assert_reductions_in(jax.grad(loss), HALF)
 
 
 def test_sums_of_integers_and_maxima_are_not_reductions():
@@ -338,6 +412,37 @@ def test_products_of_integers_are_not_checked():
     with pytest.raises(AssertionError, match="found no contraction"):
         assert_contractions_in(lambda n: n @ n, integers)
     assert_contractions_in(lambda n, x: (n @ n, x @ x.T), integers, HALF)
+
+
+def exported(fn, *args, platform="cpu"):
+    return jax.export.export(jax.jit(fn), platforms=[platform])(*args).call
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda x: lax.map(f, x[None])])
+def test_a_product_in_an_exported_function_is_found(wrap, platform):
+    call = exported(lambda x: x @ x.T, X, platform=platform)
+    assert_contractions_in(wrap(call), X, dtype="float32")
+    half = lambda x: x.astype(jnp.bfloat16) @ x.T.astype(jnp.bfloat16)
+    with pytest.raises(AssertionError, match="found 1 of 2") as caught:
+        assert_contractions_in(wrap(lambda x: (call(x), half(x))), X)
+    assert "call_exported:<lambda>  at " in str(caught.value)
+
+
+def test_an_exported_function_of_trees_and_any_shape_is_read():
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 6"), jnp.bfloat16)
+    call = exported(lambda tree: lax.reduce_sum(tree["x"], axes=(0, 1)), {"x": shape})
+    fn = lambda x: call({"x": x})
+    assert_reductions_in(fn, HALF, dtype="bfloat16")
+    with pytest.raises(AssertionError, match=r"reduce  bfloat16\[\?,6\]"):
+        assert_reductions_in(fn, HALF)
+
+
+def test_an_operation_in_an_exported_function_has_both_names():
+    call = exported(jnp.exp, X)
+    for name in ("exp", "exponential"):
+        with pytest.raises(AssertionError, match=f"no float32 in {name}, found 1 of 1"):
+            assert_no_dtype(call, X, only=[name])
 
 
 def test_a_function_is_traced_anew_at_each_assertion():
