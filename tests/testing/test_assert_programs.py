@@ -432,14 +432,15 @@ def test_transcendental_functions_are_counted():
     assert "(as expected) FLOPs: 16, reference 16" in str(caught.value)
 
 
-class Unmeasured(jax.stages.Compiled):
-    """A compiled program of which XLA tells the temporary memory alone."""
+class Measured(jax.stages.Compiled):
+    """A compiled program of which XLA tells the temporary memory, and counts or none."""
 
-    def __init__(self, temporary):
+    def __init__(self, temporary, counts=None):
         self._temporary = temporary
+        self._counts = counts
 
     def cost_analysis(self):
-        return None
+        return self._counts
 
     def memory_analysis(self):
         return types.SimpleNamespace(temp_size_in_bytes=self._temporary)
@@ -447,9 +448,19 @@ class Unmeasured(jax.stages.Compiled):
 
 def test_an_unknown_figure_is_not_called_expected():
     with pytest.raises(AssertionError, match="bytes of temporary memory: 8, reference 4") as caught:
-        assert_costs_nothing(Unmeasured(8), Unmeasured(4))
+        assert_costs_nothing(Measured(8), Measured(4))
     assert "(unknown) FLOPs: unknown, reference unknown" in str(caught.value)
     assert "as expected" not in str(caught.value)
+
+
+def test_a_negative_count_of_xla_is_unknown():
+    assert_costs_nothing(lambda x: x, looked_up, X)  # a custom call
+    called = Measured(8, {"flops": -1.0, "bytes accessed": -1.0})
+    assert_costs_nothing(Measured(8, {}), called)
+    assert_costs_nothing(called, Measured(8, {"transcendentals": 1.0}))
+    with pytest.raises(AssertionError, match="1 of 4 figures that are larger") as caught:
+        assert_costs_nothing(Measured(9, {"flops": 100.0}), called)
+    assert "(unknown) FLOPs: 100, reference unknown" in str(caught.value)
 
 
 @pytest.mark.parametrize("rtol", [-1, float("nan"), float("inf")])
