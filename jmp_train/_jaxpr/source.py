@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,6 +22,10 @@ from jmp_train._jaxpr.compat import Equation
 #: is machinery, whose lines say nothing about the network that it runs.
 NETWORK_ROOMS = frozenset({"models", "tasks"})
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "optax")
+# The names of code that a user types into a shell, a notebook or a docstring: `<ipython-input-2-a1>`.
+_TYPED = re.compile(r"<(stdin|console|doctest |\w+-input-)")
+#: The name of the code of `python -c` and `exec`, and also of what `dataclasses` and others generate.
+STRING = "<string>"
 
 
 def source_line(eqn: Equation) -> str:
@@ -58,16 +63,18 @@ def own_frame(frames: Iterable[Any], file_of: Callable[[Any], str]) -> Any:
     """Return the innermost frame that is the user's, None where there is none.
 
     It is the first one outside installed packages, such as Equinox or Haiku. Where every frame is in
-    an installed package, as of a user's own that is installed, it is the first outside the libraries
-    that `is_library` knows.
+    an installed package, as of a user's own that is installed, it is the first in a `<string>`, as of
+    `python -c`, or else the first outside the libraries that `is_library` knows.
 
     Args:
       frames: the innermost first.
       file_of: returns the file of a frame.
     """
+    frames = list(frames)
     own = [frame for frame in frames if not is_library(file_of(frame))]
-    outside = (frame for frame in own if not is_installed(file_of(frame)))
-    return next(outside, own[0] if own else None)
+    outside = [frame for frame in own if not is_installed(file_of(frame))]
+    strings = [frame for frame in frames if file_of(frame) == STRING]
+    return next(iter([*outside, *strings, *own]), None)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,9 +89,12 @@ def is_installed(file: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def is_library(file: str) -> bool:
-    """Return whether a file belongs to a library or to this package's machinery."""
-    if file.startswith("<"):  # generated code, such as `<string>`
-        return True
+    """Return whether a file belongs to a library, to this package's machinery or to no file.
+
+    Code without a file is the user's where its name says that it was typed.
+    """
+    if file.startswith("<"):
+        return not _TYPED.match(file)
     inside = _parts_below(_PACKAGE, file)
     if inside:
         return inside[0] not in NETWORK_ROOMS

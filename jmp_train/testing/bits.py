@@ -14,6 +14,9 @@ from jmp_train.testing.operations import report
 from jmp_train.tree import path_name
 from jmp_train.types import PyTree
 
+# Codes of `np.longdouble` and its complex numbers: x86 keeps 10 bytes in 16.
+_PADDED = ("g", "G")
+
 
 def assert_same_bits(a: PyTree, b: PyTree) -> None:
     """Assert that two pytrees have one structure, and leaves of one dtype, shape and bit pattern.
@@ -23,12 +26,14 @@ def assert_same_bits(a: PyTree, b: PyTree) -> None:
     arrays; other leaves, Python integers above 64 bits and elements of object arrays by `==`.
 
     Args:
-      a, b: pytrees of arrays.
+      a, b: pytrees of arrays, neither `jax.ShapeDtypeStruct`s, which have no bits, nor
+        `np.longdouble`s, whose padding is arbitrary.
 
     Raises:
       AssertionError: with the path of each leaf that differs, the first index, both values and bit
         patterns, and how many elements differ; the first ten leaves are listed. Also if the trees have
         no leaves, because then there is nothing to compare.
+      TypeError: for a leaf without bits to compare.
 
     >>> assert_same_bits({"w": np.float32([1, np.nan])}, {"w": np.float32([1, np.nan])})
     >>> assert_same_bits({"w": np.float16(0.0)}, {"w": np.float16(-0.0)})
@@ -44,11 +49,12 @@ def assert_same_bits(a: PyTree, b: PyTree) -> None:
         raise AssertionError(
             "assert_same_bits failed: found nothing to compare, no tree has a leaf"
         )
-    found = [
-        f"{path_name(path) or 'the value'}: {difference}"
-        for (path, x), (_, y) in zip(leaves, others, strict=True)
-        for difference in _differences(x, y)
-    ]
+    found: list[str] = []
+    for (path, x), (_, y) in zip(leaves, others, strict=True):
+        name = path_name(path) or "the value"
+        _refuse_without_bits(name, x)
+        _refuse_without_bits(name, y)
+        found += [f"{name}: {difference}" for difference in _differences(x, y)]
     if found:
         some = f"{len(found)} of {len(leaves)} leaves that differ"
         raise report("assert_same_bits", "the same bits", some, found)
@@ -63,6 +69,13 @@ def _other_structure(a: PyTree, b: PyTree) -> AssertionError:
     found += [f"{name}: only in the second tree" for name in sorted(names[1] - names[0])]
     found = found or [f"{jax.tree.structure(a)} and {jax.tree.structure(b)}"]
     return report("assert_same_bits", "the same structure", "others", found)
+
+
+def _refuse_without_bits(name: str, x: Any) -> None:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} is a ShapeDtypeStruct, which has no bits; expected an array")
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.char in _PADDED:
+        raise TypeError(f"{name} is {x.dtype}, whose bytes may be padded; expected float64")
 
 
 def _differences(x: Any, y: Any) -> Iterator[str]:

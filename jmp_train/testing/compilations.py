@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,9 +30,9 @@ def assert_one_compilation(fn: Function) -> Iterator[Function]:
             for batch in batches:
                 state, info = step(state, batch)
 
-    Compilations are those that JAX records while the function runs, so the function may be jitted,
-    a `Stepper`'s step, or Python code around jitted functions. A call that raises an error counts if
-    it compiled something before.
+    Compilations are those that JAX records in the calling thread while the function runs, so the
+    function may be jitted, a `Stepper`'s step, or Python code around jitted functions. A call that
+    raises an error counts if it compiled something before.
 
     Args:
       fn: the function.
@@ -58,7 +59,7 @@ def assert_one_compilation(fn: Function) -> Iterator[Function]:
 def _check_recorded() -> None:
     """Raise a RuntimeError if this JAX records compilations in another manner, unseen by us."""
     with _compilations() as compiled:
-        jax.jit(lambda: 0)()
+        jax.jit(lambda: 0).lower().compile()  # `disable_jit` turns calls off
     if not compiled:
         raise RuntimeError(f"jax {jax.__version__} does not record {_COMPILED}, which is counted")
 
@@ -111,11 +112,12 @@ class _Calls:
 
 @contextmanager
 def _compilations() -> Iterator[list[str]]:
-    """Yield the names of the functions that JAX compiles in the scope."""
+    """Yield the names of the functions that JAX compiles in the scope and its thread."""
     found: list[str] = []
+    thread = threading.get_ident()
 
     def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED:
+        if event == _COMPILED and threading.get_ident() == thread:  # JAX calls it where it compiles
             found.append(str(kwargs.get("fun_name", "a function")))
 
     jax.monitoring.register_event_duration_secs_listener(note)

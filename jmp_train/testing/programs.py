@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jmp_train._jaxpr.source import is_installed, is_library, is_standard_library, own_frame
+from jmp_train._jaxpr.source import (
+    STRING,
+    is_installed,
+    is_library,
+    is_standard_library,
+    own_frame,
+)
 from jmp_train.testing.operations import Program, lower, report, stage_of, traced_operations
 from jmp_train.types import Function, PyTree
 
@@ -41,18 +48,18 @@ def assert_no_host_sync(fn: Program, *args: PyTree) -> None:
     - values that Python needs: `bool(x)`, `float(x)`, `x.item()`, `np.asarray(x)`, `if x > 0:`,
       `range(x)`, `x[x > 0]`
     - `jax.device_get`, `x.copy_to_host_async()`, `jax.block_until_ready` and `x.block_until_ready()`
-    - texts: `f"{x}"`, `f"{x:.2f}"`, `str(x)`, `print(x)` and `logging`, in code outside JAX and other
-      installed packages
+    - texts: `print(x)`, `logging`, `str(x)`, `repr(x)`, `f"{x}"` and `f"{x:.2f}"`, also of a container
+      such as `{"loss": x}`, in code outside JAX and other installed packages
     - `pure_callback`, `io_callback`, `jax.debug.print`, `infeed` and `outfeed`
 
-    Not found are `repr(x)` and `f"{x!r}"`; code that a trace does not run, such as derivative rules of
-    a function whose gradient is not taken, branches of Python that are not taken, or a jitted function
-    that was traced before with such arguments, in which texts and `device_get` do nothing; and reads
-    of an array that existed before the call and is not an argument, such as one of a closure. (What is
-    computed from it in the function is traced, and found.) On a GPU or a TPU, where arrays are given,
-    the function also runs once, on copies, under `jax.transfer_guard_device_to_host("disallow")`, which
-    finds such reads too, those by `device_get` excepted; on a CPU they are not transfers, and JAX does
-    not report them.
+    Not found is code that a trace does not run, such as derivative rules of a function whose gradient
+    is not taken, branches of Python that are not taken, or a jitted function that was traced before
+    with such arguments, in which texts and `device_get` do nothing. Not found either are texts and
+    `device_get` in other threads, and reads of an array that existed before the call and is not an
+    argument, such as one of a closure. (What is computed from it in the function is traced, and
+    found.) On a GPU or a TPU, where arrays are given, the function also runs once, on copies, under
+    `jax.transfer_guard_device_to_host("disallow")`, which finds such reads too, those by `device_get`
+    excepted; on a CPU they are not transfers, and JAX does not report them.
 
     Args:
       fn: a function, jitted or not; or what its `trace` returned, which is not run.
@@ -93,52 +100,120 @@ class _Read(NamedTuple):
     frames: list[traceback.FrameSummary]
 
 
+# The reads that each thread notes, by the thread's number.
+_NOTING: dict[int, list[_Read]] = {}
+# The methods of traced arrays that are exchanged meanwhile, None where the class had none.
+_EXCHANGED: dict[str, Any] = {}
+_LOCK = threading.Lock()
+
+
 @contextlib.contextmanager
 def _noted_reads() -> Iterator[list[_Read]]:
-    """Yield the reads in the scope of traced arrays for which JAX raises no error.
+    """Yield the reads of traced arrays for which JAX raises no error, in the scope and its thread.
 
     `device_get` and `block_until_ready` call methods that a traced array does not have, and ignore
-    that; texts show the type of a traced array.
+    that; texts show the type of a traced array. The class of traced arrays is changed while any thread
+    is in such a scope. In other threads its methods do what they did before.
     """
     found: list[_Read] = []
-
-    def note(kind: str) -> None:
-        found.append(_Read(kind, list(traceback.extract_stack(sys._getframe(2)))[::-1]))
-
-    def copy(array: Any) -> None:
-        note("device_get or copy_to_host_async")
-
-    def wait(array: Any) -> Any:
-        note("block_until_ready")
-        return array
-
-    def show(array: Any, spec: str = "") -> str:
-        if _is_users(sys._getframe(1)):
-            note("a text of the value")
-        return repr(array)
-
-    tracer: Any = Tracer
-    methods = {"copy_to_host_async": copy, "block_until_ready": wait}
-    methods |= {"__format__": show, "__str__": show}
-    before = {name: vars(tracer)[name] for name in methods if name in vars(tracer)}
-    for name, method in methods.items():
-        setattr(tracer, name, method)
+    thread = threading.get_ident()
+    with _LOCK:
+        outer = _NOTING.get(thread)
+        if not _NOTING:
+            _exchange()
+        _NOTING[thread] = found
     try:
         yield found
     finally:
-        for name in methods:
-            if name in before:
-                setattr(tracer, name, before[name])
-            else:
-                delattr(tracer, name)
+        with _LOCK:
+            del _NOTING[thread]
+            if outer is not None:
+                _NOTING[thread] = outer
+            if not _NOTING:
+                _restore()
 
 
-def _is_users(frame: FrameType | None) -> bool:
-    """Return whether the innermost frame outside the standard library is the user's."""
-    while frame is not None and is_standard_library(frame.f_code.co_filename):
+def _exchange() -> None:
+    tracer: Any = Tracer
+    methods: dict[str, Any] = {
+        "copy_to_host_async": _noting_method("device_get or copy_to_host_async"),
+        "block_until_ready": _noting_method("block_until_ready"),
+    }
+    texts = ("__format__", "__repr__", "__str__")
+    methods |= {name: _noting_text(getattr(tracer, name), tracer.__repr__) for name in texts}
+    _EXCHANGED.update((name, vars(tracer).get(name)) for name in methods)
+    for name, method in methods.items():
+        setattr(tracer, name, method)
+
+
+def _restore() -> None:
+    for name, method in _EXCHANGED.items():
+        if method is None:
+            delattr(Tracer, name)
+        else:
+            setattr(Tracer, name, method)
+    _EXCHANGED.clear()
+
+
+def _noting_method(kind: str) -> property:
+    """Return a method that traced arrays have only in threads that note reads."""
+
+    def method(array: Any) -> Callable[[], Any]:
+        reads = _NOTING.get(threading.get_ident())
+        if reads is None:
+            raise AttributeError  # `__getattr__` of the class follows, which raises JAX's error
+
+        def note() -> Any:
+            stack = traceback.walk_stack(sys._getframe(1))
+            reads.append(_Read(kind, list(traceback.StackSummary.extract(stack))))
+            return array
+
+        return note
+
+    return property(method)
+
+
+def _noting_text(plain: Callable[..., str], shown: Callable[[Any], str]) -> Callable[..., str]:
+    """Return a method that is `plain` in threads that note no reads, `shown` in the others."""
+
+    def show(array: Any, *spec: str) -> str:
+        reads = _NOTING.get(threading.get_ident())
+        if reads is None:
+            return plain(array, *spec)
+        frame = _users_frame(sys._getframe(1))
+        if frame is not None:
+            line = traceback.StackSummary.extract([(frame, frame.f_lineno)])
+            reads.append(_Read("a text of the value", list(line)))
+        return shown(array)  # takes any `spec`; JAX refuses `.2f`
+
+    return show
+
+
+# Modules that show values at a breakpoint, which is no part of the function: of pdb, and of VS Code.
+_DEBUGGERS = frozenset({"bdb", "_pydevd_bundle"})
+
+
+def _users_frame(frame: FrameType | None) -> FrameType | None:
+    """Return the innermost frame outside the standard library and generated code, if it is the user's."""
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _DEBUGGERS:
+            return None
+        file = _file_of(frame)
+        is_generated = file.startswith("<") and is_library(file)
+        if not (is_generated or is_standard_library(file)):
+            return None if is_library(file) or is_installed(file) else frame
         frame = frame.f_back
-    file = frame.f_code.co_filename if frame else ""
-    return bool(file) and not is_library(file) and not is_installed(file)
+    return None
+
+
+def _file_of(frame: FrameType) -> str:
+    """Return the file of a frame; that of its module for code of `exec`, `<stdin>` if it has none."""
+    code, module = frame.f_code, frame.f_globals.get("__name__")
+    is_of_dataclass = code.co_qualname.startswith("__create_fn__.")
+    if code.co_filename != STRING or is_of_dataclass:
+        return code.co_filename
+    file = getattr(sys.modules.get(str(module)), "__file__", None)
+    return "<stdin>" if module == "__main__" or not file else file
 
 
 def _run_guarded(fn: Function, args: PyTree) -> None:
@@ -160,7 +235,8 @@ def _read_of(error: Exception) -> _Read:
 def _host_read(read: _Read) -> AssertionError:
     """Return the error for a read on the host, at the innermost line that is the user's."""
     frame = own_frame(read.frames, lambda frame: frame.filename) or read.frames[0]
-    line = f"{frame.line}  at {frame.filename}:{frame.lineno} ({frame.name})"
+    place = f"{frame.filename}:{frame.lineno} ({frame.name})"
+    line = f"{frame.line}  at {place}" if frame.line else place  # typed code may have no lines
     expected = "no read of an array on the host"
     return report("assert_no_host_sync", expected, f"one ({read.kind})", [line])
 
@@ -189,8 +265,9 @@ def assert_costs_nothing(fn: Program, reference: Program, *args: PyTree, rtol: f
     Compared are FLOPs, evaluations of transcendental functions (`exp`, `tanh`, which XLA counts apart
     from FLOPs), bytes accessed and bytes of temporary memory. The figures are XLA's own, of the
     compiled programs (`cost_analysis`, `memory_analysis`), so they do not vary between runs, but they
-    are not times. A body of a loop counts once. Donate the same arguments in both, because donation
-    changes the temporary memory.
+    are not times. A body of a loop counts once. The work inside a custom call, such as a callback or
+    LAPACK's `svd`, does not count, and a figure that XLA does not know is not compared. Donate the same
+    arguments in both, because donation changes the temporary memory.
 
     A cheaper program passes. To assert equal costs, call it a second time with the two exchanged.
 
@@ -245,6 +322,11 @@ _COUNTS = {
 }
 
 
+def _known(count: float | None) -> float | None:
+    # XLA adds -1, for unknown, for each custom call.
+    return None if count is None or count < 0 else count
+
+
 def _costs(ours: jax.stages.Compiled, reference: jax.stages.Compiled) -> list[_Cost]:
     programs = (ours, reference)
     analyses: list[Any] = [program.cost_analysis() for program in programs]
@@ -252,7 +334,7 @@ def _costs(ours: jax.stages.Compiled, reference: jax.stages.Compiled) -> list[_C
     # XLA leaves a count of 0 out.
     absent = 0.0 if any(analyses) else None
     counts = [
-        _Cost(name, *(None if a is None else a.get(key, absent) for a in analyses))
+        _Cost(name, *(None if a is None else _known(a.get(key, absent)) for a in analyses))
         for name, key in _COUNTS.items()
     ]
     bytes_ = (None if m is None else m.temp_size_in_bytes for m in memory)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -99,7 +100,7 @@ def special_array(dtype: DTypeLike) -> np.ndarray:
 
 def arrays(
     dtype: DTypeLike,
-    shape: int | tuple[int, ...] | SearchStrategy[tuple[int, ...]] = (3,),
+    shape: int | Sequence[int] | SearchStrategy[int | Sequence[int]] = (3,),
     *,
     elements: SearchStrategy[Any] | None = None,
 ) -> SearchStrategy[np.ndarray]:
@@ -107,11 +108,12 @@ def arrays(
 
     Args:
       dtype: a floating dtype, or its name.
-      shape: of the arrays, or their length, or a strategy for the shape.
+      shape: of the arrays, or their length, or a strategy for one of them.
       elements: a strategy for the elements; `floats(dtype)` by default.
 
     Raises:
       ValueError: for another dtype.
+      TypeError: for a size that is no integer.
       ImportError: without hypothesis.
 
     >>> from hypothesis import given
@@ -123,14 +125,14 @@ def arrays(
     st, dtype = _hypothesis(), parse_dtype(dtype)
     elements = floats(dtype) if elements is None else elements
 
-    def of_shape(shape: tuple[int, ...]) -> SearchStrategy[np.ndarray]:
-        size = math.prod(shape)
+    def of_shape(shape: Any) -> SearchStrategy[np.ndarray]:
+        sizes = [*map(operator.index, shape if isinstance(shape, Iterable) else [shape])]
+        size = math.prod(sizes)
         drawn = st.lists(elements, min_size=size, max_size=size)
-        return drawn.map(lambda values: _packed(values, dtype).reshape(shape))
+        return drawn.map(lambda values: _packed(values, dtype).reshape(sizes))
 
-    if isinstance(shape, int):
-        return of_shape((shape,))
-    return of_shape(shape) if isinstance(shape, tuple) else shape.flatmap(of_shape)
+    given: Any = shape
+    return given.flatmap(of_shape) if isinstance(given, st.SearchStrategy) else of_shape(given)
 
 
 def trees(

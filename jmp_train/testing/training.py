@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,10 +67,11 @@ def assert_equivalent_training(
     Two runs of one seed form a pair. The test passes if two one-sided paired t-tests at 5 % both
     reject a difference as large as the margin, that is, if the 90 % confidence interval of the mean
     difference lies within the margin. Few or noisy runs fail: no evidence of a difference is not
-    evidence of equivalence.
+    evidence of equivalence. Pairs of equal numbers pass, also those of a run that ignores its policy.
 
     Args:
-      make_run: `make_run(policy, seed)` trains and returns one number, such as an accuracy.
+      make_run: `make_run(policy, seed)` trains and returns one number, such as an accuracy, or an array
+        of one.
       policies: the reference and the policy to test.
       seeds: the seeds, all different, or how many from 0.
       margin: the difference that does not matter; set it before the first run.
@@ -78,8 +79,9 @@ def assert_equivalent_training(
     Raises:
       AssertionError: with means, difference, interval, margin and pairs, or the run whose number is
         not finite; if all runs of each policy give the same number, which is one pair and no evidence.
-      ValueError: for other than two policies, fewer than two seeds, a seed that occurs twice, or a
-        margin that is not positive and finite.
+      ValueError: for other than two different policies, fewer than two seeds, a seed that occurs twice,
+        or a margin that is not positive and finite.
+      TypeError: if a run returns something else than one number.
 
     >>> def make_run(policy, seed):
     ...     return 0.9 + 0.001 * seed + (0.0005 * (-1) ** seed if policy == "float32" else 0)
@@ -91,9 +93,9 @@ def assert_equivalent_training(
     Source: Schuirmann 1987; see `equivalence`.
     """
     seeds = _seeds(seeds)
-    if isinstance(policies, str) or len(policies) != 2:
+    if isinstance(policies, str) or len(policies) != 2 or policies[0] == policies[1]:
         raise ValueError(
-            f"policies is {policies!r}; expected two policies, such as ('float32', 'fp16')"
+            f"policies is {policies!r}; expected two different policies, such as ('float32', 'fp16')"
         )
     _check_margin(margin)
     reference, ours = ([_run(make_run, p, seed) for seed in seeds] for p in policies)
@@ -128,7 +130,15 @@ def _check_margin(margin: float) -> None:
 
 
 def _run(make_run: Callable[[str, int], float], policy: str, seed: int) -> float:
-    result = float(make_run(policy, seed))
+    found: Any = make_run(policy, seed)
+    try:
+        result = float(found.item() if hasattr(found, "item") else found)
+    except (TypeError, ValueError):
+        shape = getattr(found, "shape", None)
+        given = type(found).__name__ + (f" of shape {tuple(shape)}" if shape else "")
+        raise TypeError(
+            f"make_run returned {given} with policy {policy!r} and seed {seed}; expected one number"
+        ) from None
     if not math.isfinite(result):
         raise AssertionError(
             f"assert_equivalent_training: expected finite results; found {result} with policy "

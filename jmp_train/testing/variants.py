@@ -32,7 +32,7 @@ def policies(*names: str) -> Callable[[Function], Any]:
       *names: policy strings; see `get_policy`.
 
     Raises:
-      ValueError: for an unknown policy, when the test is defined.
+      ValueError: for an unknown policy, or one that occurs twice, when the test is defined.
       TypeError: for no policy, or a test without an argument `policy`.
       UsageError: in a `unittest.TestCase` that is not absl's, and for `pytest.mark.parametrize` in a
         `TestCase`, when the class is made; for another decorator above it, when the test runs.
@@ -47,6 +47,8 @@ def policies(*names: str) -> Callable[[Function], Any]:
         raise TypeError(f"policies{names!r}; expected policy strings, such as 'mixed_bfloat16'")
     for name in names:
         get_precision(name)
+    if len(set(names)) < len(names):
+        raise ValueError(f"policies{names!r}; expected policies that are all different")
 
     def decorate(test: Function) -> Any:
         if isinstance(test, type) or not callable(test):

@@ -119,6 +119,28 @@ def test_a_frame_outside_installed_packages_is_preferred():
     assert find(Frame(jax.__file__), Frame(os.__file__)) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["<stdin>", "<doctest net[3]>", "<ipython-input-2-0a1b>", "<python-input-0>"]
+)
+def test_typed_code_counts_as_the_users(name):
+    assert not source.is_library(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["<frozen importlib._bootstrap>", "<attrs generated init net.Net>", "<@beartype(f)>"]
+)
+def test_generated_code_is_a_library(name):
+    assert source.is_library(name)
+
+
+def test_a_string_is_the_users_where_no_file_is():
+    string, mine = Frame("<string>"), Frame(os.path.join("home", "model.py"))
+    inside = Frame(os.path.join("venv", "lib", "site-packages", "net", "model.py"))
+    find = lambda *frames: source.own_frame(frames, lambda frame: frame.file)
+    assert find(string, mine) == mine  # as of a dataclass
+    assert find(inside, string) == string  # as of `python -c`
+
+
 def equinox_model():
     model = equinox.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
     return jax.make_jaxpr(lambda x: model(x))(jnp.ones(3))

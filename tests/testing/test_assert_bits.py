@@ -123,3 +123,18 @@ def test_leaves_without_bits_are_compared_by_equality(a, equal, other):
 def test_trees_without_leaves_are_a_failure(empty):
     with pytest.raises(AssertionError, match="found nothing to compare"):
         assert_same_bits(empty, empty)
+
+
+@pytest.mark.parametrize(
+    "leaf,message",
+    [
+        (jax.ShapeDtypeStruct((2,), np.float32), "w/0 is a ShapeDtypeStruct, .* expected an array"),
+        (np.ones(2, np.longdouble), "w/0 is .*float.*, whose bytes may be padded; .* float64"),
+        (np.ones(2, np.clongdouble), "w/0 is .*complex.*, whose bytes may be padded"),
+    ],
+    ids=["shape", "longdouble", "clongdouble"],
+)
+def test_leaves_without_bits_to_compare_are_refused(leaf, message):
+    for pair in [(leaf, leaf), (leaf, np.ones(2)), (np.ones(2), leaf)]:
+        with pytest.raises(TypeError, match=message):
+            assert_same_bits(*({"w": [x]} for x in pair))

@@ -1,6 +1,7 @@
 """A function compiles once, or the message says which argument made it compile again."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import jmp_train as jt
-from jmp_train.testing import assert_one_compilation
+from jmp_train.testing import assert_one_compilation, compilations
 
 
 def make(**options):
@@ -169,3 +170,31 @@ def test_a_call_that_fails_before_it_compiles_is_not_counted():
         with pytest.raises(TypeError):
             fn("text")
         fn(jnp.ones(3))
+
+
+def test_compilations_of_other_threads_are_not_counted():
+    other, double = jax.jit(lambda x: x + 1), jax.jit(lambda x: x * 2)
+    with ThreadPoolExecutor(1) as pool:
+
+        def fn(x):
+            pool.submit(other, np.ones(x.shape, np.float32)).result()
+            return double(x[0])
+
+        with assert_one_compilation(fn) as called:
+            called(np.ones(3, np.float32))
+            called(np.ones(4, np.float32))
+    assert other._cache_size() == 2
+
+
+def test_without_jit_the_compilations_of_operations_count():
+    compilations._check_recorded.cache_clear()
+    with jax.disable_jit():
+        with assert_one_compilation(jax.jit(jnp.sin)) as fn:
+            fn(jnp.ones(3))
+            fn(jnp.zeros(3))
+        with (
+            pytest.raises(AssertionError, match="call 2 compiled"),
+            assert_one_compilation(jax.jit(jnp.cos)) as fn,
+        ):
+            fn(jnp.ones(3))
+            fn(np.ones((2, 5, 7, 3), np.float32))  # a shape of this test alone

@@ -2,6 +2,7 @@
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -82,11 +83,45 @@ def test_a_run_that_diverged_is_named():
         assert_equivalent_training(diverges, ("float32", "mixed_float16"), margin=1)
 
 
+@pytest.mark.parametrize("number", [np.float32, jnp.bfloat16, lambda n: np.full((1, 1), n)])
+def test_an_array_of_one_number_is_a_number(number):
+    assert_equivalent_training(lambda _, seed: number(seed), seeds=3, margin=0.1)
+    assert_equivalent_training(lambda _, seed: jnp.asarray(number(seed)), seeds=3, margin=0.1)
+
+
+@pytest.mark.parametrize(
+    "returned, given",
+    [
+        (None, "NoneType"),
+        ({"loss": 1.0}, "dict"),
+        ((1.0, 2.0), "tuple"),
+        ("high", "str"),
+        (np.ones(2), r"ndarray of shape \(2,\)"),
+        (jnp.ones((2, 1)), r"ArrayImpl of shape \(2, 1\)"),
+    ],
+    ids=["none", "dict", "tuple", "text", "numpy", "jax"],
+)
+def test_a_run_that_returns_no_number_is_named(returned, given):
+    fails = lambda policy, seed: returned if (policy, seed) == ("fp16", 1) else seed
+    message = f"^make_run returned {given} with policy 'fp16' and seed 1; expected one number$"
+    with pytest.raises(TypeError, match=message):
+        assert_equivalent_training(fails, ("float32", "fp16"), margin=1)
+
+
+def test_an_error_of_a_run_is_not_replaced():
+    def fails(policy, seed):
+        raise TypeError("its own")
+
+    with pytest.raises(TypeError, match="^its own$"):
+        assert_equivalent_training(fails, margin=1)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"policies": ("float32",)}, "expected two policies"),
-        ({"policies": "ab"}, "policies is 'ab'; expected two policies"),
+        ({"policies": ("float32",)}, "expected two different policies"),
+        ({"policies": "ab"}, "policies is 'ab'; expected two different policies"),
+        ({"policies": ("fp16", "fp16")}, r"policies is \('fp16', 'fp16'\); expected two different"),
         ({"seeds": 1}, r"the seeds are \[0\]; expected at least two seeds, all different"),
         ({"seeds": [3, 3, 4]}, r"the seeds are \[3, 3, 4\]; expected .* all different"),
         *(({"margin": m}, "expected a positive, finite") for m in (0, -1, math.nan, math.inf)),

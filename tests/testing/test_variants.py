@@ -166,6 +166,8 @@ def test_wrong_uses_are_errors_where_the_test_is_defined():
         testing.policies()
     with pytest.raises(TypeError, match="expected policy strings"):
         testing.policies(lambda policy: None)
+    with pytest.raises(ValueError, match=r"\('float32', 'float32'\); .* all different$"):
+        testing.policies("float32", "float32")
     with pytest.raises(TypeError, match="test has no argument 'policy'"):
         testing.policies("float32")(named)
     with pytest.raises((TypeError, RuntimeError)) as error:  # Python 3.11 wraps it
