@@ -33,9 +33,10 @@ def policies(*names: str) -> Callable[[Function], Any]:
 
     Raises:
       ValueError: for an unknown policy, or one that occurs twice, when the test is defined.
-      TypeError: for no policy, or a test without an argument `policy`.
-      UsageError: in a `unittest.TestCase` that is not absl's, and for `pytest.mark.parametrize` in a
-        `TestCase`, when the class is made; for another decorator above it, when the test runs.
+      TypeError: for no policy, or a test without an argument `policy`; when the class is made, in a
+        `unittest.TestCase` that is not absl's, in Python 3.11 as the cause of a RuntimeError.
+      UsageError: for `pytest.mark.parametrize` in a `TestCase`, when the class is made; for another
+        decorator above it, when the test runs.
 
     >>> @policies("float32", "mixed_bfloat16")
     ... def test_casts(policy):
