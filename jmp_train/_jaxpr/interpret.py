@@ -110,7 +110,14 @@ class Interpreter:
 
     def _switch(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
         branches = [self._body(eqn, n, place) for n in range(len(bodies_of(eqn)))]
-        return jax.lax.switch(operands[0], branches, *operands[1:])
+        platforms = eqn.params.get("branches_platforms")
+        if platforms is None:
+            return jax.lax.switch(operands[0], branches, *operands[1:])
+        # A branch of `platform_dependent` may not lower for another platform.
+        pairs = list(zip(platforms, branches, strict=True))
+        default = next((branch for names, branch in pairs if names is None), None)
+        named = {name: branch for names, branch in pairs for name in names or ()}
+        return jax.lax.platform_dependent(*operands[1:], default=default, **named)
 
     def _scan_parts(
         self, eqn: Equation, operands: list[Operand]
