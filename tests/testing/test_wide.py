@@ -238,6 +238,20 @@ def test_random_numbers_integers_and_keys_are_those_of_the_program():
     np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected[3]))
 
 
+@pytest.mark.parametrize("sampler", [jax.random.normal, jax.random.uniform, jax.random.gumbel])
+def test_what_a_sampler_draws_stays_in_its_dtype(sampler):
+    draw = lambda key: sampler(key, (200,), jnp.bfloat16)
+    key = jax.random.key(3)
+    np.testing.assert_allclose(wide(draw, key), np.float64(draw(key)), rtol=2.0**-8)
+
+
+def test_a_sampler_of_arrays_moves_them_in_float64():
+    key = jax.random.key(3)
+    order = jax.random.permutation(key, 6)
+    got = wide(lambda x: jax.random.permutation(key, narrow_third(x)), X)
+    np.testing.assert_allclose(got, XW[order] / 3, rtol=1e-15)
+
+
 def test_a_callback_receives_what_it_was_written_for():
     def root(x):
         assert x.dtype == np.float32
