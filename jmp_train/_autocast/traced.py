@@ -57,4 +57,10 @@ class TracedFunction:
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        try:
+            jax.typeof(leaf)
+        except TypeError:  # JAX has no arrays of objects, texts and dates
+            return False
+        return True
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))

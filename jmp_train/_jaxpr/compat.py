@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -144,6 +146,17 @@ def function_name(jaxpr: Jaxpr) -> str:
     """Return the name of the function that a jaxpr was traced from, '' where JAX stores none."""
     info = getattr(body_of(jaxpr).jaxpr, "debug_info", None)
     return str(getattr(info, "func_name", "") or "").split(" ")[0]
+
+
+def is_called_by_jax_random(eqn: Equation) -> bool:
+    """Return whether the code of `jax.random` called the function of an equation."""
+    files = (frame.file_name for frame in getattr(eqn.source_info.traceback, "frames", ()))
+    callers = (file for file in files if file == _SAMPLERS or not file.startswith(_JAX))
+    return next(callers, None) == _SAMPLERS
+
+
+_JAX = os.path.join(os.path.dirname(jax.__file__), "")
+_SAMPLERS = inspect.unwrap(jax.random.normal).__code__.co_filename
 
 
 def is_symbolic_zero(x: Operand) -> bool:

@@ -25,7 +25,7 @@ _CALLS = ("composite", "custom_vmap_call", "linear_call")
 
 
 class Interpreter:
-    """Evaluates bodies. Step by step, `shard_map` is one operation.
+    """Evaluates bodies. A sampler is one operation; step by step, so is `shard_map`.
 
     Args:
       operation: `operation(eqn, operands, place) -> results` of an equation without a body to enter.
@@ -62,6 +62,8 @@ class Interpreter:
 
     def _evaluate(self, eqn: Equation, operands: list[Operand], place: Place) -> Sequence[Operand]:
         construct = construct_of(eqn)
+        if _is_sampler(eqn):
+            return self._operation(eqn, operands, place)
         if construct and construct.runs_once:
             (body,), (name,) = bodies_of(eqn), body_names(eqn)
             return self.run(compat.body_of(body), operands, place.inside(eqn, name))
@@ -110,7 +112,14 @@ class Interpreter:
 
     def _switch(self, eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
         branches = [self._body(eqn, n, place) for n in range(len(bodies_of(eqn)))]
-        return jax.lax.switch(operands[0], branches, *operands[1:])
+        platforms = eqn.params.get("branches_platforms")
+        if platforms is None:
+            return jax.lax.switch(operands[0], branches, *operands[1:])
+        # A branch of `platform_dependent` may not lower for another platform.
+        pairs = list(zip(platforms, branches, strict=True))
+        default = next((branch for names, branch in pairs if names is None), None)
+        named = {name: branch for names, branch in pairs for name in names or ()}
+        return jax.lax.platform_dependent(*operands[1:], default=default, **named)
 
     def _scan_parts(
         self, eqn: Equation, operands: list[Operand]
@@ -170,6 +179,21 @@ class Interpreter:
         while np.any(condition := continues(carry)):
             carry = _where_continuing(condition, once(carry), carry)
         return carry
+
+
+def _is_sampler(eqn: Equation) -> bool:
+    """Return whether an equation calls a jitted sampler of `jax.random`, of keys and scalars.
+
+    One that takes floating arrays, such as `multivariate_normal`, calculates with them: it is entered,
+    and calls such a sampler itself.
+    """
+    construct = construct_of(eqn)
+    if construct is None or construct.name != "jit":
+        return False
+    takes_arrays = any(
+        v.aval.ndim and jax.numpy.issubdtype(v.aval.dtype, np.inexact) for v in eqn.invars
+    )
+    return not takes_arrays and compat.is_called_by_jax_random(eqn)
 
 
 def _where_continuing(condition: Operand, new: list[Operand], old: list[Operand]) -> list[Operand]:

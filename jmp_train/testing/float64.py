@@ -12,11 +12,17 @@ import numpy as np
 
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._autocast.transform import autocast
-from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.compat import Operand
 from jmp_train.policy.policy import Policy
 from jmp_train.policy.precision import Precision, get_precision
-from jmp_train.testing.wide import as_received, results_in_float64, wide_dtype, widen
+from jmp_train.testing.wide import (
+    as_received,
+    check_call,
+    jitted,
+    on_host,
+    results_in_float64,
+    wide_dtype,
+)
 from jmp_train.testing.worst import worst_operation
 from jmp_train.tree import path_name
 from jmp_train.types import DTypeLike, Function
@@ -33,9 +39,9 @@ def assert_close_to_float64(
 
     The function runs jitted. The reference is the function as written, with float64 in place of
     every floating dtype of its program: `astype(float32)`, `preferred_element_type`, constants and
-    derivative rules narrow nothing. What the program was given stays: random numbers, and the value of
-    a constant (0.1 in a float32 program is 0.100000001). The process keeps its setting of
-    `jax_enable_x64`.
+    derivative rules narrow nothing. What the program was given stays: random numbers as the samplers of
+    `jax.random` draw them, and the value of a constant (0.1 in a float32 program is 0.100000001). The
+    process keeps its setting of `jax_enable_x64`.
 
     For each element of a floating result,
 
@@ -66,6 +72,7 @@ def assert_close_to_float64(
         returns no array with an element.
       ValueError: for an unknown policy, rules, not exactly one bound, or a bound that is negative,
         infinite or NaN.
+      TypeError: if `fn` is no function, or an argument is a `jax.ShapeDtypeStruct`.
 
     Float32 products on a GPU may be in TF32, which fails a bound for float32; compare them under
     `jax.default_matmul_precision("highest")`. Operations that JAX does not describe (Pallas kernels,
@@ -85,14 +92,13 @@ def assert_close_to_float64(
         raise ValueError(f"ulps is {ulps} and rtol is {rtol}; expected one of the two")
     check_bound("ulps", ulps)
     check_bound("rtol", rtol)
+    check_call("assert_close_to_float64", fn, args)
     bound = Bound(ulps, rtol, _compute_dtype(policy))
     plain = TracedFunction(fn, args, {})
     traced = plain
     if bound.compute is not None:
         traced = TracedFunction(autocast(fn, bound.compute), args, {})
-    body = compat.body_of(traced.closed)
-    run = jax.jit(lambda *arrays: compat.eval_jaxpr(body.jaxpr, body.consts, *arrays))
-    results = traced.rebuild(run(*map(as_received, traced.arrays)))
+    results = traced.rebuild(jitted(traced)(*map(as_received, traced.arrays)))
     found = _leaf_errors(results, results_in_float64(plain), bound)
     if not found:
         raise AssertionError(
@@ -179,7 +185,7 @@ def _leaf_error(
         return _inequality(path, number, result, reference)
     format_ = bound.format_of(result.dtype)
     unit = unit_roundoff(format_)
-    values = np.asarray(widen(result))
+    values = on_host(result)
     errors, scales = _relative_errors(values, reference)
     at = _index_of_largest(errors)
     error, scale = float(errors[at]), float(scales[at])

@@ -14,7 +14,7 @@ from jmp_train.policy.precision import Precision, get_precision
 from jmp_train.policy.rules import Rules
 from jmp_train.step.gradients import GradResult, value_and_grad
 from jmp_train.testing.float64 import check_bound, unit_roundoff
-from jmp_train.testing.wide import as_numpy, results_in_float64, widen
+from jmp_train.testing.wide import as_received, check_call, jitted, on_host, results_in_float64
 from jmp_train.tree import path_names
 from jmp_train.types import Function, PyTree
 
@@ -59,7 +59,8 @@ def assert_gradients_close(
     Args:
       loss_fn: `loss_fn(params, batch, *args)`, as `value_and_grad` takes it.
       params: pytree of floating arrays.
-      *batch_args: the batch, and further arguments.
+      *batch_args: the batch, and further arguments; leaves that are not arrays reach `loss_fn`
+        unchanged.
       policy: an argument of `get_precision`. With None, for a loss function that casts by itself or
         runs under `autocast`, u is that of float32; give bounds then.
       cosine: smallest cosine of a leaf.
@@ -93,6 +94,8 @@ def assert_gradients_close(
         raise AssertionError(
             "assert_gradients_close: found no parameter with an element; expected a pytree of arrays"
         )
+    check_call("assert_gradients_close", loss_fn, (params, batch_args))
+    params = jax.tree.map(as_received, params)
     result = _gradients_of_step(loss_fn, params, batch_args, precision, has_aux)
     plain = value_and_grad(loss_fn, None, has_aux=has_aux)
     traced = TracedFunction(lambda *args: plain(*args).grads, (params, *batch_args), {})
@@ -123,10 +126,13 @@ def _gradients_of_step(
     loss_fn: Function, params: PyTree, batch_args: Any, precision: Precision, has_aux: bool
 ) -> GradResult:
     """Return the gradients under a loss scale that falls until they are finite."""
-    grad_fn = jax.jit(value_and_grad(loss_fn, precision, has_aux=has_aux))
-    scale = precision.default_loss_scale()
+    scale = jax.tree.map(as_received, precision.default_loss_scale())
+    grad_fn = value_and_grad(loss_fn, precision, has_aux=has_aux)
+    traced = TracedFunction(grad_fn, (params, *batch_args), {"loss_scale": scale})
+    arrays = traced.arrays[: len(traced.arrays) - len(jax.tree.leaves(scale))]
+    run = jitted(traced)
     while True:
-        result = grad_fn(params, *batch_args, loss_scale=scale)
+        result = traced.rebuild(run(*map(as_received, arrays), *jax.tree.leaves(scale)))
         if bool(result.finite) or result.loss_scale.loss_scale == scale.loss_scale:
             return result
         scale = result.loss_scale
@@ -141,7 +147,7 @@ def _errors_allowed(cosine: float | None, rtol: float | None) -> list[float]:
 def _leaves(grads: PyTree, references: PyTree, floor: float, zero: float) -> list[LeafGradient]:
     """Compare leaves; `floor` and `zero` are the errors and gradients to neglect, relative to all."""
     pairs = [
-        (np.asarray(widen(g)).ravel(), np.ravel(as_numpy(r)))
+        (np.ravel(on_host(g)), np.ravel(on_host(r)))
         for g, r in zip(jax.tree.leaves(grads), jax.tree.leaves(references), strict=True)
     ]
     count = sum(r.size for _, r in pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +15,8 @@ from jmp_train._autocast.transform import autocast
 from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train._jaxpr.equations import Place
 from jmp_train._jaxpr.source import own_line
-from jmp_train.numerics.dtypes import is_floating, parse_dtype
-from jmp_train.testing.wide import is_foreign, widen
+from jmp_train.numerics.dtypes import parse_dtype
+from jmp_train.testing.wide import check_call, is_foreign, on_host, wide_dtype
 from jmp_train.testing.worst import describe, observe, wide_results
 from jmp_train.types import DTypeLike, Function
 
@@ -29,13 +29,14 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "floa
     The function runs operation by operation, each rounded as the program says, with every loop
     iteration and derivative rule that its arguments lead to. An operation overflows if a result in
     `dtype` is infinite or NaN where the same operation in float64, on the same operands, is finite;
-    casts to `dtype` count. An infinity that the function was given or wrote, such as a mask, is
+    casts to `dtype` count. A complex number counts as two, its real and its imaginary part. An infinity that the function was given or wrote, such as a mask, is
     passed over, and an overflow is found even if nothing reads it.
 
     `shard_map`, `pmap`, the function of `x.at[i].apply`, and `reduce` and `reduce_window` with a
     computation count as one operation: an overflow within is found where it reaches the result.
-    Pallas kernels, callbacks and foreign functions have no float64: they fail if a result is infinite
-    or NaN where all operands are finite.
+    Pallas kernels, callbacks, foreign functions and the samplers of `jax.random` have no float64: they
+    fail if a result is infinite or NaN where all operands are finite. What `jax.ref.addupdate` adds in
+    place is not tested.
 
     A Python number above the limit becomes an infinity as JAX reads it: `x + 1e6` is `x + inf` for x in
     float16. Infinite numbers in the code fail in sums, differences, products and quotients; elsewhere
@@ -45,13 +46,14 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "floa
       fn: a function of arrays; `jax.grad` of a loss to test the backward pass too.
       *args: its arguments, pytrees; leaves that are not arrays reach it unchanged.
       dtype: `"float16"`, `"bfloat16"` or `"float32"`, for the function under autocast; None for the
-        function as it stands, whose results in every floating dtype are tested.
+        function as it stands, whose results in every floating or complex dtype are tested.
 
     Raises:
       AssertionError: with the first operation that overflows, its place and the magnitude that it
         reaches in float64; if no operation has a result in `dtype`, since autocast lowers matrix
         products alone, and what reads them: then pass arguments in `dtype`.
       ValueError: for another format.
+      TypeError: if `fn` is no function, or an argument is a `jax.ShapeDtypeStruct`.
 
     >>> import jax.numpy as jnp
     >>> def loss(w, x):
@@ -101,8 +103,8 @@ def assert_no_underflow(
     magnitudes of at most 2^-25, about 3e-8. Subnormal numbers do not count, unless the device flushes
     them to zero. To test gradients, multiply the loss by the loss scale first.
 
-    Pallas kernels, callbacks and foreign functions have no float64 and are passed over. So are numbers
-    in the code that are zero in `dtype`, such as the 1e-8 of `x / (y + 1e-8)` with y in float16: JAX
+    Pallas kernels, callbacks, foreign functions and the samplers of `jax.random` have no float64 and are
+    passed over. So are numbers in the code that are zero in `dtype`, such as the 1e-8 of `x / (y + 1e-8)` with y in float16: JAX
     has made them zeros before they can be read.
 
     Args:
@@ -116,6 +118,7 @@ def assert_no_underflow(
       AssertionError: with the first operation that loses more than that share, and its share; if no
         operation has a result in `dtype`, as in `assert_no_overflow`.
       ValueError: for another format or share.
+      TypeError: if `fn` is no function, or an argument is a `jax.ShapeDtypeStruct`.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(w, x, scale):
@@ -152,7 +155,7 @@ class Result(NamedTuple):
     """A result of an operation in the format to check.
 
     Attributes:
-      low: the result, exactly, in float64.
+      low: the numbers of the result, exactly, in float64; the parts of complex ones.
       wide: `wide()` is the result of the same operation in float64.
       eqn: the operation.
       operands: its operands.
@@ -170,6 +173,7 @@ def _check_each(
     name: str, fn: Function, args: Any, dtype: np.dtype | None, check: Callable[[Result], None]
 ) -> None:
     """Call `check` for each result in a format, None for all; fail if there is none."""
+    check_call(name, fn, args)
     sources: dict[Any, tuple[Equation, Place]] = {}  # the operation that each variable is from
     found = False
 
@@ -177,9 +181,9 @@ def _check_each(
         nonlocal found
         sources.update((v, (eqn, place)) for v in eqn.outvars)
         for n, out in enumerate(outs):
-            if out.size and (is_floating(out.dtype) if dtype is None else out.dtype == dtype):
+            if out.size and _is_in(out, dtype):
                 found = True
-                low, wide = np.asarray(widen(out)), lambda n=n: wide_results(eqn, operands)[n]
+                low, wide = _parts(out), lambda n=n: _parts(wide_results(eqn, operands)[n])
                 describe_it = lambda out=out: _description(eqn, place, out.dtype.name, sources)
                 check(Result(low, wide, eqn, operands, describe_it))
 
@@ -212,15 +216,25 @@ def _largest(dtype: np.dtype) -> float:
     return float(jnp.finfo(dtype).max)
 
 
-def _infinite_number(eqn: Equation) -> float | None:
+def _infinite_number(eqn: Equation) -> float | complex | None:
     """Return an infinite number in the code that an operation calculates with, None if there is none."""
     if eqn.primitive.name not in _ARITHMETIC:
         return None
-    literals = (
-        v for v in eqn.invars if isinstance(v, Literal) and is_floating(np.asarray(v.val).dtype)
-    )
-    return next((x for x in (float(v.val) for v in literals) if math.isinf(x)), None)
+    literals = (np.asarray(v.val) for v in eqn.invars if isinstance(v, Literal))
+    numbers = (on_host(x).item() for x in literals if wide_dtype(x.dtype) is not None)
+    return next((x for x in numbers if cmath.isinf(x)), None)
+
+
+def _is_in(x: Operand, dtype: np.dtype | None) -> bool:
+    """Return whether an array, or the parts of a complex one, are in a format; None for any format."""
+    return wide_dtype(x.dtype) is not None and dtype in (None, jnp.finfo(x.dtype).dtype)
+
+
+def _parts(x: Operand) -> np.ndarray:
+    """Return the numbers of an array in float64; real and imaginary parts of a complex one."""
+    wide = on_host(x)
+    return np.stack([wide.real, wide.imag], -1) if np.iscomplexobj(wide) else wide
 
 
 def _all_finite(x: Operand) -> bool:
-    return not is_floating(x.dtype) or bool(np.isfinite(np.asarray(widen(x))).all())
+    return wide_dtype(x.dtype) is None or bool(np.isfinite(on_host(x)).all())

@@ -1,8 +1,8 @@
 """Programs evaluated in float64: every floating dtype in their equations is rewritten.
 
 A program is traced in the dtypes that it was written in, and evaluated with float64 in place of
-each: casts to a narrower dtype change nothing, products and sums accumulate in float64. Random
-numbers therefore stay those of the program.
+each: casts to a narrower dtype change nothing, products and sums accumulate in float64. What the
+samplers of `jax.random` draw stays in the dtype that they draw it in.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def results_in_float64(traced: TracedFunction) -> PyTree:
     arrays = [as_received(x) for x in traced.arrays]
     with jax.enable_x64(True):
         run = jax.jit(lambda *args: interpreter.run(body, args))
-        return traced.rebuild([as_numpy(x) for x in run(*map(widen, arrays))])
+        return traced.rebuild([on_host(x) for x in run(*map(widen, arrays))])
 
 
 def bind_wide(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
@@ -80,8 +80,9 @@ def _interpreter() -> Interpreter:
 
 
 def is_foreign(eqn: Equation) -> bool:
-    """Return whether an operation runs as it was written in the reference too: a Pallas kernel, a
-    callback, a foreign or exported function, or a primitive with a body of unknown meaning."""
+    """Return whether an operation runs as it was written in the reference too: a sampler, a
+    Pallas kernel, a callback, a foreign or exported function, or a primitive with a body of unknown
+    meaning."""
     name = eqn.primitive.name
     known = name in SCATTERS or name in _REDUCTIONS or _is_shard_map(eqn)
     return name in _FOREIGN or (_has_body(eqn.params) and not known)
@@ -125,12 +126,25 @@ _REDUCTIONS = {"reduce": _reduce_wide, "reduce_window": _reduce_window_wide}
 
 
 def widen(x: Operand) -> Operand:
-    """Return an array in float64 or complex128 where it is floating or complex, exactly."""
+    """Return an array in float64 or complex128 where it is floating or complex, exactly.
+
+    Needs 64-bit types to be enabled. An array that was put on devices stays on them.
+    """
+    if isinstance(x, jax.Ref):
+        raise TypeError(
+            f"found {jax.typeof(x)} from outside the function; expected a function without state: "
+            "pass an array, and call jax.new_ref in the function"
+        )
     dtype = wide_dtype(getattr(x, "dtype", None))
     if dtype is None or x.dtype == dtype:
         return x
-    # NumPy converts subnormal numbers too; XLA may flush them.
-    return x.astype(dtype) if isinstance(x, Tracer) else np.asarray(x).astype(dtype)
+    if isinstance(x, Tracer):
+        return x.astype(dtype)
+    wide = on_host(x)
+    if not getattr(x, "committed", False):
+        return wide
+    with jax.ensure_compile_time_eval():  # a constant of a traced program
+        return jax.device_put(wide, x.sharding)
 
 
 def wide_dtype(dtype: Any) -> np.dtype | None:
@@ -141,14 +155,36 @@ def wide_dtype(dtype: Any) -> np.dtype | None:
     return np.dtype(np.complex128 if complex_ else np.float64)
 
 
+def check_call(name: str, fn: Any, args: PyTree) -> None:
+    """Raise TypeError where an assertion has no function to call, or an argument without values."""
+    if not callable(fn):
+        raise TypeError(f"{name} expects a function, got {fn!r}; write {name}(fn, x)")
+    for x in jax.tree.leaves(args):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name} computes with the values of arguments, got {x}; expected an array, such as "
+                f"jnp.ones({x.shape}, {x.dtype.name!r})"
+            )
+
+
+def jitted(traced: TracedFunction) -> Callable[..., list[jax.Array]]:
+    """Return a traced function, jitted in its own dtypes, as a function of its arrays."""
+    body = compat.body_of(traced.closed)
+    return jax.jit(lambda *arrays: compat.eval_jaxpr(body.jaxpr, body.consts, *arrays))
+
+
 def as_received(x: Operand) -> jax.Array:
     """Return an argument in the dtype in which a jitted function receives it."""
     return jnp.asarray(x)
 
 
-def as_numpy(x: Operand) -> Operand:
-    """Return an array on the host; an array of PRNG keys unchanged."""
-    return x if jnp.issubdtype(x.dtype, jax.dtypes.extended) else np.asarray(x)
+def on_host(x: Operand) -> Operand:
+    """Return a NumPy array, in float64 or complex128 where it is floating or complex, exactly; an
+    array of PRNG keys unchanged."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return x
+    # NumPy converts subnormal numbers too; XLA may flush them.
+    return np.asarray(x).astype(wide_dtype(x.dtype) or x.dtype, copy=False)
 
 
 def _as_traced(x: Operand, aval: Any) -> Operand:

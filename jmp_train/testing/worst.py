@@ -18,12 +18,12 @@ import numpy as np
 from jmp_train._autocast.regions import module_path
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.bodies import body_names, construct_of
 from jmp_train._jaxpr.compat import Equation, Operand
 from jmp_train._jaxpr.equations import Place
 from jmp_train._jaxpr.interpret import Interpreter
 from jmp_train._jaxpr.source import own_line
-from jmp_train.numerics.dtypes import is_floating
-from jmp_train.testing.wide import as_received, bind_wide, widen
+from jmp_train.testing.wide import as_received, bind_wide, on_host, wide_dtype, widen
 
 #: Operations whose effect on the result is computed: those with the largest relative errors.
 CANDIDATES = 32
@@ -48,7 +48,8 @@ def describe(eqn: Equation, place: Place, dtype: str) -> str:
     """Return `"reduce_sum in bfloat16 (scan of encoder/dense; model.py:12 (loss))"`."""
     where = " of ".join(filter(None, ("/".join(place.path), module_path(place.stack_of(eqn)))))
     details = "; ".join(filter(None, (where, own_line(eqn, place.callers))))
-    return f"{eqn.primitive.name} in {dtype}" + (f" ({details})" if details else "")
+    name = body_names(eqn)[0] if construct_of(eqn) else eqn.primitive.name
+    return f"{name} in {dtype}" + (f" ({details})" if details else "")
 
 
 def observe(traced: TracedFunction, hook: Hook) -> list[Operand]:
@@ -57,13 +58,14 @@ def observe(traced: TracedFunction, hook: Hook) -> list[Operand]:
     Args:
       traced: the function and its arguments.
       hook: `hook(eqn, operands, results, place)`, called after each operation, with 64-bit types
-        enabled.
+        enabled; not after those on a `jax.Ref`.
     """
 
     def operation(eqn: Equation, operands: list[Operand], place: Place) -> list[Operand]:
         with compat.context_of(eqn):
             outs = compat.bind(eqn.primitive, operands, eqn.params)
-        hook(eqn, operands, outs, place)
+        if not any(isinstance(x, jax.Ref) for x in (*operands, *outs)):  # reads, writes: no values
+            hook(eqn, operands, outs, place)
         return outs
 
     arrays = [as_received(x) for x in traced.arrays]
@@ -72,9 +74,9 @@ def observe(traced: TracedFunction, hook: Hook) -> list[Operand]:
         return interpreter.run(compat.body_of(traced.closed), arrays)
 
 
-def wide_results(eqn: Equation, operands: Sequence[Operand]) -> list[np.ndarray]:
-    """Return the float64 results of an operation on given operands."""
-    return [np.asarray(x) for x in bind_wide(eqn, [widen(x) for x in operands])]
+def wide_results(eqn: Equation, operands: Sequence[Operand]) -> list[Operand]:
+    """Return the float64 results of an operation on given operands, on the host."""
+    return [on_host(x) for x in bind_wide(eqn, [widen(x) for x in operands])]
 
 
 def worst_operation(
@@ -105,7 +107,7 @@ def _by_relative_error(traced: TracedFunction) -> list[tuple[Key, str]]:
         errors = _own_errors(eqn, operands, outs)
         worst = max((relative for _, relative in errors), default=0.0)
         if worst > found.get((id(eqn), place), (0.0, ""))[0]:
-            dtype = next(x.dtype.name for x in outs if _floating(x))
+            dtype = next(x.dtype.name for x in outs if _rounds(x))
             found[id(eqn), place] = (worst, describe(eqn, place, dtype))
 
     observe(traced, hook)
@@ -136,7 +138,7 @@ def _run_with_errors(
         if (id(eqn), place) != key:
             return outs
         added = iter(next(remaining, ()))
-        return [x + next(added, 0.0) if is_floating(x.dtype) else x for x in outs]
+        return [x + next(added, 0.0) if _rounds(x) else x for x in outs]
 
     arrays = [as_received(x) for x in traced.arrays]
     with jax.enable_x64(True):
@@ -144,24 +146,25 @@ def _run_with_errors(
         return interpreter.run(compat.body_of(traced.closed), [widen(x) for x in arrays])
 
 
-def _floating(x: Operand) -> bool:
-    return is_floating(x.dtype)
+def _rounds(x: Operand) -> bool:
+    """Return whether an array is floating or complex."""
+    return wide_dtype(x.dtype) is not None
 
 
 def _own_errors(
     eqn: Equation, operands: list[Operand], outs: list[Operand]
 ) -> list[tuple[np.ndarray, float]]:
-    """Return the errors of each floating result, and the largest relative to its root mean square."""
-    if not any(map(_floating, outs)):
+    """Return the errors of each floating or complex result, and the largest relative to its root mean
+    square."""
+    if not any(map(_rounds, outs)):
         return []
     pairs = zip(outs, wide_results(eqn, operands), strict=True)
     errors = []
     with np.errstate(all="ignore"):
-        for out, wide in ((widen(o), w) for o, w in pairs if _floating(o)):
-            out = np.asarray(out)
+        for out, wide in ((on_host(o), w) for o, w in pairs if _rounds(o)):
             same = (out == wide) | (np.isnan(out) & np.isnan(wide))
             error = np.where(same, 0.0, out - wide)
-            size = np.sqrt(np.mean(np.square(wide))) if wide.size else 1.0
+            size = np.sqrt(np.mean(np.square(np.abs(wide)))) if wide.size else 1.0
             largest = float(np.abs(error).max(initial=0.0))
             relative = largest / size if size > 0 else math.inf if largest else 0.0
             errors.append((error, math.inf if math.isnan(relative) else float(relative)))

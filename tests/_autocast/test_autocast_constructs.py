@@ -10,6 +10,7 @@ from helpers.arrays import BF16_EPS, rounded
 from helpers.constructs import CONSTRUCTS, NOT_FORWARD, NOT_REVERSE, ORDERS
 from helpers.programs import equations
 from jax import lax
+from jax.experimental import pallas
 
 import jmp_train as jt
 from jmp_train.testing import assert_contractions_in
@@ -49,6 +50,19 @@ def test_float16_agrees_more_closely(construct):
     w, x = jnp.asarray(rounded((6, 6), low=-0.5, high=0.5)), jnp.asarray(rounded((3, 6), seed=1))
     got, want = jax.grad(jt.autocast(f, "float16"))(w, x), jax.grad(f)(w, x)
     np.testing.assert_allclose(got, want, atol=12 * 2.0**-11 * float(jnp.abs(want).max()))
+
+
+def test_branches_of_other_platforms_are_not_lowered():
+    def on_a_tpu(w, x):
+        kernel = lambda x, out: out.__setitem__(..., 2 * x[...])
+        return pallas.pallas_call(kernel, out_shape=x)(x)
+
+    product = lambda w, x: x @ w
+    f = lambda w, x: lax.platform_dependent(w, x, tpu=on_a_tpu, default=product)
+    w, x = jnp.asarray(rounded((6, 6))), jnp.asarray(rounded((3, 6), seed=1))
+    want = np.float64(x) @ np.float64(w)
+    got = jax.jit(jt.autocast(f))(w, x)
+    np.testing.assert_allclose(got, want, atol=2 * BF16_EPS * np.abs(want).max())
 
 
 def test_loop_carries_keep_their_dtypes():

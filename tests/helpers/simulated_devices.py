@@ -8,4 +8,5 @@ NEED_DEVICES = {
     "sharding/eight_devices.py": 8,
     "sharding/runs_on_devices.py": 8,
     "sharding/tensor_parallel.py": 8,
+    "testing/two_devices.py": 2,
 }

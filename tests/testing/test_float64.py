@@ -164,6 +164,33 @@ def test_the_effect_of_the_worst_operation_is_its_own():
     assert "convert_element_type" in message
 
 
+def test_the_worst_operation_on_complex_numbers_is_named():
+    message = failure(lambda x: (x + 1j) * (x - 0.3j), X, ulps=0.01)
+    assert "Worst operation: mul in complex64 (" in message
+
+
+def test_the_worst_operation_beside_a_key_is_named():
+    both = lambda x, key: jax.lax.optimization_barrier((x.astype(jnp.bfloat16), key))
+    assert_close_to_float64(both, X, jax.random.key(0), rtol=2.0**-8)
+    message = failure(both, X, jax.random.key(0), rtol=1e-6)
+    assert "Worst operation: convert_element_type in bfloat16 (" in message
+
+
+def test_the_worst_operation_beside_a_ref_is_named():
+    def fn(x):
+        ref = jax.new_ref(x)
+        ref[...] = through(ref[...])
+        return ref[...] * 3
+
+    message = failure(fn, X, ulps=64)
+    assert "Worst operation: convert_element_type in bfloat16 (" in message
+
+
+def test_samples_in_half_precision_have_no_errors():
+    noisy = lambda x: x + jax.random.normal(jax.random.key(3), x.shape, x.dtype)
+    assert_close_to_float64(noisy, jnp.zeros((64, 64), jnp.bfloat16), ulps=2)
+
+
 def test_a_result_that_only_the_program_overflows_fails():
     square = lambda x: (x.astype(jnp.float16) ** 2).astype(jnp.float32)
     assert_close_to_float64(square, np.float32([255.0]), ulps=2**14)
@@ -200,6 +227,27 @@ def test_arguments_that_are_no_arrays_reach_the_function():
     fn = lambda x, mode, scale: x * scale if mode == "double" else x.astype(jnp.bfloat16)
     assert_close_to_float64(fn, X, "double", 2.0, ulps=0)
     failure(fn, X, "half", 2.0, rtol=1e-5)
+    for other in (np.array(["a"]), np.array([None]), np.datetime64("2020-01-01")):
+        assert_close_to_float64(
+            lambda x, y, same=other: x if y is same else 1 / 0, X, other, ulps=0
+        )
+
+
+@pytest.mark.parametrize("policy", [None, "mixed_bfloat16"])
+def test_what_cannot_be_run_is_named(policy):
+    with pytest.raises(
+        TypeError, match=r"^assert_close_to_float64 expects a function, got 3; write"
+    ):
+        assert_close_to_float64(3, X, policy=policy, ulps=1)
+    shape = jax.ShapeDtypeStruct((2, 3), jnp.bfloat16)
+    with pytest.raises(TypeError, match=r"values.*, such as jnp.ones\(\(2, 3\), 'bfloat16'\)$"):
+        assert_close_to_float64(jnp.sum, shape, policy=policy, ulps=1)
+
+
+def test_a_ref_from_outside_is_an_error():
+    ref = jax.new_ref(jnp.ones(3))
+    with pytest.raises(TypeError, match="expected a function without state.*jax.new_ref in the f"):
+        assert_close_to_float64(lambda x: ref[...] * x, X[0, :3], ulps=1)
 
 
 @pytest.mark.parametrize(

@@ -197,3 +197,20 @@ def test_a_long_table_is_cut():
     message = failure(wrong, params, None, policy="mixed_bfloat16")
     assert len(message.splitlines()) == 13
     assert message.endswith("... and 4 more")
+
+
+def test_arguments_that_are_no_arrays_reach_the_loss():
+    def loss(params, batch, train, name):
+        assert name == "a"
+        return loss_fn(params, batch) if train else 1 / 0
+
+    assert_gradients_close(loss, PARAMS, BATCH, True, "a", policy="mixed_bfloat16")
+
+
+def test_what_cannot_be_run_is_named():
+    with pytest.raises(TypeError, match=r"^assert_gradients_close expects a function, got 3"):
+        assert_gradients_close(3, PARAMS, BATCH, policy="mixed_bfloat16")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, BATCH))
+    for params, batch in ((PARAMS, shapes[1]), (shapes[0], BATCH)):
+        with pytest.raises(TypeError, match="^assert_gradients_close computes with the values"):
+            assert_gradients_close(loss_fn, params, batch, policy="mixed_bfloat16")

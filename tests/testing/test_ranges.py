@@ -76,6 +76,25 @@ def test_a_function_as_it_stands_is_tested_in_its_own_dtypes():
     )
 
 
+def test_complex_numbers_overflow_by_their_parts():
+    product = lambda x, y: jnp.abs(x * y)
+    x = np.full(4, 2e19j, np.complex64)
+    message = "found 4e+38 (4 of 8 values overflow) in mul in complex64 ("
+    for dtype in (None, "float32"):
+        assert_no_overflow(product, x, x.imag / 2, dtype=dtype)
+        assert message in overflow(product, x, x.imag, dtype=dtype)
+    infinite = np.complex64(np.inf)
+    assert "the number (inf+0j) in the code" in overflow(lambda x: x * infinite, x, dtype=None)
+
+
+def test_complex_numbers_underflow_by_their_parts():
+    product = lambda x, y: x * y
+    x = np.full(4, 1e-30j, np.complex64)
+    assert_no_underflow(product, x, np.complex64(1), dtype="float32")
+    message = underflow(product, x, x.imag, dtype="float32")
+    assert "found 1 (4 of 4, up to 1e-60) in mul in complex64 (" in message
+
+
 def test_an_overflow_that_nothing_reads_is_found():
     def masked(x):
         y = x @ EYE
@@ -166,6 +185,19 @@ def test_a_function_with_nothing_in_the_format_fails(check):
     assert "in mul in float16" in overflow(squares, np.full(4, 300, np.float16))
 
 
+@pytest.mark.parametrize("check", [assert_no_overflow, assert_no_underflow])
+def test_what_cannot_be_run_is_named(check):
+    with pytest.raises(TypeError, match=f"^{check.__name__} expects a function, got 3; write"):
+        check(3, EYE)
+    with pytest.raises(TypeError, match=r"values.*, such as jnp.ones\(\(4, 4\), 'float16'\)$"):
+        check(jnp.sum, jax.ShapeDtypeStruct((4, 4), np.float16))
+
+
+def test_a_result_beside_a_key_is_tested():
+    both = lambda x, key: jax.lax.optimization_barrier((x * 0, key))
+    assert_no_underflow(both, np.ones(4, np.float16), jax.random.key(0))
+
+
 @pytest.mark.parametrize("share", [-0.1, 1, np.nan, np.inf])
 def test_a_share_out_of_range_is_an_error(share):
     with pytest.raises(ValueError, match=f"share is {share}; expected a number from 0 to below 1"):
@@ -205,6 +237,16 @@ def on_devices(x):
     return jax.shard_map(square, mesh=mesh, in_specs=jax.P("i"), out_specs=jax.P("i"))(x)
 
 
+def in_a_ref(x):
+    ref = jax.new_ref(x)
+    ref[...] = square(ref[...])
+    return ref[...]
+
+
+def drawn(x):
+    return jax.random.uniform(jax.random.key(0), (4,), jnp.float16, -200 * x[0], 200 * x[0])
+
+
 def kernel(x):
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     body = lambda x, out: out.__setitem__(..., x[...] * x[...])
@@ -231,6 +273,8 @@ def exported(x):
         (reduced, "9e+04 (1 of 1 values overflow) in reduce in float16"),
         (in_windows, "1.8e+05 (3 of 3 values overflow) in reduce_window in float16"),
         (on_devices, "9e+04 (4 of 4 values overflow) in shard_map in float16"),
+        (in_a_ref, "9e+04 (4 of 4 values overflow) in mul in float16 ("),
+        (drawn, "values infinite or NaN, from finite operands, in jit:_uniform in float16 ("),
         (lambda x: jax.pmap(square)(x[None]), "9e+04 (4 of 4 values overflow) in shard_map in"),
         (kernel, "4 of 4 values infinite or NaN, from finite operands, in pallas_call in float16"),
         (callback, "4 of 4 values infinite or NaN, from finite operands, in pure_callback in"),

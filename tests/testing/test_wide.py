@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas
 
 from jmp_train._autocast.traced import TracedFunction
 from jmp_train.testing.wide import results_in_float64
@@ -113,6 +114,22 @@ def doubled_to_8(x):
     return jax.vmap(lambda r: jax.lax.while_loop(lambda r: r[0] < 8, double, r))(jnp.abs(x) + 0.01)
 
 
+def summed_in_a_ref(x):
+    total = jax.new_ref(jnp.zeros(6))
+
+    def body(count, row):
+        total[...] += narrow_third(row)
+        return count + 1, total[...]
+
+    _, totals = jax.lax.scan(body, 0, x)
+    return totals + total[...]
+
+
+def on_a_tpu(x):
+    """Double in a kernel that lowers on a TPU alone."""
+    return pallas.pallas_call(lambda x, out: out.__setitem__(..., 2 * x[...]), out_shape=x)(x)
+
+
 def rows_doubled_to_8():
     x = np.abs(XW) + np.float64(np.float32(0.01))
     return np.stack([r * 2 ** max(0, np.ceil(np.log2(8 / r[0]))) for r in x])
@@ -129,6 +146,12 @@ PROGRAMS = {
     "reduce": (reduced, XW.sum(0) / 3),
     "reduce_window": (reduced_in_windows,
                       sum(XW[i : i + 5, j : j + 5] for i in range(2) for j in range(2)) / 3),
+    "platform_dependent": (
+        lambda x: jax.lax.platform_dependent(x, tpu=on_a_tpu, default=narrow_third), XW / 3),
+    "named platforms": (
+        lambda x: jax.lax.platform_dependent(x, tpu=on_a_tpu, cpu=narrow_third, cuda=narrow_third),
+        XW / 3),
+    "new_ref": (summed_in_a_ref, (np.cumsum(XW, 0) + XW.sum(0)) / 3),
     "while under vmap": (doubled_to_8, rows_doubled_to_8()),
     "cast": (lambda x: x.astype(jnp.float16).astype(jnp.float32) / 3, XW / 3),
     "preferred_element_type": (in_bfloat16, XW @ XW),
@@ -213,6 +236,20 @@ def test_random_numbers_integers_and_keys_are_those_of_the_program():
     assert plus.dtype == np.int32
     np.testing.assert_array_equal(plus, [1, 2, 3])
     np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(expected[3]))
+
+
+@pytest.mark.parametrize("sampler", [jax.random.normal, jax.random.uniform, jax.random.gumbel])
+def test_what_a_sampler_draws_stays_in_its_dtype(sampler):
+    draw = lambda key: sampler(key, (200,), jnp.bfloat16)
+    key = jax.random.key(3)
+    np.testing.assert_allclose(wide(draw, key), np.float64(draw(key)), rtol=2.0**-8)
+
+
+def test_a_sampler_of_arrays_moves_them_in_float64():
+    key = jax.random.key(3)
+    order = jax.random.permutation(key, 6)
+    got = wide(lambda x: jax.random.permutation(key, narrow_third(x)), X)
+    np.testing.assert_allclose(got, XW[order] / 3, rtol=1e-15)
 
 
 def test_a_callback_receives_what_it_was_written_for():
