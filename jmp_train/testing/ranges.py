@@ -29,8 +29,9 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "floa
     The function runs operation by operation, each rounded as the program says, with every loop
     iteration and derivative rule that its arguments lead to. An operation overflows if a result in
     `dtype` is infinite or NaN where the same operation in float64, on the same operands, is finite;
-    casts to `dtype` count. A complex number counts as two, its real and its imaginary part. An infinity that the function was given or wrote, such as a mask, is
-    passed over, and an overflow is found even if nothing reads it.
+    casts to `dtype` count. A complex number counts as two, its real and its imaginary part. An
+    infinity that the function was given or wrote, such as a mask, is passed over, and an overflow is
+    found even if nothing reads it.
 
     `shard_map`, `pmap`, the function of `x.at[i].apply`, and `reduce` and `reduce_window` with a
     computation count as one operation: an overflow within is found where it reaches the result.
@@ -103,9 +104,9 @@ def assert_no_underflow(
     magnitudes of at most 2^-25, about 3e-8. Subnormal numbers do not count, unless the device flushes
     them to zero. To test gradients, multiply the loss by the loss scale first.
 
-    Pallas kernels, callbacks, foreign functions and the samplers of `jax.random` have no float64 and are
-    passed over. So are numbers in the code that are zero in `dtype`, such as the 1e-8 of `x / (y + 1e-8)` with y in float16: JAX
-    has made them zeros before they can be read.
+    Pallas kernels, callbacks, foreign functions and the samplers of `jax.random` have no float64 and
+    are passed over. So are numbers in the code that are zero in `dtype`, such as the 1e-8 of
+    `x / (y + 1e-8)` with y in float16: JAX has made them zeros before they can be read.
 
     Args:
       fn: a function of arrays.

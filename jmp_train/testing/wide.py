@@ -80,9 +80,11 @@ def _interpreter() -> Interpreter:
 
 
 def is_foreign(eqn: Equation) -> bool:
-    """Return whether an operation runs as it was written in the reference too: a sampler, a
-    Pallas kernel, a callback, a foreign or exported function, or a primitive with a body of unknown
-    meaning."""
+    """Return whether an operation runs as it was written in the reference too.
+
+    A sampler, a Pallas kernel, a callback, a foreign or exported function, or a primitive with a body
+    of unknown meaning.
+    """
     name = eqn.primitive.name
     known = name in SCATTERS or name in _REDUCTIONS or _is_shard_map(eqn)
     return name in _FOREIGN or (_has_body(eqn.params) and not known)
@@ -179,8 +181,10 @@ def as_received(x: Operand) -> jax.Array:
 
 
 def on_host(x: Operand) -> Operand:
-    """Return a NumPy array, in float64 or complex128 where it is floating or complex, exactly; an
-    array of PRNG keys unchanged."""
+    """Return a NumPy array, in float64 or complex128 where it is floating or complex, exactly.
+
+    An array of PRNG keys is returned unchanged.
+    """
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         return x
     # NumPy converts subnormal numbers too; XLA may flush them.

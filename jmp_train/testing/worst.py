@@ -154,8 +154,10 @@ def _rounds(x: Operand) -> bool:
 def _own_errors(
     eqn: Equation, operands: list[Operand], outs: list[Operand]
 ) -> list[tuple[np.ndarray, float]]:
-    """Return the errors of each floating or complex result, and the largest relative to its root mean
-    square."""
+    """Return the errors of each floating or complex result.
+
+    Each has the largest beside it, relative to the root mean square of the result.
+    """
     if not any(map(_rounds, outs)):
         return []
     pairs = zip(outs, wide_results(eqn, operands), strict=True)
