@@ -3,7 +3,8 @@
 Each program of one device is compiled for the GPU, the optimised program is read as text, its fusions are
 made calls, and the CPU's compiler makes it executable: the GPU's dtypes, casts that are left out, fused
 operations and kinds of products, in another order of sums. What calls a library (cuBLAS, cuDNN) or the
-host cannot be run so, and runs as on any CPU; `COUNTS` says how many.
+host cannot be run so, and runs as on any CPU; `COUNTS` says how many. Where a transfer to the host is
+disallowed, texts and numbers of arrays raise the error that they raise on a GPU.
 """
 
 import collections
@@ -18,7 +19,9 @@ import jax
 import numpy as np
 import pytest
 from jax._src import compiler, stages
+from jax._src.array import ArrayImpl
 from jaxlib import _hlo, _jax, xla_client
+from jaxlib._jax import guard_lib
 
 from jmp_train.plan.compiled import devices_of
 from jmp_train.plan.devices import DEVICES
@@ -41,12 +44,14 @@ def programs_of_a_gpu():
         mock.patch.object(compiler, "backend_compile_and_load", _compile),
         mock.patch.object(stages.Compiled, "as_text", _as_text),
         mock.patch.object(jax, "default_backend", lambda: "gpu"),
+        mock.patch.object(ArrayImpl, "_value", property(_value)),
     ):
         yield
 
 
 _on_cpu = compiler.backend_compile_and_load
 _own_text = stages.Compiled.as_text
+_own_value = ArrayImpl._value
 _gpu = functools.cache(lambda: devices_of(DEVICES["h100"], 1)[0])
 
 
@@ -86,6 +91,17 @@ def _compile(backend, module, devices, options, host_callbacks):
 def _as_text(self):
     executable = self._executable.xla_executable
     return _TEXTS[id(executable)][1] if id(executable) in _TEXTS else _own_text(self)
+
+
+def _value(self):
+    """Return what the host has of an array; on a GPU, it has nothing before the first read."""
+    if self._npy_value is None:
+        level = jax.config.jax_transfer_guard_device_to_host
+        if level == "disallow" and not guard_lib.thread_local_state().explicit_device_get:
+            raise jax.errors.JaxRuntimeError("Disallowed device-to-host transfer")
+        self._npy_value = np.array(_own_value.fget(self))
+        self._npy_value.flags.writeable = False
+    return self._npy_value
 
 
 def _for_cpu(text):

@@ -24,6 +24,7 @@ import jmp_train as jt
 from jmp_train.testing import assert_costs_nothing, assert_no_host_sync
 
 X = jnp.ones((4, 4))
+SHAPE = jax.ShapeDtypeStruct(X.shape, X.dtype)
 
 
 def line_of(words):
@@ -214,7 +215,7 @@ def test_a_value_shown_by_a_debugger_is_no_read():
         assert "->" in bdb.Bdb().format_stack_entry((sys._getframe(), 1))
         return x
 
-    assert_no_host_sync(stopped, X)
+    assert_no_host_sync(stopped, SHAPE)  # not run, where a GPU would report the transfer
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_a_text_in_code_without_a_file_is_found(name):
 def test_a_text_in_generated_code_of_a_package_is_not_found():
     module = {"__name__": "optax"}
     exec("def fn(x):\n    str(x)\n    return x", module)  # noqa: S102
-    assert_no_host_sync(module["fn"], X)
+    assert_no_host_sync(module["fn"], SHAPE)
 
 
 def test_values_that_the_host_has_are_shown_without_a_read():
@@ -380,7 +381,7 @@ def product(x):
 def test_a_program_costs_what_it_costs():
     assert_costs_nothing(product, jax.jit(lambda x: lax.tanh(jnp.dot(x, x))), X)
     compiled = jax.jit(product).lower(X).compile()
-    assert_costs_nothing(compiled, product, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    assert_costs_nothing(compiled, product, SHAPE)
 
 
 @pytest.mark.parametrize(
