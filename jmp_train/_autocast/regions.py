@@ -166,7 +166,7 @@ def store_as(x: jax.Array, dtype: Any) -> jax.Array:
 
     Later operations read it as if an operation had run in `dtype`: a sum of two arrays stored in
     bfloat16 is formed in bfloat16, and it takes half the memory. Without autocast it is only
-    rounded to `dtype`, which XLA for GPUs leaves out. An array that is not float32 is returned
+    rounded to `dtype`, which XLA may leave out. An array that is not float32 is returned
     unchanged.
 
     Args:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.extend.core import Literal
 
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import bodies_of, body_names, construct_of
@@ -151,7 +152,7 @@ class Interpreter:
             ys.append(outs[len(carry) :])
         if not ys:  # no iteration: the stacked results have no element
             empty = [v.aval for v in eqn.outvars[len(carry) :]]
-            return [*carry, *(self._given(np.zeros(a.shape, a.dtype)) for a in empty)]
+            return [*carry, *(self._given(jax.lax.empty(a.shape, a.dtype)) for a in empty)]
         if eqn.params["reverse"]:
             ys.reverse()
         return [*carry, *(jax.numpy.stack(y) for y in zip(*ys, strict=True))]
@@ -182,18 +183,16 @@ class Interpreter:
 
 
 def _is_sampler(eqn: Equation) -> bool:
-    """Return whether an equation calls a jitted sampler of `jax.random`, of keys and scalars.
+    """Return whether an equation calls a jitted sampler of `jax.random`, of keys and numbers in the code.
 
-    One that takes floating arrays, such as `multivariate_normal`, calculates with them: it is entered,
-    and calls such a sampler itself.
+    One that takes floating results, such as a scale that was computed, calculates with them: it is
+    entered, and calls such a sampler itself.
     """
     construct = construct_of(eqn)
-    if construct is None or construct.name != "jit":
+    if construct is None or construct.name != "jit" or not compat.is_called_by_jax_random(eqn):
         return False
-    takes_arrays = any(
-        v.aval.ndim and jax.numpy.issubdtype(v.aval.dtype, np.inexact) for v in eqn.invars
-    )
-    return not takes_arrays and compat.is_called_by_jax_random(eqn)
+    computed = (v.aval.dtype for v in eqn.invars if not isinstance(v, Literal))
+    return not any(jax.numpy.issubdtype(dtype, np.inexact) for dtype in computed)
 
 
 def _where_continuing(condition: Operand, new: list[Operand], old: list[Operand]) -> list[Operand]:

@@ -349,7 +349,7 @@ def no_skip(params: PyTree, model_state: PyTree) -> LastSkip:
 
 
 def _as_stored(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Widen an array to `dtype`; XLA for GPUs would else read it before it was rounded."""
+    """Widen an array to `dtype`; XLA may else read it before it was rounded."""
     return x if x.dtype == dtype else jax.lax.optimization_barrier(x).astype(dtype)
 
 

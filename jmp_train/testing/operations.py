@@ -143,13 +143,16 @@ def _unbound(fn: Program, args: Sequence[PyTree]) -> tuple[Program, Sequence[PyT
     """Return the jitted function that a bound method calls, and the arguments with `self`.
 
     Python gives the method of `jax.jit` the attributes `trace` and `lower` of the function, which
-    know no `self`; the method of `nnx.jit` is a `functools.partial`.
+    know no `self`; the method of `nnx.jit` is a `functools.partial`. The method of an object that is
+    called, such as a module, is its `__call__`.
     """
-    inner, bound = fn, ()
-    if isinstance(fn, types.MethodType):
-        inner, bound = fn.__func__, (fn.__self__,)
-    elif isinstance(fn, functools.partial) and not fn.keywords:
-        inner, bound = fn.func, fn.args
+    is_method = isinstance(fn, (types.MethodType, functools.partial, jax.stages.Wrapped))
+    method = fn if is_method else getattr(fn, "__call__", fn)  # noqa: B004
+    inner, bound = method, ()
+    if isinstance(method, types.MethodType):
+        inner, bound = method.__func__, (method.__self__,)
+    elif isinstance(method, functools.partial) and not method.keywords:
+        inner, bound = method.func, method.args
     return (inner, (*bound, *args)) if isinstance(inner, jax.stages.Wrapped) else (fn, args)
 
 

@@ -196,6 +196,8 @@ def test_what_cannot_be_run_is_named(check):
 def test_a_result_beside_a_key_is_tested():
     both = lambda x, key: jax.lax.optimization_barrier((x * 0, key))
     assert_no_underflow(both, np.ones(4, np.float16), jax.random.key(0))
+    keys = lambda x: (jax.lax.scan(lambda c, _: (c, jax.random.key(0)), 0, length=0), x + 1)
+    assert_no_overflow(keys, np.ones(4, np.float16), dtype="float16")
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, np.nan, np.inf])
@@ -274,7 +276,7 @@ def exported(x):
         (in_windows, "1.8e+05 (3 of 3 values overflow) in reduce_window in float16"),
         (on_devices, "9e+04 (4 of 4 values overflow) in shard_map in float16"),
         (in_a_ref, "9e+04 (4 of 4 values overflow) in mul in float16 ("),
-        (drawn, "values infinite or NaN, from finite operands, in jit:_uniform in float16 ("),
+        (drawn, "1.2e+05 (1 of 1 values overflow) in sub in float16 (jit:_uniform; "),
         (lambda x: jax.pmap(square)(x[None]), "9e+04 (4 of 4 values overflow) in shard_map in"),
         (kernel, "4 of 4 values infinite or NaN, from finite operands, in pallas_call in float16"),
         (callback, "4 of 4 values infinite or NaN, from finite operands, in pure_callback in"),
@@ -286,6 +288,12 @@ def test_overflow_inside_constructs_is_found(fn, found):
     assert not np.isfinite(np.asarray(fn(jnp.asarray(x)), np.float32)).all()
     assert found in overflow(fn, x)
     assert_no_overflow(fn, x / np.float16(3))
+
+
+def test_a_sampler_that_overflows_is_found():
+    draw = lambda key: jax.random.uniform(key, (4,), jnp.float16, -60_000, 60_000)
+    message = overflow(draw, jax.random.key(0))
+    assert "infinite or NaN, from finite operands, in jit:_uniform in float16 (" in message
 
 
 def test_underflow_inside_constructs_is_found():

@@ -252,6 +252,23 @@ def test_a_sampler_of_arrays_moves_them_in_float64():
     np.testing.assert_allclose(got, XW[order] / 3, rtol=1e-15)
 
 
+def test_a_sampler_of_computed_numbers_calculates_with_them_in_float64():
+    key, high = jax.random.key(3), jnp.float16(300)
+    draw = lambda high: jax.random.uniform(key, (8,), jnp.float16, maxval=high * high)
+    unit = wide(lambda: jax.random.uniform(key, (8,), jnp.float16))
+    np.testing.assert_allclose(wide(draw, high), unit * 90_000, rtol=1e-15)  # inf in float16
+    slope = wide(jax.grad(lambda high: draw(high).astype(jnp.float32).sum()), high)
+    np.testing.assert_allclose(slope, unit.sum() * 600, rtol=1e-15)
+
+
+def test_a_jitted_function_takes_a_token():
+    def fn(x):
+        token = jax.lax.create_token(x)
+        return jax.jit(lambda token, x: (token, jnp.sin(x)))(token, x)[1]
+
+    np.testing.assert_allclose(wide(fn, X), np.sin(XW), rtol=1e-15)
+
+
 def test_a_callback_receives_what_it_was_written_for():
     def root(x):
         assert x.dtype == np.float32

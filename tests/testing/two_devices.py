@@ -1,13 +1,19 @@
 """Comparisons with float64 on two devices; test_several_devices.py runs this file in a process with them."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jmp_train.testing import assert_close_to_float64, assert_gradients_close, assert_no_overflow
+from jmp_train.testing import (
+    assert_close_to_float64,
+    assert_contractions_in,
+    assert_gradients_close,
+    assert_no_overflow,
+)
 
 X = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
 
@@ -36,3 +42,9 @@ def test_arguments_on_another_device_stay_there():
 def test_arguments_of_an_automatic_mesh_are_taken():
     _, x = by_columns(AxisType.Auto)
     assert_close_to_float64(lambda x: x @ x, x, ulps=16)
+
+
+def test_a_function_exported_for_several_devices_is_one_operation():
+    _, x = by_columns(AxisType.Auto)
+    call = jax.export.export(jax.jit(jnp.sin, in_shardings=x.sharding))(x).call
+    assert_contractions_in(lambda x: call(x @ x), x, dtype="float32")
