@@ -191,11 +191,10 @@ def test_the_dtype_that_partial_sums_are_rounded_to_is_shown():
         assert_reductions_in(Program(ROUNDED))
 
 
-def test_a_lowered_sum_over_an_axis_of_length_one_adds_nothing_up():
+def test_a_lowered_sum_over_an_axis_of_length_one_may_have_any_dtype():
     lowered = jax.jit(lambda x: lax.reduce_sum(x[:, None], axes=(1,))).lower(HALF)
     assert "stablehlo.reduce(" in lowered.as_text()
-    with pytest.raises(AssertionError, match="found no reduction"):
-        assert_reductions_in(lowered)
+    assert_reductions_in(lowered)
 
 
 @pytest.mark.parametrize(
