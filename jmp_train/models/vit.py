@@ -79,7 +79,8 @@ class Vit(nnx.Module):
       ValueError: for an unknown size, a patch that does not divide an image, or a rate that is not
         possible.
 
-    >>> Vit((8, 8), 10, patch=4, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8))).shape
+    >>> logits = lambda images: Vit((8, 8), 10, patch=4, rngs=nnx.Rngs(0))(images)
+    >>> jax.eval_shape(logits, jnp.ones((2, 8, 8))).shape  # traced alone
     (2, 10)
     """
 
