@@ -72,7 +72,7 @@ def assert_close_to_float64(
         returns no array with an element.
       ValueError: for an unknown policy, rules, not exactly one bound, or a bound that is negative,
         infinite or NaN.
-      TypeError: if `fn` is no function, or an argument is a `jax.ShapeDtypeStruct`.
+      TypeError: if `fn` is not a function, or if an argument is a `jax.ShapeDtypeStruct`.
 
     Float32 products on a GPU may be in TF32, which fails a bound for float32; compare them under
     `jax.default_matmul_precision("highest")`. Operations that JAX does not describe (Pallas kernels,

@@ -190,7 +190,7 @@ def _noting_text(plain: Callable[..., str], shown: Callable[[Any], str]) -> Call
     return show
 
 
-# Modules that show values at a breakpoint, which is no part of the function: of pdb, and of VS Code.
+# Modules of pdb and VS Code that show values at a breakpoint, which is not part of the function.
 _DEBUGGERS = frozenset({"bdb", "_pydevd_bundle"})
 
 

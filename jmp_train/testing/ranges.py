@@ -54,7 +54,7 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "floa
         reaches in float64; if no operation has a result in `dtype`, since autocast lowers matrix
         products alone, and what reads them: then pass arguments in `dtype`.
       ValueError: for another format.
-      TypeError: if `fn` is no function, or an argument is a `jax.ShapeDtypeStruct`.
+      TypeError: if `fn` is not a function, or if an argument is a `jax.ShapeDtypeStruct`.
 
     >>> import jax.numpy as jnp
     >>> def loss(w, x):
@@ -119,7 +119,7 @@ def assert_no_underflow(
       AssertionError: with the first operation that loses more than that share, and its share; if no
         operation has a result in `dtype`, as in `assert_no_overflow`.
       ValueError: for another format or share.
-      TypeError: if `fn` is no function, or an argument is a `jax.ShapeDtypeStruct`.
+      TypeError: if `fn` is not a function, or if an argument is a `jax.ShapeDtypeStruct`.
 
     >>> import jax, jax.numpy as jnp
     >>> def loss(w, x, scale):

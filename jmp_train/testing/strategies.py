@@ -113,7 +113,7 @@ def arrays(
 
     Raises:
       ValueError: for another dtype.
-      TypeError: for a size that is no integer.
+      TypeError: for a size that is not an integer.
       ImportError: without hypothesis.
 
     >>> from hypothesis import given
