@@ -87,15 +87,14 @@ def test_a_thousand_steps_are_those_of_float32_parameters_bit_for_bit(name, way)
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equal_gradients_give_the_bits_of_the_float32_optimizer(name):
-    """Optax on float32 parameters, as its own page says, with the same gradients for both."""
+    """Optax on float32 parameters, as its own page says, with the same gradients for both. Operation by
+    operation: in two programs XLA may fuse products with sums differently."""
     optimizer, ours = OPTIMIZERS[name](), jt.optim.bf16_remainder(OPTIMIZERS[name]())
 
-    @jax.jit
     def step(carry, grads):
         updates, state = optimizer.update(grads, carry[1], carry[0])
         return optax.apply_updates(carry[0], updates), state
 
-    @jax.jit
     def our_step(carry, grads):
         updates, state = ours.update(grads, carry[1], carry[0])
         return optax.apply_updates(carry[0], updates), state
@@ -103,7 +102,7 @@ def test_equal_gradients_give_the_bits_of_the_float32_optimizer(name):
     full = jax.tree.map(lambda p: p.astype(jnp.float32), start())
     carry, our_carry = (full, optimizer.init(full)), (start(), ours.init(start()))
     rng = np.random.default_rng(2)
-    for _ in range(50):
+    for _ in range(4 if name == "muon" else 50):
         grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), full)
         carry, our_carry = step(carry, grads), our_step(our_carry, grads)
     joined = jax.tree.map(jt.numerics.join_bf16_remainder, our_carry[0], our_carry[1].remainder)
