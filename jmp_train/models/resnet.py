@@ -87,8 +87,7 @@ class ResNet(nnx.Module):
     Raises:
       ValueError: for an unknown size, factor or kind of statistics.
 
-    >>> logits = lambda images: ResNet(1, 10, rngs=nnx.Rngs(0))(images)
-    >>> jax.eval_shape(logits, jnp.ones((2, 8, 8, 1))).shape  # traced alone
+    >>> ResNet(1, 10, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 1))).shape
     (2, 10)
     """
 

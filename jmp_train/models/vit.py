@@ -79,8 +79,7 @@ class Vit(nnx.Module):
       ValueError: for an unknown size, a patch that does not divide an image, or a rate that is not
         possible.
 
-    >>> logits = lambda images: Vit((8, 8), 10, patch=4, rngs=nnx.Rngs(0))(images)
-    >>> jax.eval_shape(logits, jnp.ones((2, 8, 8))).shape  # traced alone
+    >>> Vit((8, 8), 10, patch=4, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8))).shape
     (2, 10)
     """
 

@@ -145,7 +145,7 @@ def vit64(model, x):
     return layer_norm64(x, model.norm).mean(1) @ array(model.head.kernel) + array(model.head.bias)
 
 
-@pytest.mark.parametrize("name,oracle", [slow("resnet", resnet64), ("vit", vit64)])
+@pytest.mark.parametrize("name,oracle", [("resnet", resnet64), ("vit", vit64)])
 def test_outputs_are_those_of_float64(name, oracle):
     model = randomised(MODELS[name]())
     model.eval()
@@ -184,7 +184,7 @@ def test_two_networks_of_one_kind_have_equal_graphs(name):
     assert first == second and hash(first) == hash(second)
 
 
-@pytest.mark.parametrize("name", [slow("resnet"), "vit"])
+@pytest.mark.parametrize("name", MODELS)
 def test_images_without_channels_have_one(name):
     if name == "resnet":
         model = ResNet(1, CLASSES, rngs=nnx.Rngs(0))
