@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers.marks import slow
 
 import jmp_train as jt
 from jmp_train.models import Model, ResNet, Vit
