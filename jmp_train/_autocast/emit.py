@@ -56,7 +56,9 @@ class Emitter:
             v.get(d) if d and isinstance(v, Value) else exact_array(v)
             for v, d in zip(values, op.operand_dtypes, strict=True)
         ]
-        if name in SCATTERS and args[0].dtype != op.eqn.invars[0].aval.dtype:
+        if op.in_half:
+            outs = compat.evaluate(op.in_half, args[op.eqn.params["num_consts"] :])
+        elif name in SCATTERS and args[0].dtype != op.eqn.invars[0].aval.dtype:
             outs = [scatter(op.eqn, *args)]
         else:
             outs = compat.bind(op.eqn.primitive, args, op.params or op.eqn.params)

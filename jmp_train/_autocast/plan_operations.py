@@ -103,7 +103,7 @@ class Operation:
             return self.as_written("as written", "float64 or an 8-bit format")
         if FLOAT32 not in dtypes:
             return self.as_written("as written", "half in the author's code")
-        if _asks_for_precision(self.eqn.params.get("precision")):
+        if asks_for_precision(self.eqn.params.get("precision")):
             return self.as_written("as written", "the author's precision=")
         if note := _sum_of(self.eqn, self.kinds):
             return self.all_in(FLOAT32, "float32", note)
@@ -249,7 +249,7 @@ def _sum_of(eqn: Equation, kinds: Sequence[Kind | None]) -> str:
     return ""
 
 
-def _asks_for_precision(precision: Any) -> bool:
+def asks_for_precision(precision: Any) -> bool:
     """Return whether the author asked for full precision: HIGHEST, or an algorithm with dtypes."""
     each = precision if isinstance(precision, tuple) else (precision,)
     lax = jax.lax

@@ -30,6 +30,7 @@ from jmp_train._autocast.plan_casts import plan_cast
 from jmp_train._autocast.plan_operations import Operation
 from jmp_train._autocast.plans import ArrayRequests, OpPlan, Plan, PlannedValue
 from jmp_train._autocast.regions import MarkedRegion, region_of
+from jmp_train._autocast.traced_in_half import plan_in_half
 from jmp_train._jaxpr.bodies import construct_of
 from jmp_train._jaxpr.compat import Body, Equation, Jaxpr, Operand, body_of
 from jmp_train._jaxpr.walk import walk
@@ -76,6 +77,15 @@ class Planner:
                 planning = _Planning(self, body, ins, region, fixed_outputs, numbers, raised)
             self._plans[key] = planning.result  # has the jaxpr, so that no other gets its id
         return self._plans[key]
+
+
+    def dtype_of_products(self, region: MarkedRegion | None) -> np.dtype:
+        """Return the dtype that a product of float32 arrays runs in."""
+        if region is not None and not region.lists:
+            return region.dtype
+        if "dot_general" not in self.rules.compute:
+            return FLOAT32
+        return region.dtype if region else self.compute
 
 
 class _Planning:
@@ -134,6 +144,8 @@ class _Planning:
         construct = construct_of(eqn)
         if eqn.primitive.name == "convert_element_type":
             op, shared = plan_cast(eqn, values[0])
+        elif (in_half := plan_in_half(eqn, self.planner.dtype_of_products(region))) is not None:
+            op = in_half
         elif construct:
             op = PLANS_OF_BODIES[construct.name](self.planner.plan, eqn, values, region)
         else:

@@ -62,6 +62,7 @@ class OpPlan:
       requests: per operand, where it has bodies: the requests of the bodies.
       params: the parameters that replace the equation's.
       constant: per operand, where it has bodies: whether it is a constant of the code.
+      in_half: the body that runs in place of the equation's; see `traced_in_half`.
     """
 
     eqn: Equation
@@ -74,6 +75,7 @@ class OpPlan:
     requests: list[Requests] = dataclasses.field(default_factory=list)
     params: dict[str, Any] | None = None
     constant: list[bool] = dataclasses.field(default_factory=list)
+    in_half: Body | None = None
 
 
 @dataclasses.dataclass

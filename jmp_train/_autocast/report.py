@@ -11,7 +11,8 @@ from jmp_train._autocast.op_rules import OpRules, default_op_rules
 from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.plans import OpPlan, Plan
 from jmp_train._autocast.traced import TracedFunction
-from jmp_train._jaxpr.bodies import body_names
+from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.bodies import bodies_of, body_names
 from jmp_train._jaxpr.source import source_line
 from jmp_train.types import Function
 
@@ -22,7 +23,7 @@ class OpRow:
 
     Attributes:
       path: the bodies that contain it, outermost first, such as `"jit:step/scan"`.
-      op: the primitive's name.
+      op: the primitive's name; of a function that is traced in half precision, its own.
       dtype: the dtype that its operands are cast to, such as `"bfloat16"`.
       written: the dtype that it was traced with.
       rule: `"compute"`, `"float32"`, `"promote"`, `"region"`, `"cast"` (the author's own) or
@@ -104,7 +105,7 @@ def _row(op: OpPlan, path: tuple[str, ...]) -> OpRow:
     before = dict.fromkeys(k.native.name for k in avals if k)
     return OpRow(
         "/".join(path),
-        op.eqn.primitive.name,
+        compat.function_name(bodies_of(op.eqn)[0]) if op.in_half else op.eqn.primitive.name,
         op.dtype.name if op.dtype else "",
         "/".join(before),
         op.rule,

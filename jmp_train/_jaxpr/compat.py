@@ -121,6 +121,11 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Operand]]:
     return body_of(trace(with_consts, avals)).jaxpr, body.consts
 
 
+def evaluate(body: Body, args: Sequence[Operand]) -> list[Operand]:
+    """Return the outputs of a body, operation by operation."""
+    return eval_jaxpr(body.jaxpr, body.consts, *args)
+
+
 def aval_like(aval: AbstractValue, dtype: Any) -> Any:
     """Return the same array type with another dtype, strongly typed."""
     return aval.update(dtype=dtype, weak_type=False)

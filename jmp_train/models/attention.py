@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jmp_train._autocast.traced_in_half import traced_in_half
 from jmp_train.models.blockwise import blockwise_attention
 from jmp_train.types import DTypeLike
 
@@ -70,6 +71,7 @@ def rotary(x_BxTxHxK: jax.Array, positions_T: jax.Array, *, theta: float = 10000
     return rotated.astype(x_BxTxHxK.dtype)
 
 
+@traced_in_half
 def causal_attention(
     q_BxTxHxK: jax.Array,
     k_BxTxHxK: jax.Array,
@@ -123,6 +125,7 @@ def causal_attention(
     return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, position[:, None] >= position[None, :])
 
 
+@traced_in_half
 def encoder_attention(
     q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array
 ) -> jax.Array:
@@ -144,13 +147,15 @@ def encoder_attention(
     >>> encoder_attention(zeros, zeros, values).ravel().tolist()
     [2.0, 2.0]
     """
-    if q_BxTxHxK.shape[1] < LONG_ENCODER:
+    if q_BxTxHxK.shape[1] >= LONG_ENCODER:
+        return blockwise_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, causal=False)
+    if _implementation(q_BxTxHxK.dtype, q_BxTxHxK.shape[-1]) is None:
         return jax.nn.dot_product_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK)
-    return blockwise_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, causal=False)
+    return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, None)
 
 
 def masked_attention(
-    q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask_TxS: jax.Array
+    q_BxTxHxK: jax.Array, k_BxSxHxK: jax.Array, v_BxSxHxK: jax.Array, mask_TxS: jax.Array | None
 ) -> jax.Array:
     """Compute attention over unmasked keys: products in the inputs' dtype, softmax in float32.
 
@@ -159,7 +164,7 @@ def masked_attention(
       k_BxSxHxK: keys, (batch, keys, heads, features).
       v_BxSxHxK: values, of the same shape as the keys.
       mask_TxS: bool, (positions, keys), or (batch, 1, positions, keys); True where a query attends to
-        a key. Each query needs at least one key.
+        a key. Each query needs at least one key. None: to all.
 
     Returns:
       Weighted means of the values, of the shape and dtype of the queries.
@@ -172,7 +177,8 @@ def masked_attention(
     # Queries are scaled before the product, because unscaled float16 scores overflow sooner.
     q_BxTxHxK = q_BxTxHxK * np.asarray(q_BxTxHxK.shape[-1] ** -0.5, q_BxTxHxK.dtype)
     scores_BxHxTxS = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k_BxSxHxK).astype(jnp.float32)
-    scores_BxHxTxS = jnp.where(mask_TxS, scores_BxHxTxS, -jnp.inf)
+    if mask_TxS is not None:
+        scores_BxHxTxS = jnp.where(mask_TxS, scores_BxHxTxS, -jnp.inf)
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS).astype(v_BxSxHxK.dtype)
     return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS, v_BxSxHxK)
 

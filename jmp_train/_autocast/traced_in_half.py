@@ -1,0 +1,159 @@
+"""Functions that `autocast` calls again with arrays in half precision, as torch's `custom_fwd` does.
+
+The mark is a `custom_jvp` whose rule is the derivative of the function itself: one equation of the
+program has the whole function, under every transformation that leaves it as it was written. That it
+is as it was written is checked: the function is traced again, and has to give the same jaxpr.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+import weakref
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval, native_dtype
+from jmp_train._autocast.plan_operations import asks_for_precision
+from jmp_train._autocast.plans import OpPlan
+from jmp_train._jaxpr import compat
+from jmp_train._jaxpr.bodies import bodies_of, construct_of
+from jmp_train._jaxpr.compat import AbstractValue, Body, Equation
+from jmp_train.types import Function
+
+F = TypeVar("F", bound=Function)
+
+#: Flat functions of arrays, by the name that an equation keeps of each.
+_BY_NAME: collections.defaultdict[str, weakref.WeakSet[Any]] = collections.defaultdict(
+    weakref.WeakSet
+)
+
+
+def traced_in_half(fn: F) -> F:
+    """Let `autocast` call a function with arrays in its compute dtype, in place of casting inside.
+
+    For a function that chooses what it computes by the dtype of its arguments, such as attention
+    that is a kernel in half precision alone: traced in float32, it would have chosen another one
+    before autocast could cast anything. Its float32 arrays are cast to the compute dtype, and what
+    it returns counts in the dtype that it then has; inside, the function alone decides what is
+    float32. This is what `torch.amp.custom_fwd(cast_inputs=...)` does. Without autocast, and where
+    no argument is a float32 array, nothing changes.
+
+    The operations inside are cast by the lists instead, as if it were not marked, where autocast
+    cannot call the function: where it sees its derivative or its `vmap` (`autocast(jax.grad(f))`),
+    where it uses arrays that are not its arguments, where it asks for `precision="highest"`, in
+    `with_precision("float32")`, and under rules that do not have `dot_general` in `compute`.
+
+    Args:
+      fn: a pure function of pytrees of arrays; other leaves have to be hashable. Its results are
+        arrays of the same shapes for each dtype. Both modes of differentiation are those of `fn`.
+
+    Returns:
+      A function of the same arguments with the same results.
+
+    >>> import jax.numpy as jnp
+    >>> from jmp_train import autocast
+    >>> @traced_in_half
+    ... def attend(q, k):
+    ...     kernel = q.dtype in (jnp.bfloat16, jnp.float16)  # as a fused kernel has it
+    ...     return jnp.tanh(q @ k) if kernel else jnp.sin(q @ k)
+    >>> jaxpr = str(jax.make_jaxpr(autocast(attend))(jnp.ones((2, 2)), jnp.ones((2, 2))))
+    >>> "tanh" in jaxpr, "sin" in jaxpr
+    (True, False)
+    """
+    flat_functions: dict[Hashable, Any] = {}  # while `fn` exists
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        is_array = tuple(isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves)
+        static = tuple(x for x, array in zip(leaves, is_array, strict=True) if not array)
+        key = (tree, is_array, tuple(map(type, static)), static)
+        if key not in flat_functions:
+            flat_functions[key] = _flat(fn, tree, is_array, static)
+        arrays = [x for x, array in zip(leaves, is_array, strict=True) if array]
+        return flat_functions[key](*arrays)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _flat(fn: Function, tree: Any, is_array: Sequence[bool], static: Sequence[Hashable]) -> Any:
+    """Return a marked function of arrays alone."""
+
+    def flat(*arrays: Any) -> Any:
+        rest, others = iter(arrays), iter(static)
+        args, kwargs = jax.tree.unflatten(tree, [next(rest if x else others) for x in is_array])
+        return fn(*args, **kwargs)
+
+    flat.__name__ = flat.__qualname__ = getattr(fn, "__name__", type(fn).__name__)
+    flat.arity = sum(is_array)
+    marked = jax.custom_jvp(flat)
+    marked.defjvp(lambda primals, tangents: jax.jvp(flat, primals, tangents))
+    marked.flat = flat  # alive as long as the marked one
+    _BY_NAME[flat.__name__].add(flat)
+    return marked
+
+
+def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
+    """Plan an equation that calls a marked function: what the function does with narrow arrays.
+
+    Args:
+      eqn: any equation.
+      dtype: the dtype of the compute rule where the equation is.
+
+    Returns:
+      The plan; None where the equation calls no marked function, or the lists apply inside.
+    """
+    construct = construct_of(eqn)
+    if construct is None or construct.name != "custom_jvp" or dtype not in HALF:
+        return None
+    consts = eqn.params["num_consts"]  # operands that the function made itself
+    avals = [atom.aval for atom in eqn.invars[consts:]]
+    dtypes = [dtype if k and k.native == FLOAT32 else None for k in map(kind_of_aval, avals)]
+    (called,) = map(compat.body_of, bodies_of(eqn))
+    if not any(dtypes) or _asks_for_float32(called):
+        return None
+    narrow = [compat.aval_like(a, d) if d else a for a, d in zip(avals, dtypes, strict=True)]
+    shapes = [v.aval.shape for v in eqn.outvars]
+    for flat in tuple(_BY_NAME.get(compat.function_name(called), ())):
+        with compat.context_of(eqn):
+            if _traced(flat, avals) != _text(called):
+                continue
+            body = compat.body_of(compat.trace(flat, narrow))
+        if [v.aval.shape for v in body.outvars] != shapes:
+            return None
+        outs = [kind_of_aval(v.aval) for v in body.outvars]
+        exact = [d or native_dtype(kind_of_aval(a)) for d, a in zip(dtypes, avals, strict=True)]
+        exact = [None] * consts + exact
+        return OpPlan(eqn, "compute", dtype, exact, outs, "traced in half", in_half=body)
+    return None
+
+
+def _traced(flat: Any, avals: Sequence[AbstractValue]) -> str:
+    """Return the jaxpr of a function on arrays of these types, "" where it cannot take them."""
+    if len(avals) != flat.arity:
+        return ""
+    try:
+        body = compat.body_of(compat.trace(flat, avals))
+    except Exception:  # of the function: under `vmap`, its arrays have another axis
+        return ""
+    return _text(body)
+
+
+def _text(body: Body) -> str:
+    """Return a jaxpr as text, without the addresses of the functions that its equations keep, and
+    with its constants as its first inputs, as a `custom_jvp` has them."""
+    return re.sub(r"[\s;]+", " ", re.sub(r"\b0x[0-9a-f]+", "", str(body.jaxpr)))
+
+
+def _asks_for_float32(body: Body) -> bool:
+    """Return whether a product in a body asks for full precision."""
+    return any(
+        asks_for_precision(eqn.params.get("precision"))
+        or (construct_of(eqn) and any(_asks_for_float32(compat.body_of(b)) for b in bodies_of(eqn)))
+        for eqn in body.eqns
+    )
