@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jmp_train import debug, loss_scales, numerics, optim, sharding
 from jmp_train._autocast.op_rules import OpRules, default_op_rules
 from jmp_train._autocast.regions import with_precision
+from jmp_train._autocast.traced_in_half import traced_in_half
 from jmp_train._autocast.transform import autocast
 from jmp_train.loss_scales.states import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 from jmp_train.numerics.dtypes import half_dtype
@@ -73,6 +74,7 @@ __all__ = [
     "sharding",
     "tasks",
     "testing",
+    "traced_in_half",
     "train",
     "value_and_grad",
     "with_precision",

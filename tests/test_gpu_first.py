@@ -26,13 +26,6 @@ from tests.helpers.models import gpt
 pytestmark = pytest.mark.gpu_first
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 
-# The attention is chosen by the dtype of its inputs while the module is traced, which is float32 under
-# `apply_policy` and `autocast`. Strict, so that the mark has to go as soon as it is chosen later.
-PLAIN_ATTENTION = pytest.mark.xfail(
-    strict=True,
-    reason="apply_policy traces modules in float32, for which XLA's attention is chosen",
-)
-
 LENGTH = 128
 HALF = ("mixed_bfloat16", "mixed_float16")
 WAYS = ["policy", "rules", "autocast"]
@@ -81,9 +74,9 @@ def test_matrix_products_run_in_half_precision(way, policy):
 
 
 @needs_gpu
-@pytest.mark.parametrize("way", ["policy", pytest.param("rules", marks=PLAIN_ATTENTION)])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("policy", HALF)
-def test_attention_runs_in_cudnn_under_policies(way, policy):
+def test_attention_runs_in_cudnn(way, policy):
     targets = custom_calls(program(way, policy).as_text())
     assert {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} <= targets
 

@@ -78,7 +78,6 @@ class Planner:
             self._plans[key] = planning.result  # has the jaxpr, so that no other gets its id
         return self._plans[key]
 
-
     def dtype_of_products(self, region: MarkedRegion | None) -> np.dtype:
         """Return the dtype that a product of float32 arrays runs in."""
         if region is not None and not region.lists:

@@ -16,21 +16,24 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.extend import source_info_util
 
 from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval, native_dtype
 from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._jaxpr import compat
-from jmp_train._jaxpr.bodies import bodies_of, construct_of
+from jmp_train._jaxpr.bodies import NUMBER, bodies_of, construct_of
 from jmp_train._jaxpr.compat import AbstractValue, Body, Equation
 from jmp_train.types import Function
 
 F = TypeVar("F", bound=Function)
 
-#: Flat functions of arrays, by the name that an equation keeps of each.
-_BY_NAME: collections.defaultdict[str, weakref.WeakSet[Any]] = collections.defaultdict(
-    weakref.WeakSet
-)
+# The line that an equation was written in is the one that calls a marked function.
+source_info_util.register_exclusion(__file__)
+
+#: Marked functions as functions of arrays alone, each by the name that its equations keep.
+_BY_NAME: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_used: collections.Counter[str] = collections.Counter()
 
 
 def traced_in_half(fn: F) -> F:
@@ -44,16 +47,20 @@ def traced_in_half(fn: F) -> F:
     no argument is a float32 array, nothing changes.
 
     The operations inside are cast by the lists instead, as if it were not marked, where autocast
-    cannot call the function: where it sees its derivative or its `vmap` (`autocast(jax.grad(f))`),
-    where it uses arrays that are not its arguments, where it asks for `precision="highest"`, in
-    `with_precision("float32")`, and under rules that do not have `dot_general` in `compute`.
+    cannot call the function: where it sees a derivative or a `vmap` of it (`autocast(jax.grad(f))`;
+    `jax.grad(autocast(f))` calls it), in a `shard_map` that autocast enters, where a product inside
+    asks for `precision="highest"`, in `with_precision("float32")`, and under rules that do not have
+    `dot_general` in `compute`.
 
     Args:
-      fn: a pure function of pytrees of arrays; other leaves have to be hashable. Its results are
-        arrays of the same shapes for each dtype. Both modes of differentiation are those of `fn`.
+      fn: a pure function of pytrees of arrays, from which alone its derivatives are taken; other
+        leaves have to be hashable. Its results have the same shapes for each dtype.
 
     Returns:
-      A function of the same arguments with the same results.
+      A function of the same arguments with the same results and derivatives.
+
+    Raises:
+      TypeError: when called with a leaf that is neither an array nor hashable.
 
     >>> import jax.numpy as jnp
     >>> from jmp_train import autocast
@@ -73,7 +80,13 @@ def traced_in_half(fn: F) -> F:
         is_array = tuple(isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves)
         static = tuple(x for x, array in zip(leaves, is_array, strict=True) if not array)
         key = (tree, is_array, tuple(map(type, static)), static)
-        if key not in flat_functions:
+        try:
+            known = key in flat_functions
+        except TypeError:
+            name = getattr(fn, "__name__", type(fn).__name__)
+            wrong = next(x for x in static if not isinstance(x, Hashable))
+            raise TypeError(f"{name} expects arrays and hashable values, got {wrong!r}") from None
+        if not known:
             flat_functions[key] = _flat(fn, tree, is_array, static)
         arrays = [x for x, array in zip(leaves, is_array, strict=True) if array]
         return flat_functions[key](*arrays)
@@ -89,12 +102,12 @@ def _flat(fn: Function, tree: Any, is_array: Sequence[bool], static: Sequence[Ha
         args, kwargs = jax.tree.unflatten(tree, [next(rest if x else others) for x in is_array])
         return fn(*args, **kwargs)
 
-    flat.__name__ = flat.__qualname__ = getattr(fn, "__name__", type(fn).__name__)
-    flat.arity = sum(is_array)
+    name = getattr(fn, "__name__", type(fn).__name__)
+    _used[name] += 1
+    flat.__name__ = flat.__qualname__ = f"{name}{NUMBER}{_used[name]}"
+    _BY_NAME[flat.__name__] = flat
     marked = jax.custom_jvp(flat)
     marked.defjvp(lambda primals, tangents: jax.jvp(flat, primals, tangents))
-    marked.flat = flat  # alive as long as the marked one
-    _BY_NAME[flat.__name__].add(flat)
     return marked
 
 
@@ -115,33 +128,34 @@ def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
     avals = [atom.aval for atom in eqn.invars[consts:]]
     dtypes = [dtype if k and k.native == FLOAT32 else None for k in map(kind_of_aval, avals)]
     (called,) = map(compat.body_of, bodies_of(eqn))
-    if not any(dtypes) or _asks_for_float32(called):
+    flat = _BY_NAME.get(compat.function_name(called))
+    if flat is None or not any(dtypes) or _asks_for_float32(called):
         return None
     narrow = [compat.aval_like(a, d) if d else a for a, d in zip(avals, dtypes, strict=True)]
-    shapes = [v.aval.shape for v in eqn.outvars]
-    for flat in tuple(_BY_NAME.get(compat.function_name(called), ())):
-        with compat.context_of(eqn):
-            if _traced(flat, avals) != _text(called):
-                continue
-            body = compat.body_of(compat.trace(flat, narrow))
-        if [v.aval.shape for v in body.outvars] != shapes:
+    with compat.context_of(eqn):
+        if not _is_as_written(flat, avals, called):
             return None
-        outs = [kind_of_aval(v.aval) for v in body.outvars]
-        exact = [d or native_dtype(kind_of_aval(a)) for d, a in zip(dtypes, avals, strict=True)]
-        exact = [None] * consts + exact
-        return OpPlan(eqn, "compute", dtype, exact, outs, "traced in half", in_half=body)
-    return None
+        body = _traced(flat, narrow)
+    if [v.aval.shape for v in body.outvars] != [v.aval.shape for v in eqn.outvars]:
+        return None
+    outs = [kind_of_aval(v.aval) for v in body.outvars]
+    exact = [d or native_dtype(kind_of_aval(a)) for d, a in zip(dtypes, avals, strict=True)]
+    exact = [None] * consts + exact
+    return OpPlan(eqn, "compute", dtype, exact, outs, "traced in half", in_half=body)
 
 
-def _traced(flat: Any, avals: Sequence[AbstractValue]) -> str:
-    """Return the jaxpr of a function on arrays of these types, "" where it cannot take them."""
-    if len(avals) != flat.arity:
-        return ""
+def _traced(flat: Any, avals: Sequence[AbstractValue]) -> Body:
+    """Trace a function anew: JAX keeps the jaxpr of one that it knows, whatever it has read since."""
+    return compat.body_of(compat.trace(lambda *arrays: flat(*arrays), avals))
+
+
+def _is_as_written(flat: Any, avals: Sequence[AbstractValue], called: Body) -> bool:
+    """Return whether a body is a function on arrays of these types."""
     try:
-        body = compat.body_of(compat.trace(flat, avals))
-    except Exception:  # of the function: under `vmap`, its arrays have another axis
-        return ""
-    return _text(body)
+        body = _traced(flat, avals)
+    except Exception:  # noqa: BLE001  (of the function: under `vmap`, its arrays have another axis)
+        return False
+    return _text(body) == _text(called)
 
 
 def _text(body: Body) -> str:

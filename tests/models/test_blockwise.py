@@ -67,7 +67,7 @@ def test_gradients_are_those_of_attention_over_all_pairs(ids, causal):
 
 
 @pytest.mark.parametrize("dtype", first_quick(TOLERANCES))
-@pytest.mark.parametrize("length", [128, 196, slow(300)])
+@pytest.mark.parametrize("length", [12, 128, 196, slow(300)])
 def test_encoders_attend_to_all_positions_in_the_dtype_of_the_arguments(length, dtype):
     q, k, v, g = draw(2, length, 3, 8, dtype)
     out, back = jax.vjp(encoder_attention, q, k, v)

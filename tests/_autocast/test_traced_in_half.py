@@ -1,0 +1,310 @@
+"""Functions that autocast calls again, with arrays in half precision."""
+
+import gc
+import re
+from collections import Counter
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.arrays import rounded
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+import jmp_train as jt
+from jmp_train.models import attention
+from jmp_train.testing import assert_costs_nothing, assert_same_bits
+from tests import test_gpu_first
+
+HALF = ["bfloat16", "float16"]
+
+
+def choosing(q, k):
+    """Tells by its result in which dtype it was traced: the sum of products, or twice it in float32."""
+    product = jnp.einsum("...ij,...jk->...ik", q, k)
+    return product if q.dtype in (jnp.bfloat16, jnp.float16) else 2 * product
+
+
+marked = jt.traced_in_half(choosing)
+
+
+def arrays():
+    return jnp.asarray(rounded((4, 4))), jnp.asarray(rounded((4, 4)) * 2)
+
+
+def by_hand(q, k, dtype):
+    """What the function does with arrays in half precision, in float32."""
+    return choosing(q.astype(dtype), k.astype(dtype)).astype(jnp.float32)
+
+
+def on_a_mesh(f):
+    return jax.shard_map(
+        f,
+        mesh=Mesh(np.array(jax.devices()[:1]), "d"),
+        in_specs=(PartitionSpec("d"), PartitionSpec()),
+        out_specs=PartitionSpec("d"),
+    )
+
+
+WAYS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "remat in jit": lambda f: jax.jit(jax.checkpoint(f)),
+    "scan": lambda f: lambda q, k: lax.scan(lambda c, _: (c, f(c, k)), q, None, length=1)[1][0],
+    "while": lambda f: (
+        lambda q, k: lax.fori_loop(
+            0, 1, lambda i, c: jnp.asarray(f(q, k), c.dtype), jnp.zeros_like(q)
+        )
+    ),
+    "cond": lambda f: lambda q, k: lax.cond(q[0, 0] < 1e9, f, lambda q, k: q, q, k),
+    "region": lambda f: jt.with_precision("bfloat16")(f),
+}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_called_with_half_arrays_wherever_it_is(way, dtype):
+    q, k = arrays()
+    expected = "bfloat16" if way == "region" else dtype
+    eps = jnp.finfo(expected).eps  # XLA may leave out the rounding of the result
+    got = jax.jit(jt.autocast(WAYS[way](marked), dtype))(q, k)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, by_hand(q, k, expected), rtol=eps)
+    # The same function, not marked, is traced in float32.
+    unmarked = jax.jit(jt.autocast(WAYS[way](choosing), dtype))(q, k)
+    np.testing.assert_allclose(unmarked, 2 * got, rtol=2 * eps)
+
+
+def test_it_is_called_with_half_arrays_in_a_shard_map_around_autocast():
+    q, k = arrays()
+    got = jax.jit(on_a_mesh(jt.autocast(marked)))(q, k)
+    np.testing.assert_allclose(got, by_hand(q, k, jnp.bfloat16), rtol=1e-2)
+    gradient = jax.grad(lambda q, k: on_a_mesh(jt.autocast(marked))(q, k).sum())(q, k)
+    np.testing.assert_allclose(
+        gradient, jax.grad(lambda q, k: by_hand(q, k, jnp.bfloat16).sum())(q, k), rtol=1e-2
+    )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("way", ["plain", "jit", "remat", "scan"])
+def test_its_gradient_is_the_one_of_the_function_in_half(way, dtype):
+    q, k = arrays()
+
+    def gradients(f):  # cotangents that are exact in half precision
+        signs = jnp.asarray([[1.0, -2.0, 0.5, 1.0]])
+        return jax.jit(jax.grad(lambda q, k: jnp.sum(f(q, k) * signs), argnums=(0, 1)))(q, k)
+
+    got = gradients(jt.autocast(WAYS[way](marked), dtype))
+    expected = gradients(lambda q, k: by_hand(q, k, dtype))
+    chex.assert_trees_all_close(got, expected, rtol=2 * float(jnp.finfo(dtype).eps))
+
+
+def test_both_modes_and_second_derivatives_are_those_of_the_function():
+    q, k = arrays()
+    for f, plain in [
+        (marked, choosing),
+        (jt.autocast(marked), lambda q, k: by_hand(q, k, jnp.bfloat16)),
+    ]:
+        scalar, expected = (lambda q, k, g=g: jnp.sum(g(q, k) ** 2) for g in (f, plain))
+        chex.assert_trees_all_close(
+            jax.jvp(scalar, (q, k), (k, q)), jax.jvp(expected, (q, k), (k, q)), rtol=1e-2
+        )
+        hessians = jax.hessian(scalar)(q, k), jax.hessian(expected)(q, k)
+        chex.assert_trees_all_close(*hessians, rtol=1e-2, atol=1e-2)
+
+
+def of_matrices(q, k):
+    product = jnp.einsum("ij,jk->ik", q, k)
+    return 2 * product if q.dtype == jnp.float32 else product
+
+
+def highest(q, k):
+    with jax.default_matmul_precision("highest"):
+        return marked(q, k)
+
+
+def nested_highest(q, k):
+    with jax.default_matmul_precision("highest"):
+        return jt.traced_in_half(jax.jit(choosing))(q, k)
+
+
+NO_PRODUCTS = jt.default_op_rules.extend(as_written=["dot_general"])
+INSIDE = {  # where the lists apply inside
+    "vmap": (jax.vmap(jt.traced_in_half(of_matrices)), {}),
+    "vmap over another axis": (jax.vmap(marked, in_axes=(1, 0)), {}),
+    "shard_map": (lambda q, k: on_a_mesh(marked)(q, k), {}),
+    "with_precision": (jt.with_precision("float32")(marked), {}),
+    "highest": (highest, {}),
+    "highest in jit": (nested_highest, {}),
+    "rules": (marked, {"rules": NO_PRODUCTS}),
+    "float32": (marked, {"compute_dtype": "float32"}),
+}
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_where_the_lists_apply_inside(case):
+    f, options = INSIDE[case]
+    q, k = (jnp.asarray(rounded((4, 4, 4))) for _ in range(2))
+    got, expected = jax.jit(jt.autocast(f, **options))(q, k), jax.jit(f)(q, k)
+    np.testing.assert_allclose(got, expected, rtol=2 * jnp.finfo(jnp.bfloat16).eps)
+
+
+def test_a_derivative_inside_is_one_of_the_function_in_float32():
+    q, k = arrays()
+    gradient = lambda f: jax.grad(lambda q: jnp.sum(f(q, k)))
+    got = jax.jit(jt.autocast(gradient(marked)))(q)
+    np.testing.assert_allclose(got, 2 * gradient(jnp.matmul)(q), rtol=1e-2)
+
+
+def test_arrays_that_are_not_float32_stay():
+    seen = []
+
+    @jt.traced_in_half
+    def f(a, b, c, d):
+        seen.append([x.dtype.name for x in (a, b, c, d)])
+        return a @ b, c, d
+
+    q, k = arrays()
+    index = jnp.arange(4)
+    outs = jt.autocast(f)(q, k.astype(jnp.float16), index, index > 1)
+    assert [x.dtype.name for x in outs] == ["float32", "float16", "int32", "bool"] or [
+        x.dtype.name for x in outs
+    ] == ["float32", "int32", "bool"]
+    assert seen[-1] == ["bfloat16", "float16", "int32", "bool"]
+    seen.clear()
+    jt.autocast(f)(q.astype(jnp.float16), k.astype(jnp.float16), index, index > 1)
+    assert all(dtypes[:2] == ["float16", "float16"] for dtypes in seen)
+
+
+def test_results_count_in_the_dtype_that_they_have():
+    @jt.traced_in_half
+    def f(q):
+        return q @ q, jnp.sum(q.astype(jnp.float32))
+
+    def g(q):
+        product, total = f(q)
+        return jnp.tanh(product), jnp.tanh(total)
+
+    rows = jt.debug.explain_autocast(g, arrays()[0]).rows
+    assert [(row.op, row.dtype, row.rule) for row in rows] == [
+        ("f", "bfloat16", "compute"),
+        ("tanh", "bfloat16", "promote"),
+        ("tanh", "float32", "promote"),
+    ]
+    assert rows[0].note == "traced in half" and "test_traced_in_half.py" in rows[0].source
+
+
+def test_a_path_shows_the_name_of_the_function():
+    rows = jt.debug.explain_autocast(highest, *arrays()).rows
+    assert {row.path for row in rows} == {"custom_jvp_call:choosing"}
+
+
+def test_trees_and_arguments_that_are_no_arrays_reach_it():
+    @jt.traced_in_half
+    def f(params, x, *, power, name=None):
+        assert name in (None, "layer")
+        assert isinstance(power, int)
+        return {"y": (x @ params["w"]) ** power if x.dtype == jnp.bfloat16 else x}
+
+    q, k = arrays()
+    model = jt.autocast(lambda q, k: f({"w": k}, q, power=3, name="layer")["y"])
+    expected = ((q.astype(jnp.bfloat16) @ k.astype(jnp.bfloat16)) ** 3).astype(jnp.float32)
+    np.testing.assert_allclose(model(q, k), expected, rtol=1e-2)
+    with pytest.raises(TypeError, match=r"f expects arrays and hashable values, got \{1\}"):
+        f({"w": k}, q, power=3, name={1})
+
+
+def test_functions_of_one_name_are_told_apart():
+    """Even those that are the same function in float32."""
+
+    def make(factor):
+        @jt.traced_in_half
+        def f(x):
+            return x @ x if x.dtype == jnp.float32 else factor * (x @ x)
+
+        return f
+
+    x, functions = jnp.eye(4), [make(factor) for factor in range(2, 7)]
+    got = jt.autocast(lambda x: [f(x) for f in functions])(x)
+    for factor, y in enumerate(got, 2):
+        np.testing.assert_array_equal(y, factor * x)
+
+
+def test_constants_of_the_function_keep_their_values():
+    table = np.arange(16.0, dtype=np.float32).reshape(4, 4)
+
+    @jt.traced_in_half
+    def f(x):
+        return x @ jnp.asarray(table, x.dtype) if x.dtype == jnp.bfloat16 else x @ table * 5
+
+    np.testing.assert_array_equal(jt.autocast(f)(jnp.eye(4)), table)
+
+
+def test_shapes_that_depend_on_the_dtype_are_not_followed():
+    @jt.traced_in_half
+    def f(x):
+        return x @ x if x.dtype == jnp.float32 else (x @ x)[:2]
+
+    x = jnp.eye(4)
+    np.testing.assert_array_equal(jt.autocast(f)(x), x)
+
+
+def test_without_autocast_it_costs_nothing():
+    q, k = arrays()
+    assert_same_bits(jax.jit(marked)(q, k), jax.jit(choosing)(q, k))
+    loss = lambda f: lambda q, k: jnp.sum(f(q, k) ** 2)
+    assert_costs_nothing(loss(marked), loss(choosing), q, k)
+    assert_costs_nothing(jax.grad(loss(marked)), jax.grad(loss(choosing)), q, k)
+
+
+def test_it_is_traced_once_per_call_of_a_jitted_step():
+    count = Counter()
+
+    @jt.traced_in_half
+    def f(x):
+        count[x.dtype.name] += 1
+        return x @ x
+
+    step = jax.jit(jt.autocast(lambda x: f(f(x))))
+    for _ in range(3):
+        step(jnp.eye(4))
+    traced = dict(count)
+    assert traced["bfloat16"] == 2
+    step(jnp.eye(4) * 2)
+    assert count == traced
+
+
+def test_nothing_is_kept_of_a_function_that_is_gone():
+    from jmp_train._autocast.traced_in_half import _BY_NAME
+
+    def made_here(x):
+        return x @ x
+
+    f = jt.traced_in_half(made_here)
+    f(jnp.eye(2))
+    assert "made_here#1" in _BY_NAME
+    del f, made_here
+    jax.clear_caches()
+    gc.collect()
+    assert "made_here#1" not in _BY_NAME
+
+
+@pytest.mark.parametrize("policy", test_gpu_first.HALF)
+@pytest.mark.parametrize("way", test_gpu_first.WAYS)
+def test_attention_is_cudnns_in_each_way_to_half_precision(monkeypatch, way, policy):
+    """The train step lowered for CUDA: its checks for the library and the GPU pass here."""
+    from jax._src.cudnn import fused_attention_stablehlo as checks
+
+    monkeypatch.setattr(checks, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(checks, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(checks, "is_cuda_compute_capability_equal", lambda _: False)
+    monkeypatch.setattr(attention, "_fused_attention", lambda: True)
+    with attention.compiled_for("gpu"):
+        stepper, state, batch = test_gpu_first.abstract_step(way, policy)
+        traced = jax.jit(stepper.pure_step).trace(state, batch)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    kernels = Counter(re.findall(r"__cudnn\$\w+", text))
+    assert kernels == {"__cudnn$fmhaSoftmax": 1, "__cudnn$fmhaSoftmaxBackward": 1}  # one, scanned
