@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend import source_info_util
 
 from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval, native_dtype
@@ -53,14 +54,15 @@ def traced_in_half(fn: F) -> F:
     `dot_general` in `compute`.
 
     Args:
-      fn: a pure function of pytrees of arrays, from which alone its derivatives are taken; other
-        leaves have to be hashable. Its results have the same shapes for each dtype.
+      fn: a pure function of pytrees of arrays; other leaves have to be hashable. Every array that it
+        is differentiated by is an argument. Its results have the same shapes for each dtype.
 
     Returns:
       A function of the same arguments with the same results and derivatives.
 
     Raises:
-      TypeError: when called with a leaf that is neither an array nor hashable.
+      TypeError: when called with a leaf that is neither an array nor hashable, or where `fn` closes
+        over an array that is traced.
 
     >>> import jax.numpy as jnp
     >>> from jmp_train import autocast
@@ -76,6 +78,7 @@ def traced_in_half(fn: F) -> F:
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _check_closure(fn)
         leaves, tree = jax.tree.flatten((args, kwargs))
         is_array = tuple(isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves)
         static = tuple(x for x, array in zip(leaves, is_array, strict=True) if not array)
@@ -92,6 +95,22 @@ def traced_in_half(fn: F) -> F:
         return flat_functions[key](*arrays)
 
     return wrapper  # type: ignore[return-value]
+
+
+def _check_closure(fn: Function) -> None:
+    """Raise TypeError if a function closes over an array that is being traced."""
+    names = getattr(getattr(fn, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, getattr(fn, "__closure__", None) or (), strict=True):
+        try:
+            leaves = jax.tree.leaves(cell.cell_contents)
+        except ValueError:  # a name that has no value yet
+            continue
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            called = getattr(fn, "__name__", type(fn).__name__)
+            raise TypeError(
+                f"{called} closes over {name}, which is traced; make it an argument of {called}, "
+                "so that traced_in_half can cast it and pass its gradient"
+            )
 
 
 def _flat(fn: Function, tree: Any, is_array: Sequence[bool], static: Sequence[Hashable]) -> Any:

@@ -217,6 +217,18 @@ def test_trees_and_arguments_that_are_no_arrays_reach_it():
         f({"w": k}, q, power=3, name={1})
 
 
+def test_an_array_that_is_closed_over_and_traced_is_named():
+    def loss(w, x):
+        f = jt.traced_in_half(lambda x: x @ w["kernel"])
+        return f(x).sum()
+
+    w, x = {"kernel": jnp.eye(4)}, jnp.eye(4)
+    assert loss(w, x) == 4
+    for transformed in (jax.grad(loss), jax.jit(loss), jt.autocast(loss)):
+        with pytest.raises(TypeError, match=r"closes over w, which is traced; make it an argument"):
+            transformed(w, x)
+
+
 def test_functions_of_one_name_are_told_apart():
     """Even those that are the same function in float32."""
 
