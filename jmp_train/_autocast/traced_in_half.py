@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import source_info_util
 
-from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval, native_dtype
+from jmp_train._autocast.kinds import FLOAT32, HALF, is_array, kind_of_aval, native_dtype
 from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._jaxpr import compat
@@ -80,9 +80,9 @@ def traced_in_half(fn: F) -> F:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         _check_closure(fn)
         leaves, tree = jax.tree.flatten((args, kwargs))
-        is_array = tuple(isinstance(x, (jax.Array, np.ndarray, np.generic)) for x in leaves)
-        static = tuple(x for x, array in zip(leaves, is_array, strict=True) if not array)
-        key = (tree, is_array, tuple(map(type, static)), static)
+        traced = tuple(map(is_array, leaves))
+        static = tuple(x for x, array in zip(leaves, traced, strict=True) if not array)
+        key = (tree, traced, tuple(map(type, static)), static)
         try:
             known = key in flat_functions
         except TypeError:
@@ -90,8 +90,8 @@ def traced_in_half(fn: F) -> F:
             wrong = next(x for x in static if not isinstance(x, Hashable))
             raise TypeError(f"{name} expects arrays and hashable values, got {wrong!r}") from None
         if not known:
-            flat_functions[key] = _flat(fn, tree, is_array, static)
-        arrays = [x for x, array in zip(leaves, is_array, strict=True) if array]
+            flat_functions[key] = _flat(fn, tree, traced, static)
+        arrays = [x for x, array in zip(leaves, traced, strict=True) if array]
         return flat_functions[key](*arrays)
 
     return wrapper  # type: ignore[return-value]
@@ -113,12 +113,12 @@ def _check_closure(fn: Function) -> None:
             )
 
 
-def _flat(fn: Function, tree: Any, is_array: Sequence[bool], static: Sequence[Hashable]) -> Any:
+def _flat(fn: Function, tree: Any, traced: Sequence[bool], static: Sequence[Hashable]) -> Any:
     """Return a marked function of arrays alone."""
 
     def flat(*arrays: Any) -> Any:
         rest, others = iter(arrays), iter(static)
-        args, kwargs = jax.tree.unflatten(tree, [next(rest if x else others) for x in is_array])
+        args, kwargs = jax.tree.unflatten(tree, [next(rest if x else others) for x in traced])
         return fn(*args, **kwargs)
 
     name = getattr(fn, "__name__", type(fn).__name__)

@@ -132,3 +132,15 @@ def test_a_function_called_twice_is_compiled_as_one():
         if e.primitive.name == "jit"
     }
     assert len(bodies) <= 2  # the first is handed a float32 x, the others a bfloat16 one
+
+
+@pytest.mark.parametrize("dtype", [np.dtypes.StringDType(), "U1", "S1", object, "M8[D]"], ids=str)
+def test_numpy_arrays_that_jax_has_no_operations_on_reach_the_function(dtype):
+    other = np.array(["2020-01-01"], dtype)
+
+    def f(batch):
+        assert batch["other"] is other
+        return batch["x"] @ batch["x"]
+
+    x = jnp.eye(2)
+    np.testing.assert_array_equal(jt.autocast(f)({"x": x, "other": other}), x)

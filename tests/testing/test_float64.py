@@ -227,7 +227,8 @@ def test_arguments_that_are_no_arrays_reach_the_function():
     fn = lambda x, mode, scale: x * scale if mode == "double" else x.astype(jnp.bfloat16)
     assert_close_to_float64(fn, X, "double", 2.0, ulps=0)
     failure(fn, X, "half", 2.0, rtol=1e-5)
-    for other in (np.array(["a"]), np.array([None]), np.datetime64("2020-01-01")):
+    text = np.array(["a"], np.dtypes.StringDType())
+    for other in (text, np.array(["a"]), np.array([None]), np.datetime64("2020-01-01")):
         assert_close_to_float64(
             lambda x, y, same=other: x if y is same else 1 / 0, X, other, ulps=0
         )
