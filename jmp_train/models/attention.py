@@ -125,7 +125,6 @@ def causal_attention(
     return masked_attention(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, position[:, None] >= position[None, :])
 
 
-@traced_in_half
 def encoder_attention(
     q_BxTxHxK: jax.Array, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array
 ) -> jax.Array:
