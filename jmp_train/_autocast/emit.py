@@ -39,7 +39,7 @@ class Emitter:
         """Return the values of a plan's outputs from those of its inputs."""
 
         def equation(index: int, eqn: Equation, operands: list[Operand]) -> list[Operand]:
-            with compat.context_of(eqn):
+            with compat.context_of(eqn, line=plan.ops[index].in_half is None):
                 return self.op(plan.ops[index], operands)
 
         env = walk(plan.body, values, equation, constant=_constant, literal=_literal)
@@ -57,7 +57,7 @@ class Emitter:
             for v, d in zip(values, op.operand_dtypes, strict=True)
         ]
         if op.in_half:
-            outs = compat.evaluate(op.in_half, args[op.eqn.params["num_consts"] :])
+            outs = op.in_half(*args)
         elif name in SCATTERS and args[0].dtype != op.eqn.invars[0].aval.dtype:
             outs = [scatter(op.eqn, *args)]
         else:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 
@@ -66,9 +67,14 @@ def emit_custom_vjp(emitter: Emitter, op: OpPlan, values: list[Operand]) -> list
     symbolic, skip = params["symbolic_zeros"], params["num_consts"]
     first = operands.first_arguments()
     specs: list[ResidualSpec] = []
+    perturbable = [
+        jnp.issubdtype(atom.aval.dtype, jnp.inexact) and not constant
+        for atom, constant in zip(op.eqn.invars[skip:], op.constant[skip:], strict=True)
+    ]
 
     def forward(*args: Any) -> Any:
-        nonzeros = [args[i].perturbed if symbolic else True for i in first[skip:]]
+        # Under `vmap`, what the rule closes over is among the operands, and must not be perturbed.
+        nonzeros = [args[i].perturbed for i in first[skip:]] if symbolic else perturbable
         args = tuple(a.value for a in args) if symbolic else args
         given = operands.unflatten(args)
         rule = compat.vjp_rule(params, nonzeros)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
@@ -136,16 +135,3 @@ def parse_compute_dtype(name: Any) -> np.dtype:
     if dtype not in (FLOAT32, *HALF):
         raise ValueError(f"autocast to {dtype.name}; expected bfloat16, float16 or float32")
     return dtype
-
-
-def is_array(leaf: Any) -> bool:
-    """Return whether a leaf is an array, or the shape of one, that JAX computes with."""
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        if leaf.dtype.kind == "T":  # JAX has types of texts of variable length, but no operations
-            return False
-        try:
-            jax.typeof(leaf)
-        except TypeError:  # JAX has no arrays of objects, texts and dates
-            return False
-        return True
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))

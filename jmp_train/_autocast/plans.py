@@ -7,6 +7,7 @@ takes where the array exists in that dtype already.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class OpPlan:
       requests: per operand, where it has bodies: the requests of the bodies.
       params: the parameters that replace the equation's.
       constant: per operand, where it has bodies: whether it is a constant of the code.
-      in_half: the body that runs in place of the equation's; see `traced_in_half`.
+      in_half: the function that runs in place of the equation; see `traced_in_half`.
     """
 
     eqn: Equation
@@ -75,7 +76,7 @@ class OpPlan:
     requests: list[Requests] = dataclasses.field(default_factory=list)
     params: dict[str, Any] | None = None
     constant: list[bool] = dataclasses.field(default_factory=list)
-    in_half: Body | None = None
+    in_half: Callable[..., list[Any]] | None = None
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from jmp_train._autocast.op_rules import OpRules, default_op_rules
 from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.plans import OpPlan, Plan
 from jmp_train._autocast.traced import TracedFunction
-from jmp_train._jaxpr.bodies import body_names, called_name
+from jmp_train._jaxpr.bodies import body_names
 from jmp_train._jaxpr.source import source_line
 from jmp_train.types import Function
 
@@ -104,7 +104,7 @@ def _row(op: OpPlan, path: tuple[str, ...]) -> OpRow:
     before = dict.fromkeys(k.native.name for k in avals if k)
     return OpRow(
         "/".join(path),
-        called_name(op.eqn) if op.in_half else op.eqn.primitive.name,
+        op.eqn.params["name"] if op.in_half else op.eqn.primitive.name,
         op.dtype.name if op.dtype else "",
         "/".join(before),
         op.rule,

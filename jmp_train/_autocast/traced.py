@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from jmp_train._autocast.kinds import is_array, kind_of_input
+from jmp_train._autocast.kinds import kind_of_input
 from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.plans import Plan
 from jmp_train._jaxpr import compat
@@ -20,7 +21,7 @@ class TracedFunction:
 
     def __init__(self, fn: Function, args: Any, kwargs: Any):
         leaves, tree = jax.tree.flatten((args, kwargs))
-        where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
+        where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
         self.arrays = [leaves[i] for i in where]
         self._outs: list[Operand] = []
         self._places: list[int] = []
@@ -53,3 +54,15 @@ class TracedFunction:
         for i, array in zip(self._places, arrays, strict=True):
             full[i] = array
         return jax.tree.unflatten(self._tree, full)
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        if leaf.dtype.kind == "T":  # JAX has types of texts of variable length, but no operations
+            return False
+        try:
+            jax.typeof(leaf)
+        except TypeError:  # JAX has no arrays of objects, texts and dates
+            return False
+        return True
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))

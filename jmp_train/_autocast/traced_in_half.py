@@ -1,40 +1,35 @@
 """Functions that `autocast` calls again with arrays in half precision, as torch's `custom_fwd` does.
 
-The mark is a `custom_jvp` whose rule is the derivative of the function itself: one equation of the
-program has the whole function, under every transformation that leaves it as it was written. That it
-is as it was written is checked: the function is traced again, and has to give the same jaxpr.
+Where a marked function is traced, its call is a `jit` of its own, and a table knows the function by
+the jaxpr of that `jit`. A transformation of JAX makes another jaxpr, which the table does not have:
+`autocast` calls again only what is as it was written.
 """
 
 from __future__ import annotations
 
-import collections
+import contextvars
 import functools
-import re
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.extend import source_info_util
 
-from jmp_train._autocast.kinds import FLOAT32, HALF, is_array, kind_of_aval, native_dtype
+from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval
 from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._jaxpr import compat
-from jmp_train._jaxpr.bodies import NUMBER, bodies_of, construct_of
-from jmp_train._jaxpr.compat import AbstractValue, Body, Equation
+from jmp_train._jaxpr.bodies import bodies_of, construct_of
+from jmp_train._jaxpr.compat import Body, Equation, Jaxpr
 from jmp_train.types import Function
 
 F = TypeVar("F", bound=Function)
 
 # The line that an equation was written in is the one that calls a marked function.
 source_info_util.register_exclusion(__file__)
-
-#: Marked functions as functions of arrays alone, each by the name that its equations keep.
-_BY_NAME: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-_used: collections.Counter[str] = collections.Counter()
 
 
 def traced_in_half(fn: F) -> F:
@@ -44,25 +39,21 @@ def traced_in_half(fn: F) -> F:
     that is a kernel in half precision alone: traced in float32, it would have chosen another one
     before autocast could cast anything. Its float32 arrays are cast to the compute dtype, and what
     it returns counts in the dtype that it then has; inside, the function alone decides what is
-    float32. This is what `torch.amp.custom_fwd(cast_inputs=...)` does. Without autocast, and where
-    no argument is a float32 array, nothing changes.
+    float32. This is what `torch.amp.custom_fwd(cast_inputs=...)` does. Without autocast, nothing
+    changes: where the function is traced, it is a `jit` of its own.
 
     The operations inside are cast by the lists instead, as if it were not marked, where autocast
     cannot call the function: where it sees a derivative or a `vmap` of it (`autocast(jax.grad(f))`;
-    `jax.grad(autocast(f))` calls it), in a `shard_map` that autocast enters, where a product inside
-    asks for `precision="highest"`, in `with_precision("float32")`, and under rules that do not have
-    `dot_general` in `compute`.
+    `jax.grad(autocast(f))` calls it), where it uses traced arrays that are not its arguments, where
+    an argument is float64 or complex, where a product inside asks for `precision="highest"`, in
+    `with_precision("float32")`, and under rules that do not have `dot_general` in `compute`.
 
     Args:
-      fn: a pure function of pytrees of arrays; other leaves have to be hashable. Every array that it
-        is differentiated by is an argument. Its results have the same shapes for each dtype.
+      fn: a pure function of pytrees of arrays and any other values, whose results have the same
+        shapes for each dtype.
 
     Returns:
       A function of the same arguments with the same results and derivatives.
-
-    Raises:
-      TypeError: when called with a leaf that is neither an array nor hashable, or where `fn` closes
-        over an array that is traced.
 
     >>> import jax.numpy as jnp
     >>> from jmp_train import autocast
@@ -74,60 +65,103 @@ def traced_in_half(fn: F) -> F:
     >>> "tanh" in jaxpr, "sin" in jaxpr
     (True, False)
     """
-    flat_functions: dict[Hashable, Any] = {}  # while `fn` exists
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        _check_closure(fn)
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        traced = tuple(map(is_array, leaves))
-        static = tuple(x for x, array in zip(leaves, traced, strict=True) if not array)
-        key = (tree, traced, tuple(map(type, static)), static)
-        try:
-            known = key in flat_functions
-        except TypeError:
-            name = getattr(fn, "__name__", type(fn).__name__)
-            wrong = next(x for x in static if not isinstance(x, Hashable))
-            raise TypeError(f"{name} expects arrays and hashable values, got {wrong!r}") from None
-        if not known:
-            flat_functions[key] = _flat(fn, tree, traced, static)
-        arrays = [x for x, array in zip(leaves, traced, strict=True) if array]
-        return flat_functions[key](*arrays)
+        leaves, tree = jax.tree.flatten((args, tuple(kwargs.values())))
+        where = [i for i, leaf in enumerate(leaves) if compat.is_staged_array(leaf)]
+        if not where or getattr(jax.config, "jax_disable_jit", False):
+            return fn(*args, **kwargs)
+        arrays = [leaves[i] for i in where]
+        others = [None if i in where else leaf for i, leaf in enumerate(leaves)]
+        call = _Call(fn, others, tree, tuple(kwargs), where)
+        jitted = jax.jit(call.as_written())
+        _CALLS[compat.body_of(jitted.trace(*arrays).jaxpr).jaxpr] = call
+        return call.rebuild(jitted(*arrays))
 
     return wrapper  # type: ignore[return-value]
 
 
-def _check_closure(fn: Function) -> None:
-    """Raise TypeError if a function closes over an array that is being traced."""
-    names = getattr(getattr(fn, "__code__", None), "co_freevars", ())
-    for name, cell in zip(names, getattr(fn, "__closure__", None) or (), strict=True):
-        try:
-            leaves = jax.tree.leaves(cell.cell_contents)
-        except ValueError:  # a name that has no value yet
-            continue
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            called = getattr(fn, "__name__", type(fn).__name__)
-            raise TypeError(
-                f"{called} closes over {name}, which is traced; make it an argument of {called}, "
-                "so that traced_in_half can cast it and pass its gradient"
-            )
+class _Call:
+    """A call of a marked function, as a function of its traced arrays.
+
+    Args:
+      fn: the function.
+      leaves: those of its arguments, None in the places of traced arrays.
+      tree: the structure of its arguments and of the values of its keywords.
+      names: its keywords.
+      where: the places of the traced arrays.
+    """
+
+    def __init__(
+        self, fn: Function, leaves: list[Any], tree: Any, names: Sequence[str], where: list[int]
+    ):
+        self.fn = fn
+        self.where = where
+        self._leaves = leaves
+        self._tree = tree
+        self._names = names
+        self._results: tuple[Any, list[Any], list[int]] = (None, [], [])
+        self._context = contextvars.copy_context()
+        self._narrow: dict[Any, Any] = {}
+
+    def as_written(self) -> Function:
+        """Return a new function of the traced arrays, of which JAX knows no jaxpr."""
+
+        def written(*arrays: Any) -> list[Any]:
+            outs, tree = jax.tree.flatten(self._run(self._leaves, arrays))
+            places = [i for i, out in enumerate(outs) if isinstance(out, jax.Array)]
+            found = [outs[i] for i in places]
+            for i in places:  # no tracer outlives its trace
+                outs[i] = None
+            self._results = tree, outs, places
+            return found
+
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        written.__name__ = written.__qualname__ = name
+        return written
+
+    def rebuild(self, arrays: Sequence[Any]) -> Any:
+        """Return the results of the function, with the arrays of a call."""
+        tree, outs, places = self._results
+        full = list(outs)
+        for i, array in zip(places, arrays, strict=True):
+            full[i] = array
+        return jax.tree.unflatten(tree, full)
+
+    def in_half(self, dtype: np.dtype) -> Callable[..., list[Any]]:
+        """Return the function of traced arrays with its other float32 arrays in `dtype`."""
+        leaves = [
+            jnp.asarray(x, dtype)
+            if isinstance(x, (jax.Array, np.ndarray, np.generic)) and x.dtype == FLOAT32
+            else x
+            for x in self._leaves
+        ]
+
+        def half(*arrays: Any) -> list[Any]:
+            context = self._context.copy()  # what the code around the call has set
+            outs = jax.tree.leaves(context.run(self._run, leaves, arrays))
+            return [out for out in outs if isinstance(out, jax.Array)]
+
+        return half
+
+    def results_in_half(self, dtype: np.dtype, avals: Sequence[Any]) -> list[Any]:
+        """Return the types of the results in `dtype`; they are traced once."""
+        key = (dtype, *avals)
+        if key not in self._narrow:
+            self._narrow[key] = compat.body_of(compat.trace(self.in_half(dtype), avals)).outvars
+        return [v.aval for v in self._narrow[key]]
+
+    def _run(self, leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
+        full = list(leaves)
+        for i, array in zip(self.where, arrays, strict=True):
+            full[i] = array
+        args, values = jax.tree.unflatten(self._tree, full)
+        return self.fn(*args, **dict(zip(self._names, values, strict=True)))
 
 
-def _flat(fn: Function, tree: Any, traced: Sequence[bool], static: Sequence[Hashable]) -> Any:
-    """Return a marked function of arrays alone."""
-
-    def flat(*arrays: Any) -> Any:
-        rest, others = iter(arrays), iter(static)
-        args, kwargs = jax.tree.unflatten(tree, [next(rest if x else others) for x in traced])
-        return fn(*args, **kwargs)
-
-    name = getattr(fn, "__name__", type(fn).__name__)
-    _used[name] += 1
-    flat.__name__ = flat.__qualname__ = f"{name}{NUMBER}{_used[name]}"
-    _BY_NAME[flat.__name__] = flat
-    marked = jax.custom_jvp(flat)
-    marked.defjvp(lambda primals, tangents: jax.jvp(flat, primals, tangents))
-    return marked
+#: The calls of marked functions, by the jaxpr of each.
+_CALLS: weakref.WeakKeyDictionary[Jaxpr, _Call] = weakref.WeakKeyDictionary()
 
 
 def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
@@ -141,46 +175,29 @@ def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
       The plan; None where the equation calls no marked function, or the lists apply inside.
     """
     construct = construct_of(eqn)
-    if construct is None or construct.name != "custom_jvp" or dtype not in HALF:
+    if construct is None or construct.name != "jit" or dtype not in HALF:
         return None
-    consts = eqn.params["num_consts"]  # operands that the function made itself
-    avals = [atom.aval for atom in eqn.invars[consts:]]
-    dtypes = [dtype if k and k.native == FLOAT32 else None for k in map(kind_of_aval, avals)]
-    (called,) = map(compat.body_of, bodies_of(eqn))
-    flat = _BY_NAME.get(compat.function_name(called))
-    if flat is None or not any(dtypes) or _asks_for_float32(called):
+    (body,) = map(compat.body_of, bodies_of(eqn))
+    call, avals = _CALLS.get(body.jaxpr), [atom.aval for atom in eqn.invars]
+    if call is None or len(avals) != len(call.where) or _asks_for_float32(body):
         return None
+    natives = [k and k.native for k in map(kind_of_aval, avals)]
+    if FLOAT32 not in natives or not {None, FLOAT32, *HALF}.issuperset(natives):
+        return None
+    if any(jnp.issubdtype(a.dtype, np.complexfloating) for a in avals):
+        return None
+    dtypes = [dtype if d == FLOAT32 else d for d in natives]
     narrow = [compat.aval_like(a, d) if d else a for a, d in zip(avals, dtypes, strict=True)]
-    with compat.context_of(eqn):
-        if not _is_as_written(flat, avals, called):
-            return None
-        body = _traced(flat, narrow)
-    if [v.aval.shape for v in body.outvars] != [v.aval.shape for v in eqn.outvars]:
-        return None
-    outs = [kind_of_aval(v.aval) for v in body.outvars]
-    exact = [d or native_dtype(kind_of_aval(a)) for d, a in zip(dtypes, avals, strict=True)]
-    exact = [None] * consts + exact
-    return OpPlan(eqn, "compute", dtype, exact, outs, "traced in half", in_half=body)
-
-
-def _traced(flat: Any, avals: Sequence[AbstractValue]) -> Body:
-    """Trace a function anew: JAX keeps the jaxpr of one that it knows, whatever it has read since."""
-    return compat.body_of(compat.trace(lambda *arrays: flat(*arrays), avals))
-
-
-def _is_as_written(flat: Any, avals: Sequence[AbstractValue], called: Body) -> bool:
-    """Return whether a body is a function on arrays of these types."""
     try:
-        body = _traced(flat, avals)
-    except Exception:  # noqa: BLE001  (of the function: under `vmap`, its arrays have another axis)
-        return False
-    return _text(body) == _text(called)
-
-
-def _text(body: Body) -> str:
-    """Return a jaxpr as text, without the addresses of the functions that its equations keep, and
-    with its constants as its first inputs, as a `custom_jvp` has them."""
-    return re.sub(r"[\s;]+", " ", re.sub(r"\b0x[0-9a-f]+", "", str(body.jaxpr)))
+        with compat.context_of(eqn):
+            results = call.results_in_half(dtype, narrow)
+    except (NameError, jax.errors.UnexpectedTracerError):
+        return None  # an axis of an outer `shard_map`, or an array of an outer trace
+    if [a.shape for a in results] != [v.aval.shape for v in eqn.outvars]:
+        return None
+    outs = [kind_of_aval(a) for a in results]
+    half = call.in_half(dtype)
+    return OpPlan(eqn, "compute", dtype, dtypes, outs, "traced in half", in_half=half)
 
 
 def _asks_for_float32(body: Body) -> bool:

@@ -50,10 +50,6 @@ CONSTRUCTS: dict[str, Construct] = {
 }
 
 
-#: In the names of functions that are numbered, before the number, which no path shows.
-NUMBER = "#"
-
-
 def construct_of(eqn: Equation) -> Construct | None:
     """Return the construct of an equation; None where it has no body to enter."""
     return CONSTRUCTS.get(eqn.primitive.name)
@@ -76,10 +72,7 @@ def body_names(eqn: Equation) -> list[str]:
         return ["while/cond", "while/body"]
     if construct == "cond":
         return [f"cond/{i}" for i in range(len(eqn.params["branches"]))]
-    called = eqn.params.get("name") or (called_name(eqn) if CONSTRUCTS[name].runs_once else "")
+    called = eqn.params.get("name") or (
+        compat.function_name(bodies_of(eqn)[0]) if CONSTRUCTS[name].runs_once else ""
+    )
     return [f"{name}:{called}" if called else name]
-
-
-def called_name(eqn: Equation) -> str:
-    """Return the name of the function that an equation with one body calls, '' for none."""
-    return compat.function_name(bodies_of(eqn)[0]).partition(NUMBER)[0]

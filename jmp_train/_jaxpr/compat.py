@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-from jax.core import eval_jaxpr
+import numpy as np
+from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
@@ -121,11 +122,6 @@ def open_jaxpr(closed: Any) -> tuple[Any, Sequence[Operand]]:
     return body_of(trace(with_consts, avals)).jaxpr, body.consts
 
 
-def evaluate(body: Body, args: Sequence[Operand]) -> list[Operand]:
-    """Return the outputs of a body, operation by operation."""
-    return eval_jaxpr(body.jaxpr, body.consts, *args)
-
-
 def aval_like(aval: AbstractValue, dtype: Any) -> Any:
     """Return the same array type with another dtype, strongly typed."""
     return aval.update(dtype=dtype, weak_type=False)
@@ -138,13 +134,27 @@ def bind(primitive: Primitive, args: Sequence[Operand], params: dict[str, Any]) 
 
 
 @contextlib.contextmanager
-def context_of(eqn: Equation) -> Iterator[None]:
-    """Re-emit under the name stack, source line and settings that an equation was written in."""
+def context_of(eqn: Equation, *, line: bool = True) -> Iterator[None]:
+    """Re-emit under the name stack, source line and settings that an equation was written in.
+
+    Without `line`, under the lines of the code that runs.
+    """
     info = eqn.source_info
     stack = source_info_util.current_name_stack() + info.name_stack
     settings = getattr(getattr(eqn, "ctx", None), "manager", contextlib.nullcontext())
-    with source_info_util.user_context(info.traceback, name_stack=stack), settings:
+    traceback = info.traceback if line else None
+    with source_info_util.user_context(traceback, name_stack=stack), settings:
         yield
+
+
+def is_staged_array(x: Operand) -> bool:
+    """Return whether an array is one of a program that is being traced, and has no value yet."""
+    if not isinstance(x, Tracer) or not isinstance(jax.typeof(x), ShapedArray):
+        return False
+    inside = x
+    while isinstance(inside, Tracer):  # of a derivative, then of a `vmap`
+        inside = getattr(inside, "primal", getattr(inside, "val", None))
+    return not isinstance(inside, (jax.Array, np.ndarray, np.generic, int, float, complex))
 
 
 def function_name(jaxpr: Jaxpr) -> str:

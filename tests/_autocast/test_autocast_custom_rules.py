@@ -244,3 +244,19 @@ def test_make_step_trains_through_constant_residuals(loss, gradient, policy):
     state, _ = step.step(step.init({"w": jnp.asarray(w, jnp.float32)}), BATCH)
     got = w - np.asarray(state.params["w"], np.float64)
     np.testing.assert_allclose(got, gradient(w), rtol=32 * EPSILON[dtype])
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["float32", "int32"])
+def test_a_rule_that_closes_over_a_constant_under_vmap_of_jit(wide):
+    table = np.arange(3, dtype=np.float32 if wide else np.int32)
+
+    @jax.custom_vjp
+    def f(x):
+        return x @ x + jnp.asarray(table)
+
+    f.defvjp(lambda x: (f(x) + 0 * jnp.asarray(table), x), lambda x, g: (g @ x.T + x.T @ g,))
+    x = jnp.stack([jnp.eye(3), 2 * jnp.eye(3)])
+    way = lambda f: jax.grad(lambda x: jax.vmap(jax.jit(f))(x).sum())
+    np.testing.assert_array_equal(way(jt.autocast(f))(x), way(f)(x))
+    batched = jt.autocast(lambda x: jax.vmap(jax.jit(f))(x).sum())
+    np.testing.assert_array_equal(jax.grad(batched)(x), way(f)(x))

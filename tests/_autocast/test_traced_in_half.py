@@ -1,8 +1,13 @@
 """Functions that autocast calls again, with arrays in half precision."""
 
+import contextvars
+import functools
 import gc
 import re
+import types
+import weakref
 from collections import Counter
+from pathlib import Path
 
 import chex
 import jax
@@ -15,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import jmp_train as jt
 from jmp_train.models import attention
+from jmp_train.models.blockwise import blockwise_attention
 from jmp_train.testing import assert_costs_nothing, assert_same_bits
 from tests import test_gpu_first
 
@@ -60,6 +66,7 @@ WAYS = {
         )
     ),
     "cond": lambda f: lambda q, k: lax.cond(q[0, 0] < 1e9, f, lambda q, k: q, q, k),
+    "shard_map": on_a_mesh,
     "region": lambda f: jt.with_precision("bfloat16")(f),
 }
 
@@ -135,7 +142,6 @@ NO_PRODUCTS = jt.default_op_rules.extend(as_written=["dot_general"])
 INSIDE = {  # where the lists apply inside
     "vmap": (jax.vmap(jt.traced_in_half(of_matrices)), {}),
     "vmap over another axis": (jax.vmap(marked, in_axes=(1, 0)), {}),
-    "shard_map": (lambda q, k: on_a_mesh(marked)(q, k), {}),
     "with_precision": (jt.with_precision("float32")(marked), {}),
     "highest": (highest, {}),
     "highest in jit": (nested_highest, {}),
@@ -199,34 +205,57 @@ def test_results_count_in_the_dtype_that_they_have():
 
 def test_a_path_shows_the_name_of_the_function():
     rows = jt.debug.explain_autocast(highest, *arrays()).rows
-    assert {row.path for row in rows} == {"custom_jvp_call:choosing"}
+    assert {row.path for row in rows} == {"jit:choosing"}
 
 
 def test_trees_and_arguments_that_are_no_arrays_reach_it():
     @jt.traced_in_half
-    def f(params, x, *, power, name=None):
-        assert name in (None, "layer")
-        assert isinstance(power, int)
-        return {"y": (x @ params["w"]) ** power if x.dtype == jnp.bfloat16 else x}
+    def f(params, x, table, *, power, names=None):
+        assert names == {"layer"} and power is POWER and isinstance(table, np.ndarray | jax.Array)
+        assert table.dtype == x.dtype  # a float32 array that is not traced is cast too
+        y = (x @ params["w"]) ** power.times if x.dtype == jnp.bfloat16 else x
+        return {"y": y, "text": "done", "number": 3, "nothing": None, "same": x}
 
+    POWER, table = types.SimpleNamespace(times=3), np.eye(4, dtype=np.float32)
     q, k = arrays()
-    model = jt.autocast(lambda q, k: f({"w": k}, q, power=3, name="layer")["y"])
+
+    def model(q, k):
+        outs = f({"w": k}, q, table, power=POWER, names={"layer"})
+        assert outs["text"] == "done" and outs["number"] is 3 and outs["nothing"] is None  # noqa: F632
+        return outs["y"], outs["same"]
+
     expected = ((q.astype(jnp.bfloat16) @ k.astype(jnp.bfloat16)) ** 3).astype(jnp.float32)
-    np.testing.assert_allclose(model(q, k), expected, rtol=1e-2)
-    with pytest.raises(TypeError, match=r"f expects arrays and hashable values, got \{1\}"):
-        f({"w": k}, q, power=3, name={1})
+    got, same = jt.autocast(model)(q, k)
+    np.testing.assert_allclose(got, expected, rtol=1e-2)
+    np.testing.assert_array_equal(jax.jit(model)(q, k)[0], q)
+    np.testing.assert_allclose(same, q, rtol=1e-2)
 
 
-def test_an_array_that_is_closed_over_and_traced_is_named():
-    def loss(w, x):
-        f = jt.traced_in_half(lambda x: x @ w["kernel"])
-        return f(x).sum()
+def test_keywords_keep_their_order():
+    @jt.traced_in_half
+    def f(**arrays):
+        return jnp.stack(list(arrays.values()))
 
-    w, x = {"kernel": jnp.eye(4)}, jnp.eye(4)
-    assert loss(w, x) == 4
-    for transformed in (jax.grad(loss), jax.jit(loss), jt.autocast(loss)):
-        with pytest.raises(TypeError, match=r"closes over w, which is traced; make it an argument"):
-            transformed(w, x)
+    got = jax.jit(lambda b, a: f(b=b, a=a))(0.0, 1.0)
+    np.testing.assert_array_equal(got, [0.0, 1.0])
+
+
+def test_arrays_that_are_closed_over_and_traced():
+    """Autocast cannot cast them, so the lists apply inside."""
+
+    def loss(mark):
+        def run(w, x):
+            f = mark(lambda x: x @ w["kernel"] if x.dtype == jnp.float32 else x / 0)
+            return f(x).sum()
+
+        return run
+
+    w, x = {"kernel": arrays()[0]}, arrays()[1]
+    ours, plain = loss(jt.traced_in_half), loss(lambda f: f)
+    for way in (jax.grad, lambda f: jax.jit(jax.grad(f)), lambda f: jax.grad(jax.jit(f))):
+        chex.assert_trees_all_close(way(ours)(w, x), way(plain)(w, x))
+        cast = [way(jt.autocast(f))(w, x) for f in (ours, plain)]
+        chex.assert_trees_all_close(*cast)
 
 
 def test_functions_of_one_name_are_told_apart():
@@ -284,24 +313,130 @@ def test_it_is_traced_once_per_call_of_a_jitted_step():
     for _ in range(3):
         step(jnp.eye(4))
     traced = dict(count)
-    assert traced["bfloat16"] == 2
+    assert traced == {"float32": 2, "bfloat16": 4}  # planned, and run
     step(jnp.eye(4) * 2)
     assert count == traced
 
 
-def test_nothing_is_kept_of_a_function_that_is_gone():
-    from jmp_train._autocast.traced_in_half import _BY_NAME
+def test_nothing_is_kept_of_a_program_that_is_gone():
+    from jmp_train._autocast.traced_in_half import _CALLS
 
-    def made_here(x):
-        return x @ x
+    class Table:
+        """Not a pytree, so that the call keeps it."""
 
-    f = jt.traced_in_half(made_here)
-    f(jnp.eye(2))
-    assert "made_here#1" in _BY_NAME
-    del f, made_here
+        def __init__(self):
+            self.scale = 2.0
+
+    table = Table()
+    gone = weakref.ref(table)
+    f = jt.traced_in_half(lambda x, t: x @ x * t.scale)
+    traced = functools.partial(f, t=table)
+    program, before = jax.make_jaxpr(traced)(jnp.eye(2)), len(_CALLS)
+    assert before and program
+    del program, traced, table
     jax.clear_caches()
     gc.collect()
-    assert "made_here#1" not in _BY_NAME
+    assert len(_CALLS) < before and gone() is None
+
+
+def test_without_a_program_it_is_called_as_it_is():
+    """So values decide in Python, and nothing is compiled."""
+
+    @jt.traced_in_half
+    def f(x):
+        return x @ x if x.sum() > 0 else x
+
+    x = jnp.eye(4)
+    assert_same_bits(f(x), x)
+    assert_same_bits(jax.grad(lambda x: f(x).sum())(x), jax.grad(lambda x: (x @ x).sum())(x))
+    assert_same_bits(jax.jvp(f, (x,), (x,))[1], 2 * x)
+    with jax.disable_jit():
+        assert_same_bits(jax.jit(f)(x), x)
+        assert_same_bits(jt.autocast(lambda x: x @ x)(x), x)
+
+
+def with_inner_rule(x, y):
+    """Has a derivative rule for reverse mode alone."""
+    return blockwise_attention(x, y, y, block=4)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda f: jax.grad(lambda x: jax.vmap(f)(x, x).sum()),
+        lambda f: jax.jit(jax.grad(lambda x: jax.vmap(jax.checkpoint(f))(x, x).sum())),
+        lambda f: jax.grad(jt.autocast(lambda x: jax.vmap(f)(x, x).sum())),
+        lambda f: jt.autocast(jax.grad(lambda x: jax.vmap(f)(x, x).sum())),
+        lambda f: jax.grad(jt.autocast(jt.autocast(lambda x: f(x[0], x[0]).sum(), "float16"))),
+        lambda f: jax.grad(lambda x: jax.lax.map(lambda x: f(x, x), x, batch_size=2).sum()),
+    ],
+)
+def test_derivative_rules_inside_stay_in_use(way):
+    x = jax.random.normal(jax.random.key(0), (2, 2, 8, 1, 4))
+    got, expected = way(jt.traced_in_half(with_inner_rule))(x), way(with_inner_rule)(x)
+    np.testing.assert_allclose(got, expected, rtol=0.05, atol=0.05)
+
+
+def test_what_the_code_around_a_call_has_set_applies():
+    factor = contextvars.ContextVar("factor", default=1.0)
+
+    @jt.traced_in_half
+    def f(x):
+        return jnp.sum(x @ x) * factor.get()
+
+    def highest(x):
+        token = factor.set(5.0)
+        with jax.default_matmul_precision("highest"):
+            y = f(x)
+        factor.reset(token)
+        return y
+
+    def scaled(x):
+        token = factor.set(5.0)
+        y = f(x)
+        factor.reset(token)
+        return y
+
+    x = jnp.eye(4)
+    for way in (jax.jit, jax.checkpoint, jt.autocast, lambda f: jt.autocast(jax.jit(f))):
+        value, gradient = jax.value_and_grad(way(scaled))(x)
+        assert value == 20
+        np.testing.assert_array_equal(gradient, 5.0 * jax.grad(lambda x: jnp.sum(x @ x))(x))
+    rough = jax.random.normal(jax.random.key(0), (64, 64))
+    expected = jax.grad(highest)(rough)
+    for way in (jt.autocast, lambda f: jax.jit(jt.autocast(f))):
+        np.testing.assert_array_equal(jax.grad(way(highest))(rough), expected)
+
+
+def test_arguments_that_are_not_differentiated_have_no_derivative():
+    f = jt.traced_in_half(lambda x, t: x * jnp.sqrt(t))
+    zero, one = jnp.float32(0), jnp.float32(1)
+    for way in (lambda f: f, jax.jit):
+        assert jax.jvp(way(lambda x: f(x, zero)), (one,), (one,))[1] == 0
+
+
+def test_float64_and_complex_numbers_are_not_rounded():
+    def f(a, b):
+        return a @ b
+
+    x = jax.random.normal(jax.random.key(0), (8, 8))
+    for wide in (np.complex64, np.float64):
+        with jax.enable_x64(True):
+            a = jnp.asarray(x, wide)
+            got = jt.autocast(jt.traced_in_half(f))(a, x)
+            np.testing.assert_array_equal(got, jt.autocast(f)(a, x))
+            np.testing.assert_allclose(got, a @ x, rtol=1e-5)
+
+
+def test_lines_inside_stay_under_autocast():
+    @jt.traced_in_half
+    def f(q):
+        return jnp.exp(q) @ q  # this line
+
+    found = jt.debug.first_nonfinite(jt.autocast(lambda q: f(q), "float16"), 90 * jnp.ones((4, 4)))
+    lines = Path(__file__).read_text().splitlines()
+    line = next(i for i, text in enumerate(lines, 1) if text.endswith("# this line"))
+    assert f"test_traced_in_half.py:{line} " in str(found)
 
 
 @pytest.mark.parametrize("policy", test_gpu_first.HALF)
