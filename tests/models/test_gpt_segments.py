@@ -154,7 +154,8 @@ def rotary_before(x_BxTxHxK, positions_T, *, theta=10000.0):
     return rotated.astype(x_BxTxHxK.dtype)
 
 
-def attention_before(q, k, v, segments):
+@jt.traced_in_half
+def causal_attention(q, k, v, segments):
     """As it was before segments."""
     assert segments is None
     implementation = attention._implementation(q.dtype, q.shape[-1])
@@ -174,7 +175,7 @@ def test_a_step_without_segments_is_the_same_program_as_before(monkeypatch, poli
     now = program()
     assert "cummax" not in now
     monkeypatch.setattr(gpt_file, "rotary", rotary_before)
-    monkeypatch.setattr(gpt_file, "causal_attention", attention_before)
+    monkeypatch.setattr(gpt_file, "causal_attention", causal_attention)
     assert program() == now
 
 
