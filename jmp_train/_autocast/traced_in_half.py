@@ -23,7 +23,7 @@ from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import bodies_of, construct_of
-from jmp_train._jaxpr.compat import Body, Equation, Jaxpr
+from jmp_train._jaxpr.compat import AbstractValue, Body, Equation, Jaxpr
 from jmp_train.types import Function
 
 F = TypeVar("F", bound=Function)
@@ -44,13 +44,14 @@ def traced_in_half(fn: F) -> F:
 
     The operations inside are cast by the lists instead, as if it were not marked, where autocast
     cannot call the function: where it sees a derivative or a `vmap` of it (`autocast(jax.grad(f))`;
-    `jax.grad(autocast(f))` calls it), where it uses traced arrays that are not its arguments, where
-    an argument is float64 or complex, where a product inside asks for `precision="highest"`, in
-    `with_precision("float32")`, and under rules that do not have `dot_general` in `compute`.
+    `jax.grad(autocast(f))` calls it), where it uses traced arrays that are not its arguments, or an
+    axis of a `shard_map` that autocast enters, where an argument is float64 or complex, where its
+    results have other shapes in half precision, where a product inside asks for
+    `precision="highest"`, in `with_precision("float32")`, and under rules that do not have
+    `dot_general` in `compute`.
 
     Args:
-      fn: a pure function of pytrees of arrays and any other values, whose results have the same
-        shapes for each dtype.
+      fn: a pure function of pytrees of arrays and of any other values.
 
     Returns:
       A function of the same arguments with the same results and derivatives.
@@ -193,11 +194,17 @@ def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
             results = call.results_in_half(dtype, narrow)
     except (NameError, jax.errors.UnexpectedTracerError):
         return None  # an axis of an outer `shard_map`, or an array of an outer trace
-    if [a.shape for a in results] != [v.aval.shape for v in eqn.outvars]:
+    written = [v.aval for v in eqn.outvars]
+    if list(map(_apart_from_format, results)) != list(map(_apart_from_format, written)):
         return None
     outs = [kind_of_aval(a) for a in results]
     half = call.in_half(dtype)
     return OpPlan(eqn, "compute", dtype, dtypes, outs, "traced in half", in_half=half)
+
+
+def _apart_from_format(aval: AbstractValue) -> tuple[Any, ...]:
+    """Return the shape of an array, and its dtype where it is not a floating one."""
+    return aval.shape, None if kind_of_aval(aval) else aval.dtype
 
 
 def _asks_for_float32(body: Body) -> bool:

@@ -284,13 +284,25 @@ def test_constants_of_the_function_keep_their_values():
     np.testing.assert_array_equal(jt.autocast(f)(jnp.eye(4)), table)
 
 
-def test_shapes_that_depend_on_the_dtype_are_not_followed():
+@pytest.mark.parametrize(
+    "in_half",
+    [lambda y: y[:2], lambda y: y.astype(jnp.int32), lambda y: (y, y)],
+    ids=["shape", "integers", "two"],
+)
+def test_results_that_are_others_in_half_are_not_taken(in_half):
     @jt.traced_in_half
     def f(x):
-        return x @ x if x.dtype == jnp.float32 else (x @ x)[:2]
+        return x @ x if x.dtype == jnp.float32 else in_half(x @ x)
 
     x = jnp.eye(4)
-    np.testing.assert_array_equal(jt.autocast(f)(x), x)
+    np.testing.assert_array_equal(jt.autocast(lambda x: f(x) * 2)(x), 2 * x)
+
+
+def test_collectives_in_a_shard_map_that_autocast_enters():
+    summed = jt.traced_in_half(lambda q, k: jax.lax.psum(q @ k, "d") / 1)
+    q, k = arrays()
+    f = lambda q, k: on_a_mesh(lambda q, k: jnp.broadcast_to(summed(q, k), q.shape))(q, k)
+    np.testing.assert_allclose(jt.autocast(f)(q, k), f(q, k), rtol=0.02, atol=0.02)
 
 
 def test_without_autocast_it_costs_nothing():
