@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import re
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,11 +17,13 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import source_info_util
 
 from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval
 from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
+from jmp_train._autocast.regions import region_of
 from jmp_train._jaxpr import compat
 from jmp_train._jaxpr.bodies import bodies_of, construct_of
 from jmp_train._jaxpr.compat import AbstractValue, Body, Equation, Jaxpr
@@ -44,14 +47,15 @@ def traced_in_half(fn: F) -> F:
 
     The operations inside are cast by the lists instead, as if it were not marked, where autocast
     cannot call the function: where it sees a derivative or a `vmap` of it (`autocast(jax.grad(f))`;
-    `jax.grad(autocast(f))` calls it), where it uses traced arrays that are not its arguments, or an
-    axis of a `shard_map` that autocast enters, where an argument is float64 or complex, where its
-    results have other shapes in half precision, where a product inside asks for
-    `precision="highest"`, in `with_precision("float32")`, and under rules that do not have
-    `dot_general` in `compute`.
+    `jax.grad(autocast(f))` calls it), where it uses traced arrays that are not its arguments, in a
+    `shard_map` that autocast enters, where an argument is float64 or complex, where its
+    results have other shapes in half precision, where it has read something that changed after the
+    call, where a product inside asks for `precision="highest"`, in and around
+    `with_precision("float32")`, and under rules that do not have `dot_general` in `compute`.
 
     Args:
-      fn: a pure function of pytrees of arrays and of any other values.
+      fn: a pure function of pytrees of arrays and of any other values. It gets copies of the
+        pytrees, so that it must not change a module of NNX.
 
     Returns:
       A function of the same arguments with the same results and derivatives.
@@ -77,7 +81,9 @@ def traced_in_half(fn: F) -> F:
         others = [None if i in where else leaf for i, leaf in enumerate(leaves)]
         call = _Call(fn, others, tree, tuple(kwargs), where)
         jitted = jax.jit(call.as_written())
-        _CALLS[compat.body_of(jitted.trace(*arrays).jaxpr).jaxpr] = call
+        body = compat.body_of(jitted.trace(*arrays).jaxpr)
+        if len(body.invars) == len(arrays):  # else it closes over traced arrays
+            _CALLS[body.jaxpr] = call
         return call.rebuild(jitted(*arrays))
 
     return wrapper  # type: ignore[return-value]
@@ -111,7 +117,7 @@ class _Call:
 
         def written(*arrays: Any) -> list[Any]:
             outs, tree = jax.tree.flatten(self._run(self._leaves, arrays))
-            places = [i for i, out in enumerate(outs) if isinstance(out, jax.Array)]
+            places = [i for i, out in enumerate(outs) if isinstance(out, Tracer)]
             found = [outs[i] for i in places]
             for i in places:  # no tracer outlives its trace
                 outs[i] = None
@@ -142,9 +148,23 @@ class _Call:
         def half(*arrays: Any) -> list[Any]:
             context = self._context.copy()  # what the code around the call has set
             outs = jax.tree.leaves(context.run(self._run, leaves, arrays))
-            return [out for out in outs if isinstance(out, jax.Array)]
+            _, written, places = self._results
+            return [outs[i] for i in places] if len(outs) == len(written) else []
 
         return half
+
+    def is_as_written(self, body: Body) -> bool:
+        """Return whether the function still does what it did when it was called.
+
+        A marked function may read what is neither an argument nor a context variable, and changed since.
+        """
+        again = lambda *arrays: [
+            out
+            for out in jax.tree.leaves(self._context.copy().run(self._run, self._leaves, arrays))
+            if isinstance(out, Tracer)
+        ]
+        traced = compat.body_of(compat.trace(again, [v.aval for v in body.invars]))
+        return _text(traced) == _text(body)
 
     def results_in_half(self, dtype: np.dtype, avals: Sequence[Any]) -> list[Any]:
         """Return the types of the results in `dtype`; they are traced once."""
@@ -180,7 +200,7 @@ def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
         return None
     (body,) = map(compat.body_of, bodies_of(eqn))
     call, avals = _CALLS.get(body.jaxpr), [atom.aval for atom in eqn.invars]
-    if call is None or len(avals) != len(call.where) or _asks_for_float32(body):
+    if call is None or len(avals) != len(call.where) or _has_its_own_precision(body):
         return None
     natives = [k and k.native for k in map(kind_of_aval, avals)]
     if FLOAT32 not in natives or not {None, FLOAT32, *HALF}.issuperset(natives):
@@ -191,6 +211,8 @@ def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
     narrow = [compat.aval_like(a, d) if d else a for a, d in zip(avals, dtypes, strict=True)]
     try:
         with compat.context_of(eqn):
+            if not call.is_as_written(body):
+                return None
             results = call.results_in_half(dtype, narrow)
     except (NameError, jax.errors.UnexpectedTracerError):
         return None  # an axis of an outer `shard_map`, or an array of an outer trace
@@ -207,10 +229,19 @@ def _apart_from_format(aval: AbstractValue) -> tuple[Any, ...]:
     return aval.shape, None if kind_of_aval(aval) else aval.dtype
 
 
-def _asks_for_float32(body: Body) -> bool:
-    """Return whether a product in a body asks for full precision."""
+def _text(body: Body) -> str:
+    """Return a jaxpr as text, without the addresses of the functions that its equations keep."""
+    return re.sub(r"\b0x[0-9a-f]+", "", str(body.jaxpr))
+
+
+def _has_its_own_precision(body: Body) -> bool:
+    """Return whether a product in a body asks for full precision, or a part of it is a region."""
     return any(
         asks_for_precision(eqn.params.get("precision"))
-        or (construct_of(eqn) and any(_asks_for_float32(compat.body_of(b)) for b in bodies_of(eqn)))
+        or region_of(eqn, None) is not None
+        or (
+            construct_of(eqn)
+            and any(_has_its_own_precision(compat.body_of(b)) for b in bodies_of(eqn))
+        )
         for eqn in body.eqns
     )
