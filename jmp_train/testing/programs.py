@@ -48,8 +48,8 @@ def assert_no_host_sync(fn: Program, *args: PyTree) -> None:
     - values that Python needs: `bool(x)`, `float(x)`, `x.item()`, `np.asarray(x)`, `if x > 0:`,
       `range(x)`, `x[x > 0]`
     - `jax.device_get`, `x.copy_to_host_async()`, `jax.block_until_ready` and `x.block_until_ready()`
-    - texts: `print(x)`, `logging`, `str(x)`, `repr(x)`, `f"{x}"` and `f"{x:.2f}"`, also of a container
-      such as `{"loss": x}`, in code outside JAX and other installed packages
+    - texts: `print(x)`, `logging`, `str(x)`, `repr(x)`, `f"{x}"` and `f"{x:.2f}"`, also of what holds
+      the array, such as `{"loss": x}` or an `nnx.Param`, in code outside JAX and other installed packages
     - `pure_callback`, `io_callback`, `jax.debug.print`, `infeed` and `outfeed`
 
     Not found is code that a trace does not run, such as derivative rules of a function whose gradient
@@ -140,8 +140,7 @@ def _exchange() -> None:
         "copy_to_host_async": _noting_method("device_get or copy_to_host_async"),
         "block_until_ready": _noting_method("block_until_ready"),
     }
-    texts = ("__format__", "__repr__", "__str__")
-    methods |= {name: _noting_text(getattr(tracer, name), tracer.__repr__) for name in texts}
+    methods |= {name: _noting_text(getattr(tracer, name), tracer.__repr__) for name in _TEXTS}
     _EXCHANGED.update((name, vars(tracer).get(name)) for name in methods)
     for name, method in methods.items():
         setattr(tracer, name, method)
@@ -190,19 +189,28 @@ def _noting_text(plain: Callable[..., str], shown: Callable[[Any], str]) -> Call
     return show
 
 
+_TEXTS = ("__format__", "__repr__", "__str__")
+
 # Modules of pdb and VS Code that show values at a breakpoint, which is not part of the function.
 _DEBUGGERS = frozenset({"bdb", "_pydevd_bundle"})
 
 
 def _users_frame(frame: FrameType | None) -> FrameType | None:
-    """Return the innermost frame outside the standard library and generated code, if it is the user's."""
+    """Return the frame of the user's code that asks for a text, itself or through a package's object.
+
+    The standard library and generated code are passed over. A package that makes a text for itself,
+    such as that of an error, has no such frame.
+    """
+    of_package = ""
     while frame is not None:
         if str(frame.f_globals.get("__name__")).partition(".")[0] in _DEBUGGERS:
             return None
         file = _file_of(frame)
         is_generated = file.startswith("<") and is_library(file)
         if not (is_generated or is_standard_library(file)):
-            return None if is_library(file) or is_installed(file) else frame
+            if not (is_library(file) or is_installed(file)):
+                return frame if of_package in ("", *_TEXTS) else None
+            of_package = frame.f_code.co_name
         frame = frame.f_back
     return None
 

@@ -1,13 +1,11 @@
-"""A function waits for no host, and costs what its reference does; both ways."""
+"""A function does not wait for the host, or the line that does is shown."""
 
 import bdb
 import dataclasses
-import functools
 import logging
 import pprint
 import sys
 import threading
-import types
 from concurrent.futures import ThreadPoolExecutor
 
 import equinox
@@ -17,11 +15,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
 from jax import device_get, lax
 from jax.experimental import io_callback
 
 import jmp_train as jt
-from jmp_train.testing import assert_costs_nothing, assert_no_host_sync
+from jmp_train.testing import assert_no_host_sync
 
 X = jnp.ones((4, 4))
 SHAPE = jax.ShapeDtypeStruct(X.shape, X.dtype)
@@ -167,6 +166,15 @@ def prints_in_lines(x):
     return x
 
 
+def prints_a_variable(x):
+    print(nnx.Param(x))  # prints a variable
+    return x
+
+
+def shows_frozen_variables(x):
+    return x if f"{freeze({'loss': x})}" else -x  # shows frozen variables
+
+
 def shows_as_typed(x):
     return x if f"{x[0]!r}" else -x  # shows as typed
 
@@ -185,6 +193,8 @@ READS = {
     "prints metrics": prints_metrics,
     "prints a dataclass": prints_a_dataclass,
     "prints in lines": prints_in_lines,
+    "prints a variable": prints_a_variable,
+    "shows frozen variables": shows_frozen_variables,
     "shows as typed": shows_as_typed,
     "masks": masks,
     "branches": branches,
@@ -234,6 +244,17 @@ def test_a_text_in_generated_code_of_a_package_is_not_found():
     module = {"__name__": "optax"}
     exec("def fn(x):\n    str(x)\n    return x", module)  # noqa: S102
     assert_no_host_sync(module["fn"], SHAPE)
+
+
+def test_a_text_that_a_package_makes_for_itself_is_not_found():
+    module = {"__name__": "optax"}
+    exec("def check(x):\n    if not repr([x]):\n        raise ValueError(x)", module)  # noqa: S102
+
+    def fn(x):
+        module["check"](nnx.Param(x))
+        return x
+
+    assert_no_host_sync(fn, SHAPE)
 
 
 def test_values_that_the_host_has_are_shown_without_a_read():
@@ -300,11 +321,11 @@ def test_traced_arrays_of_other_threads_are_not_the_functions():
 
 
 def test_a_traced_program_is_checked_and_a_compiled_one_refused():
-    assert_no_host_sync(jax.jit(product).trace(X))
+    assert_no_host_sync(jax.jit(jnp.sin).trace(X))
     with pytest.raises(AssertionError, match="no call of the host"):
         assert_no_host_sync(nnx.jit(printed).trace(X))
     with pytest.raises(TypeError, match="expected a function or a traced program, got Compiled"):
-        assert_no_host_sync(jax.jit(product).lower(X).compile())
+        assert_no_host_sync(jax.jit(jnp.sin).lower(X).compile())
 
 
 class Dropped(equinox.Module):
@@ -319,13 +340,7 @@ class Dropped(equinox.Module):
 @pytest.mark.parametrize("wrap", [lambda f: f, equinox.filter_jit])
 def test_leaves_of_a_module_that_are_not_arrays_are_static(wrap):
     module = Dropped(X, jnp.tanh, True)
-    fn = wrap(lambda module, x: module(x))
-    assert_no_host_sync(fn, module, X)
-    assert_costs_nothing(fn, fn, module, X)
-    with pytest.raises(AssertionError, match="FLOPs"):
-        assert_costs_nothing(fn, wrap(lambda module, x: x), module, X)
-    shapes = jax.eval_shape(lambda: X)
-    assert_costs_nothing(fn, fn, Dropped(shapes, jnp.tanh, True), shapes)
+    assert_no_host_sync(wrap(lambda module, x: module(x)), module, X)
     with pytest.raises(AssertionError, match="no read of an array"):
         assert_no_host_sync(wrap(lambda module, x: branches(module(x))), module, X)
 
@@ -368,114 +383,6 @@ def test_on_an_accelerator_it_also_runs_under_the_transfer_guard(monkeypatch, do
     assert f"{__file__}:{line_of('refused')} (fn)" in str(caught.value)
 
 
-@pytest.mark.parametrize("check", [assert_no_host_sync, lambda f: assert_costs_nothing(f, f)])
-def test_something_else_than_a_function_is_refused(check):
+def test_something_else_than_a_function_is_refused():
     with pytest.raises(TypeError, match="expected a function or a compiled program, got int"):
-        check(3)
-
-
-def product(x):
-    return jnp.tanh(x @ x)
-
-
-def test_a_program_costs_what_it_costs():
-    assert_costs_nothing(product, jax.jit(lambda x: lax.tanh(jnp.dot(x, x))), X)
-    compiled = jax.jit(product).lower(X).compile()
-    assert_costs_nothing(compiled, product, SHAPE)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        lambda x: jnp.tanh(x @ x @ x),
-        lambda x: lax.scan(lambda c, _: (c @ x, None), jnp.tanh(x @ x), None, length=3)[0],
-        lambda x: (
-            product(x) + jax.grad(lambda x: jnp.sum(lax.cond(x.sum() > 0, product, jnp.sin, x)))(x)
-        ),
-    ],
-    ids=["product", "scan", "cond_and_gradient"],
-)
-def test_more_work_is_shown_in_both_figures(more):
-    with pytest.raises(AssertionError, match="the cost of the reference") as caught:
-        assert_costs_nothing(more, product, X)
-    ours, theirs = (jax.jit(f).lower(X).compile().cost_analysis()["flops"] for f in (more, product))
-    assert f"FLOPs: {ours:,.0f}, reference {theirs:,.0f} ({ours / theirs - 1:+.2%})" in str(
-        caught.value
-    )
-
-
-@pytest.mark.parametrize("jit", [jax.jit, nnx.jit, equinox.filter_jit])
-def test_programs_of_every_jit_are_compared(jit):
-    lowered = jit(product).lower(X)
-    assert_costs_nothing(lowered, lowered.compile())
-    assert_costs_nothing(jit(product), lowered.compile(), X)
-    with pytest.raises(AssertionError, match="FLOPs"):
-        assert_costs_nothing(jit(lambda x: product(x) @ x), lowered, X)
-
-
-def test_a_cheaper_program_passes_and_a_dearer_one_does_not():
-    assert_costs_nothing(product, lambda x: product(x) @ x, X)
-    with pytest.raises(AssertionError, match="figures that are larger"):
-        assert_costs_nothing(lambda x: product(x) @ x, product, X)
-
-
-def test_a_count_that_xla_leaves_out_is_zero():
-    reverse = lambda x: x[::-1]
-    assert "flops" not in jax.jit(reverse).lower(X).compile().cost_analysis()
-    with pytest.raises(AssertionError, match="FLOPs: 32, reference 0\n"):
-        assert_costs_nothing(lambda x: (x + 1)[::-1] * x, reverse, X)
-    assert_costs_nothing(reverse, lambda x: (x + 1)[::-1] * x, X)
-
-
-def test_transcendental_functions_are_counted():
-    with pytest.raises(AssertionError, match="transcendental functions: 16, reference 0") as caught:
-        assert_costs_nothing(lambda x: jnp.tanh(x) * x, lambda x: x * x, X)
-    assert "(as expected) FLOPs: 16, reference 16" in str(caught.value)
-
-
-class Measured(jax.stages.Compiled):
-    """A compiled program of which XLA tells the temporary memory, and counts or none."""
-
-    def __init__(self, temporary, counts=None):
-        self._temporary = temporary
-        self._counts = counts
-
-    def cost_analysis(self):
-        return self._counts
-
-    def memory_analysis(self):
-        return types.SimpleNamespace(temp_size_in_bytes=self._temporary)
-
-
-def test_an_unknown_figure_is_not_called_expected():
-    with pytest.raises(AssertionError, match="bytes of temporary memory: 8, reference 4") as caught:
-        assert_costs_nothing(Measured(8), Measured(4))
-    assert "(unknown) FLOPs: unknown, reference unknown" in str(caught.value)
-    assert "as expected" not in str(caught.value)
-
-
-def test_a_negative_count_of_xla_is_unknown():
-    assert_costs_nothing(lambda x: x, looked_up, X)  # a custom call
-    called = Measured(8, {"flops": -1.0, "bytes accessed": -1.0})
-    assert_costs_nothing(Measured(8, {}), called)
-    assert_costs_nothing(called, Measured(8, {"transcendentals": 1.0}))
-    with pytest.raises(AssertionError, match="1 of 4 figures that are larger") as caught:
-        assert_costs_nothing(Measured(9, {"flops": 100.0}), called)
-    assert "(unknown) FLOPs: 100, reference unknown" in str(caught.value)
-
-
-@pytest.mark.parametrize("rtol", [-1, float("nan"), float("inf")])
-def test_a_tolerance_that_is_no_bound_is_refused(rtol):
-    with pytest.raises(ValueError, match="expected 0 or more, and finite"):
-        assert_costs_nothing(product, product, X, rtol=rtol)
-
-
-def test_a_difference_within_the_tolerance_passes():
-    more = functools.partial(jnp.add, 1.0)
-    larger, smaller = jnp.ones(101), jnp.ones(100)
-    programs = [jax.jit(more).lower(x).compile() for x in (larger, smaller)]
-    assert_costs_nothing(*programs, rtol=0.02)
-    with pytest.raises(AssertionError, match=r"rtol=0.005"):
-        assert_costs_nothing(*programs, rtol=0.005)
-    with pytest.raises(ValueError, match="rtol is -1; expected 0 or more"):
-        assert_costs_nothing(*programs, rtol=-1)
+        assert_no_host_sync(3)
