@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jmp_train._autocast.flat import flat_call
 from jmp_train._autocast.kinds import kind_of_input
 from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.plans import Plan
@@ -20,40 +21,19 @@ class TracedFunction:
     """A function traced to a jaxpr of its arrays; its other arguments and results are stored."""
 
     def __init__(self, fn: Function, args: Any, kwargs: Any):
-        leaves, tree = jax.tree.flatten((args, kwargs))
-        where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-        self.arrays = [leaves[i] for i in where]
-        self._outs: list[Operand] = []
-        self._places: list[int] = []
-        self._tree: Any = None
-
-        def flat(*arrays: Any) -> Any:
-            full = list(leaves)
-            for i, array in zip(where, arrays, strict=True):
-                full[i] = array
-            args, kwargs = jax.tree.unflatten(tree, full)
-            outs, self._tree = jax.tree.flatten(fn(*args, **kwargs))
-            self._places = [i for i, out in enumerate(outs) if isinstance(out, jax.Array)]
-            traced = [outs[i] for i in self._places]
-            for i in self._places:  # no tracer outlives its trace
-                outs[i] = None
-            self._outs = outs
-            return traced
-
-        name = getattr(fn, "__name__", type(fn).__name__)
-        self.closed = compat.trace(flat, self.arrays, name)
+        is_result = lambda leaf: isinstance(leaf, jax.Array)
+        self._call, self.arrays = flat_call(fn, args, kwargs, _is_array, is_result)
+        flat = lambda *arrays: self._call(*arrays)
+        self.closed = compat.trace(flat, self.arrays, self._call.name)
         self.kinds = [kind_of_input(v.aval) for v in compat.body_of(self.closed).invars]
 
     def plan(self, planner: Planner) -> Plan:
         """Return its plan; the results keep their dtypes."""
-        return planner.plan(self.closed, self.kinds, fixed_outputs=len(self._places))
+        return planner.plan(self.closed, self.kinds, fixed_outputs=len(self._call.places))
 
     def rebuild(self, arrays: Sequence[Operand]) -> Any:
         """Return the results of the function, with other arrays."""
-        full = list(self._outs)
-        for i, array in zip(self._places, arrays, strict=True):
-            full[i] = array
-        return jax.tree.unflatten(self._tree, full)
+        return self._call.rebuild(arrays)
 
 
 def _is_array(leaf: Any) -> bool:

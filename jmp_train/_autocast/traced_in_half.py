@@ -20,6 +20,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import source_info_util
 
+from jmp_train._autocast.flat import FlatCall, flat_call
 from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval
 from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
@@ -73,68 +74,36 @@ def traced_in_half(fn: F) -> F:
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        leaves, tree = jax.tree.flatten((args, tuple(kwargs.values())))
-        where = [i for i, leaf in enumerate(leaves) if compat.is_staged_array(leaf)]
-        if not where or getattr(jax.config, "jax_disable_jit", False):
+        flat, arrays = flat_call(fn, args, kwargs, compat.is_staged_array, _is_tracer)
+        if not arrays or getattr(jax.config, "jax_disable_jit", False):
             return fn(*args, **kwargs)
-        arrays = [leaves[i] for i in where]
-        others = [None if i in where else leaf for i, leaf in enumerate(leaves)]
-        call = _Call(fn, others, tree, tuple(kwargs), where)
+        call = _Call(flat)
         jitted = jax.jit(call.as_written())
         body = compat.body_of(jitted.trace(*arrays).jaxpr)
         if len(body.invars) == len(arrays):  # else it closes over traced arrays
             _CALLS[body.jaxpr] = call
-        return call.rebuild(jitted(*arrays))
+        return flat.rebuild(jitted(*arrays))
 
     return wrapper  # type: ignore[return-value]
 
 
+def _is_tracer(leaf: Any) -> bool:
+    return isinstance(leaf, Tracer)
+
+
 class _Call:
-    """A call of a marked function, as a function of its traced arrays.
+    """A call of a marked function, and what the code around it had set."""
 
-    Args:
-      fn: the function.
-      leaves: those of its arguments, None in the places of traced arrays.
-      tree: the structure of its arguments and of the values of its keywords.
-      names: its keywords.
-      where: the places of the traced arrays.
-    """
-
-    def __init__(
-        self, fn: Function, leaves: list[Any], tree: Any, names: Sequence[str], where: list[int]
-    ):
-        self.fn = fn
-        self.where = where
-        self._leaves = leaves
-        self._tree = tree
-        self._names = names
-        self._results: tuple[Any, list[Any], list[int]] = (None, [], [])
+    def __init__(self, flat: FlatCall):
+        self.flat = flat
         self._context = contextvars.copy_context()
         self._narrow: dict[Any, Any] = {}
 
     def as_written(self) -> Function:
         """Return a new function of the traced arrays, of which JAX knows no jaxpr."""
-
-        def written(*arrays: Any) -> list[Any]:
-            outs, tree = jax.tree.flatten(self._run(self._leaves, arrays))
-            places = [i for i, out in enumerate(outs) if isinstance(out, Tracer)]
-            found = [outs[i] for i in places]
-            for i in places:  # no tracer outlives its trace
-                outs[i] = None
-            self._results = tree, outs, places
-            return found
-
-        name = getattr(self.fn, "__name__", type(self.fn).__name__)
-        written.__name__ = written.__qualname__ = name
+        written = lambda *arrays: self.flat(*arrays)
+        written.__name__ = written.__qualname__ = self.flat.name
         return written
-
-    def rebuild(self, arrays: Sequence[Any]) -> Any:
-        """Return the results of the function, with the arrays of a call."""
-        tree, outs, places = self._results
-        full = list(outs)
-        for i, array in zip(places, arrays, strict=True):
-            full[i] = array
-        return jax.tree.unflatten(tree, full)
 
     def in_half(self, dtype: np.dtype) -> Callable[..., list[Any]]:
         """Return the function of traced arrays with its other float32 arrays in `dtype`."""
@@ -142,14 +111,13 @@ class _Call:
             jnp.asarray(x, dtype)
             if isinstance(x, (jax.Array, np.ndarray, np.generic)) and x.dtype == FLOAT32
             else x
-            for x in self._leaves
+            for x in self.flat.leaves
         ]
 
         def half(*arrays: Any) -> list[Any]:
-            context = self._context.copy()  # what the code around the call has set
-            outs = jax.tree.leaves(context.run(self._run, leaves, arrays))
-            _, written, places = self._results
-            return [outs[i] for i in places] if len(outs) == len(written) else []
+            outs = jax.tree.leaves(self._run(leaves, arrays))
+            same = len(outs) == len(self.flat.results)
+            return [outs[i] for i in self.flat.places] if same else []
 
         return half
 
@@ -159,9 +127,7 @@ class _Call:
         A marked function may read what is neither an argument nor a context variable, and changed since.
         """
         again = lambda *arrays: [
-            out
-            for out in jax.tree.leaves(self._context.copy().run(self._run, self._leaves, arrays))
-            if isinstance(out, Tracer)
+            out for out in jax.tree.leaves(self._run(self.flat.leaves, arrays)) if _is_tracer(out)
         ]
         traced = compat.body_of(compat.trace(again, [v.aval for v in body.invars]))
         return _text(traced) == _text(body)
@@ -174,11 +140,8 @@ class _Call:
         return [v.aval for v in self._narrow[key]]
 
     def _run(self, leaves: Sequence[Any], arrays: Sequence[Any]) -> Any:
-        full = list(leaves)
-        for i, array in zip(self.where, arrays, strict=True):
-            full[i] = array
-        args, values = jax.tree.unflatten(self._tree, full)
-        return self.fn(*args, **dict(zip(self._names, values, strict=True)))
+        """Return what the function returns, and store nothing; in a copy of the context."""
+        return self._context.copy().run(self.flat.run, leaves, arrays)
 
 
 #: The calls of marked functions, by the jaxpr of each.
@@ -200,7 +163,7 @@ def plan_in_half(eqn: Equation, dtype: np.dtype) -> OpPlan | None:
         return None
     (body,) = map(compat.body_of, bodies_of(eqn))
     call, avals = _CALLS.get(body.jaxpr), [atom.aval for atom in eqn.invars]
-    if call is None or len(avals) != len(call.where) or _has_its_own_precision(body):
+    if call is None or len(avals) != len(call.flat.where) or _has_its_own_precision(body):
         return None
     natives = [k and k.native for k in map(kind_of_aval, avals)]
     if FLOAT32 not in natives or not {None, FLOAT32, *HALF}.issuperset(natives):
