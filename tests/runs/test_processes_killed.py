@@ -7,8 +7,8 @@ import subprocess
 import time
 
 import pytest
+from helpers.processes import curve, end, start
 from helpers.saved_arrays import assert_same_arrays, final_arrays
-from test_processes import curve, end, start
 
 pytestmark = pytest.mark.slow
 
