@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.extend import source_info_util
 
 from jmp_train._jaxpr.compat import Operand
 from jmp_train.types import Function
+
+# The line that an equation was written in is one of the function.
+source_info_util.register_exclusion(__file__)
 
 
 @dataclasses.dataclass
@@ -81,3 +86,16 @@ def flat_call(
     others = [None if is_array(leaf) else leaf for leaf in leaves]
     call = FlatCall(fn, others, where, tree, tuple(kwargs), is_result)
     return call, [leaves[i] for i in where]
+
+
+def is_array(leaf: Any) -> bool:
+    """Return whether JAX has arrays like a leaf of arguments; plain numbers are none."""
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        if leaf.dtype.kind == "T":  # JAX has types of texts of variable length, but no operations
+            return False
+        try:
+            jax.typeof(leaf)
+        except TypeError:  # JAX has no arrays of objects, texts and dates
+            return False
+        return True
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))

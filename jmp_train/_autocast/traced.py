@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from jmp_train._autocast.flat import flat_call
+from jmp_train._autocast.flat import flat_call, is_array
 from jmp_train._autocast.kinds import kind_of_input
 from jmp_train._autocast.planner import Planner
 from jmp_train._autocast.plans import Plan
@@ -22,7 +21,7 @@ class TracedFunction:
 
     def __init__(self, fn: Function, args: Any, kwargs: Any):
         is_result = lambda leaf: isinstance(leaf, jax.Array)
-        self._call, self.arrays = flat_call(fn, args, kwargs, _is_array, is_result)
+        self._call, self.arrays = flat_call(fn, args, kwargs, is_array, is_result)
         flat = lambda *arrays: self._call(*arrays)
         self.closed = compat.trace(flat, self.arrays, self._call.name)
         self.kinds = [kind_of_input(v.aval) for v in compat.body_of(self.closed).invars]
@@ -34,15 +33,3 @@ class TracedFunction:
     def rebuild(self, arrays: Sequence[Operand]) -> Any:
         """Return the results of the function, with other arrays."""
         return self._call.rebuild(arrays)
-
-
-def _is_array(leaf: Any) -> bool:
-    if isinstance(leaf, (np.ndarray, np.generic)):
-        if leaf.dtype.kind == "T":  # JAX has types of texts of variable length, but no operations
-            return False
-        try:
-            jax.typeof(leaf)
-        except TypeError:  # JAX has no arrays of objects, texts and dates
-            return False
-        return True
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))

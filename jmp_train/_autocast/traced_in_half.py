@@ -20,7 +20,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import source_info_util
 
-from jmp_train._autocast.flat import FlatCall, flat_call
+from jmp_train._autocast.flat import FlatCall, flat_call, is_array
 from jmp_train._autocast.kinds import FLOAT32, HALF, kind_of_aval
 from jmp_train._autocast.plan_operations import asks_for_precision
 from jmp_train._autocast.plans import OpPlan
@@ -50,7 +50,7 @@ def traced_in_half(fn: F) -> F:
     cannot call the function: where it sees a derivative or a `vmap` of it (`autocast(jax.grad(f))`;
     `jax.grad(autocast(f))` calls it), where it uses traced arrays that are not its arguments, in a
     `shard_map` that autocast enters, where an argument is float64 or complex, where its
-    results have other shapes in half precision, where it has read something that changed after the
+    results have another structure or other shapes in half precision, where it has read something that changed after the
     call, where a product inside asks for `precision="highest"`, in and around
     `with_precision("float32")`, and under rules that do not have `dot_general` in `compute`.
 
@@ -115,9 +115,10 @@ class _Call:
         ]
 
         def half(*arrays: Any) -> list[Any]:
-            outs = jax.tree.leaves(self._run(leaves, arrays))
-            same = len(outs) == len(self.flat.results)
-            return [outs[i] for i in self.flat.places] if same else []
+            outs, tree = jax.tree.flatten(self._run(leaves, arrays))
+            found = [outs[i] for i in self.flat.places if i < len(outs)]
+            same = tree == self.flat.results_tree and all(map(is_array, found))
+            return found if same else []
 
         return half
 

@@ -196,21 +196,25 @@ _DEBUGGERS = frozenset({"bdb", "_pydevd_bundle"})
 
 
 def _users_frame(frame: FrameType | None) -> FrameType | None:
-    """Return the frame of the user's code that asks for a text, itself or through a package's object.
+    """Return the frame of the user's code that asks for a text, itself or through an object's methods.
 
     The standard library and generated code are passed over. A package that makes a text for itself,
-    such as that of an error, has no such frame.
+    such as that of an error, has no such frame; one whose handler `logging` calls has.
     """
-    of_package = ""
+    asked = True
     while frame is not None:
-        if str(frame.f_globals.get("__name__")).partition(".")[0] in _DEBUGGERS:
+        module = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if module in _DEBUGGERS:
             return None
+        is_text = frame.f_code.co_name in _TEXTS
         file = _file_of(frame)
         is_generated = file.startswith("<") and is_library(file)
-        if not (is_generated or is_standard_library(file)):
-            if not (is_library(file) or is_installed(file)):
-                return frame if of_package in ("", *_TEXTS) else None
-            of_package = frame.f_code.co_name
+        if is_generated or is_standard_library(file):
+            asked |= module == "logging"
+        elif is_library(file) or is_installed(file):
+            asked = is_text
+        elif not (asked and is_text):
+            return frame if asked else None
         frame = frame.f_back
     return None
 

@@ -239,8 +239,7 @@ def test_keywords_keep_their_order():
     np.testing.assert_array_equal(got, [0.0, 1.0])
 
 
-def test_arrays_that_are_closed_over_and_traced():
-    """Autocast cannot cast them, so the lists apply inside."""
+def test_the_lists_apply_where_traced_arrays_are_closed_over():
 
     def loss(mark):
         def run(w, x):
@@ -257,8 +256,7 @@ def test_arrays_that_are_closed_over_and_traced():
         chex.assert_trees_all_close(*cast)
 
 
-def test_functions_of_one_name_are_told_apart():
-    """Even those that are the same function in float32."""
+def test_functions_of_one_name_that_are_the_same_in_float32_are_told_apart():
 
     def make(factor):
         @jt.traced_in_half
@@ -283,11 +281,16 @@ def test_constants_of_the_function_keep_their_values():
     np.testing.assert_array_equal(jt.autocast(f)(jnp.eye(4)), table)
 
 
-@pytest.mark.parametrize(
-    "in_half",
-    [lambda y: y[:2], lambda y: y.astype(jnp.int32), lambda y: (y, y)],
-    ids=["shape", "integers", "two"],
-)
+OTHERS = {
+    "shape": lambda y: y[:2],
+    "integers": lambda y: y.astype(jnp.int32),
+    "two": lambda y: (y, y),
+    "structure": lambda y: [y],
+    "text": str,
+}
+
+
+@pytest.mark.parametrize("in_half", OTHERS.values(), ids=OTHERS)
 def test_results_that_are_others_in_half_are_not_taken(in_half):
     @jt.traced_in_half
     def f(x):
@@ -343,8 +346,7 @@ def test_nothing_is_kept_of_a_program_that_is_gone():
     assert len(_CALLS) < before and gone() is None
 
 
-def test_without_a_program_it_is_called_as_it_is():
-    """So values decide in Python, and nothing is compiled."""
+def test_without_a_program_it_is_called_as_it_is_and_not_compiled():
 
     @jt.traced_in_half
     def f(x):
@@ -476,12 +478,14 @@ def test_lines_inside_stay_under_autocast():
     lines = Path(__file__).read_text().splitlines()
     line = next(i for i, text in enumerate(lines, 1) if text.endswith("# this line"))
     assert f"test_traced_in_half.py:{line} " in str(found)
+    inside = jax.make_jaxpr(lambda q: jt.traced_in_half(jnp.matmul)(q, q))(jnp.ones((4, 4)))
+    assert "flat.py" not in inside.pretty_print(source_info=True)
 
 
 @pytest.mark.parametrize("policy", test_gpu_first.HALF)
 @pytest.mark.parametrize("way", test_gpu_first.WAYS)
 def test_attention_is_cudnns_in_each_way_to_half_precision(monkeypatch, way, policy):
-    """The train step lowered for CUDA: its checks for the library and the GPU pass here."""
+    """Lowered for CUDA: its checks for the library and the GPU pass here."""
     from jax._src.cudnn import fused_attention_stablehlo as checks
 
     monkeypatch.setattr(checks, "check_cudnn_version", lambda: 91_000)

@@ -166,6 +166,24 @@ def prints_in_lines(x):
     return x
 
 
+class Shown:
+    """A class of the user's with a text; JAX takes it for the name of a function."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, x):
+        return x
+
+    def __repr__(self):
+        return f"Shown({self.value})"
+
+
+def prints_an_object(x):
+    print(Shown(x))  # prints an object
+    return x
+
+
 def prints_a_variable(x):
     print(nnx.Param(x))  # prints a variable
     return x
@@ -193,6 +211,7 @@ READS = {
     "prints metrics": prints_metrics,
     "prints a dataclass": prints_a_dataclass,
     "prints in lines": prints_in_lines,
+    "prints an object": prints_an_object,
     "prints a variable": prints_a_variable,
     "shows frozen variables": shows_frozen_variables,
     "shows as typed": shows_as_typed,
@@ -252,9 +271,27 @@ def test_a_text_that_a_package_makes_for_itself_is_not_found():
 
     def fn(x):
         module["check"](nnx.Param(x))
-        return x
+        module["check"](Shown(x))
+        return jax.jit(Shown(x))(x)
 
     assert_no_host_sync(fn, SHAPE)
+
+
+def test_a_record_that_a_handler_of_a_package_shows_is_found():
+    module = {"__name__": "optax", "logging": logging}
+    code = (
+        "class Handler(logging.Handler):\n    def emit(self, record):\n        record.getMessage()"
+    )
+    exec(code, module)  # noqa: S102
+    logger = logging.getLogger("test_no_host_sync.handler")
+    logger.addHandler(module["Handler"]())
+
+    def fn(x):
+        logger.warning("sum %s", x.sum())
+        return x
+
+    with pytest.raises(AssertionError, match="a text of the value"):
+        assert_no_host_sync(fn, X)
 
 
 def test_values_that_the_host_has_are_shown_without_a_read():
