@@ -48,7 +48,7 @@ def assert_no_host_sync(fn: Program, *args: PyTree) -> None:
     - values that Python needs: `bool(x)`, `float(x)`, `x.item()`, `np.asarray(x)`, `if x > 0:`,
       `range(x)`, `x[x > 0]`
     - `jax.device_get`, `x.copy_to_host_async()`, `jax.block_until_ready` and `x.block_until_ready()`
-    - texts: `print(x)`, `logging`, `str(x)`, `repr(x)`, `f"{x}"` and `f"{x:.2f}"`, also of what holds
+    - texts: `print(x)`, `rich.print(x)`, `logging`, `str(x)`, `repr(x)`, `f"{x}"` and `f"{x:.2f}"`, also of what holds
       the array, such as `{"loss": x}` or an `nnx.Param`, in code outside JAX and other installed packages
     - `pure_callback`, `io_callback`, `jax.debug.print`, `infeed` and `outfeed`
 
@@ -193,13 +193,15 @@ _TEXTS = ("__format__", "__repr__", "__str__")
 
 # Modules of pdb and VS Code that show values at a breakpoint, which is not part of the function.
 _DEBUGGERS = frozenset({"bdb", "_pydevd_bundle"})
+# Packages that show what they are given; what other packages make a text of is not asked for.
+_SHOW = frozenset({"absl", "logging", "loguru", "rich", "treescope"})
 
 
 def _users_frame(frame: FrameType | None) -> FrameType | None:
     """Return the frame of the user's code that asks for a text, itself or through an object's methods.
 
     The standard library and generated code are passed over. A package that makes a text for itself,
-    such as that of an error, has no such frame; one whose handler `logging` calls has.
+    such as that of an error, has no such frame.
     """
     asked = True
     while frame is not None:
@@ -210,9 +212,9 @@ def _users_frame(frame: FrameType | None) -> FrameType | None:
         file = _file_of(frame)
         is_generated = file.startswith("<") and is_library(file)
         if is_generated or is_standard_library(file):
-            asked |= module == "logging"
+            asked |= module in _SHOW
         elif is_library(file) or is_installed(file):
-            asked = is_text
+            asked = is_text or module in _SHOW
         elif not (asked and is_text):
             return frame if asked else None
         frame = frame.f_back

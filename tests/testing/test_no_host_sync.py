@@ -8,12 +8,14 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import absl.logging
 import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import rich
 from flax import nnx
 from flax.core import freeze
 from jax import device_get, lax
@@ -151,6 +153,16 @@ class Metrics:
     loss: jax.Array
 
 
+def logs_by_absl(x):
+    absl.logging.warning("sum %s", x.sum())  # logs by absl
+    return x
+
+
+def prints_richly(x):
+    rich.print({"loss": x.sum()})  # prints richly
+    return x
+
+
 def prints_metrics(x):
     print({"loss": x.sum()})  # prints metrics
     return x
@@ -208,6 +220,8 @@ READS = {
     "formats": formats,
     "shows": shows,
     "logs": logs,
+    "logs by absl": logs_by_absl,
+    "prints richly": prints_richly,
     "prints metrics": prints_metrics,
     "prints a dataclass": prints_a_dataclass,
     "prints in lines": prints_in_lines,
