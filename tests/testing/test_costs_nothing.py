@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.models import Dropped
 from jax import lax
 
 from jmp_train.testing import assert_costs_nothing
@@ -74,15 +75,6 @@ def test_transcendental_functions_are_counted():
     with pytest.raises(AssertionError, match="transcendental functions: 16, reference 0") as caught:
         assert_costs_nothing(lambda x: jnp.tanh(x) * x, lambda x: x * x, X)
     assert "(as expected) FLOPs: 16, reference 16" in str(caught.value)
-
-
-class Dropped(equinox.Module):
-    weight: jax.Array
-    activation: object
-    inference: bool
-
-    def __call__(self, x):
-        return self.activation(x @ self.weight) if self.inference else x
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, equinox.filter_jit])

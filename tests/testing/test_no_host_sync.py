@@ -18,6 +18,7 @@ import pytest
 import rich
 from flax import nnx
 from flax.core import freeze
+from helpers.models import Dropped
 from jax import device_get, lax
 from jax.experimental import io_callback
 
@@ -377,15 +378,6 @@ def test_a_traced_program_is_checked_and_a_compiled_one_refused():
         assert_no_host_sync(nnx.jit(printed).trace(X))
     with pytest.raises(TypeError, match="expected a function or a traced program, got Compiled"):
         assert_no_host_sync(jax.jit(jnp.sin).lower(X).compile())
-
-
-class Dropped(equinox.Module):
-    weight: jax.Array
-    activation: object
-    inference: bool
-
-    def __call__(self, x):
-        return self.activation(x @ self.weight) if self.inference else x
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, equinox.filter_jit])
