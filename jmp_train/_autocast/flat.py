@@ -83,9 +83,10 @@ def flat_call(
     """Return a call as a function of its arrays, and the arrays, which it does not keep."""
     leaves, tree = jax.tree.flatten((args, tuple(kwargs.values())))
     where = [i for i, leaf in enumerate(leaves) if is_array(leaf)]
-    others = [None if is_array(leaf) else leaf for leaf in leaves]
-    call = FlatCall(fn, others, where, tree, tuple(kwargs), is_result)
-    return call, [leaves[i] for i in where]
+    arrays = [leaves[i] for i in where]
+    for i in where:
+        leaves[i] = None
+    return FlatCall(fn, leaves, where, tree, tuple(kwargs), is_result), arrays
 
 
 def is_array(leaf: Any) -> bool:

@@ -116,9 +116,10 @@ class _Call:
 
         def half(*arrays: Any) -> list[Any]:
             outs, tree = jax.tree.flatten(self._run(leaves, arrays))
-            found = [outs[i] for i in self.flat.places if i < len(outs)]
-            same = tree == self.flat.results_tree and all(map(is_array, found))
-            return found if same else []
+            if tree != self.flat.results_tree:
+                return []
+            found = [outs[i] for i in self.flat.places]
+            return found if all(map(is_array, found)) else []
 
         return half
 
