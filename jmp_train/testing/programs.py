@@ -192,33 +192,50 @@ def _noting_text(plain: Callable[..., str], shown: Callable[[Any], str]) -> Call
 _TEXTS = ("__format__", "__repr__", "__str__")
 
 # Modules of pdb and VS Code that show values at a breakpoint, which is not part of the function.
-_DEBUGGERS = frozenset({"bdb", "_pydevd_bundle"})
-# Packages that show what they are given; what other packages make a text of is not asked for.
-_SHOW = frozenset({"absl", "logging", "loguru", "rich", "treescope"})
+_DEBUGGERS = ("bdb", "_pydevd_bundle")
+# Modules that show what they are given; what others in packages make a text of is not asked for.
+_SHOW = (
+    "absl",
+    "equinox._pretty_print",
+    "flax.core.frozen_dict",
+    "flax.nnx.visualization",
+    "logging",
+    "loguru",
+    "numpy",
+    "rich",
+    "treescope",
+    "wadler_lindig",
+)
+# Modules that call what they are given, such as `jax.tree.map(str, x)`.
+_CALL = ("jax._src.tree", "jax._src.tree_util")
 
 
 def _users_frame(frame: FrameType | None) -> FrameType | None:
     """Return the frame of the user's code that asks for a text, itself or through an object's methods.
 
-    The standard library and generated code are passed over. A package that makes a text for itself,
-    such as that of an error, has no such frame.
+    The standard library, generated code and what calls a given function are passed over. A package
+    that makes a text for itself, such as that of an error, has no such frame.
     """
     asked = True
     while frame is not None:
-        module = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if module in _DEBUGGERS:
+        module = str(frame.f_globals.get("__name__"))
+        if _is_in(module, _DEBUGGERS):
             return None
         is_text = frame.f_code.co_name in _TEXTS
         file = _file_of(frame)
         is_generated = file.startswith("<") and is_library(file)
-        if is_generated or is_standard_library(file):
-            asked |= module in _SHOW
+        if is_generated or is_standard_library(file) or module in _CALL:
+            asked |= _is_in(module, _SHOW)
         elif is_library(file) or is_installed(file):
-            asked = is_text or module in _SHOW
+            asked = is_text or _is_in(module, _SHOW)
         elif not (asked and is_text):
             return frame if asked else None
         frame = frame.f_back
     return None
+
+
+def _is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in packages)
 
 
 def _file_of(frame: FrameType) -> str:

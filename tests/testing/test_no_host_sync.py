@@ -206,6 +206,29 @@ def shows_frozen_variables(x):
     return x if f"{freeze({'loss': x})}" else -x  # shows frozen variables
 
 
+def shows_variables_prettily(x):
+    return x if freeze({"loss": x}).pretty_repr() else -x  # shows variables prettily
+
+
+def displays_a_variable(x):
+    nnx.display(nnx.Param(x))  # displays a variable
+    return x
+
+
+def shows_leaves_of_a_module(x):
+    return x if equinox.tree_pformat({"loss": x}, short_arrays=False) else -x  # shows leaves
+
+
+def shows_every_leaf(x):
+    return x if jax.tree.map(str, {"loss": x}) else -x  # shows every leaf
+
+
+def shows_objects(x):
+    objects = np.empty(1, object)
+    objects[0] = x
+    return x if str(objects) else -x  # shows objects
+
+
 def shows_as_typed(x):
     return x if f"{x[0]!r}" else -x  # shows as typed
 
@@ -229,6 +252,11 @@ READS = {
     "prints an object": prints_an_object,
     "prints a variable": prints_a_variable,
     "shows frozen variables": shows_frozen_variables,
+    "shows variables prettily": shows_variables_prettily,
+    "displays a variable": displays_a_variable,
+    "shows leaves": shows_leaves_of_a_module,
+    "shows every leaf": shows_every_leaf,
+    "shows objects": shows_objects,
     "shows as typed": shows_as_typed,
     "masks": masks,
     "branches": branches,
@@ -287,6 +315,7 @@ def test_a_text_that_a_package_makes_for_itself_is_not_found():
     def fn(x):
         module["check"](nnx.Param(x))
         module["check"](Shown(x))
+        jax.tree.map(module["check"], {"x": x})
         return jax.jit(Shown(x))(x)
 
     assert_no_host_sync(fn, SHAPE)
