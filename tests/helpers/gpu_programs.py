@@ -111,6 +111,9 @@ def _for_cpu(text):
     text = re.sub(
         r", (?:backend_config=\{.*\}|metadata=\{[^{}]*\})(?=, |$)", "", text, flags=re.MULTILINE
     )
+    # A fusion on another stream, from jaxlib 0.11 on: its start has the result.
+    text = re.sub(r"= \(\([^()]*\), (.*), u32\[\]\) fusion-start\(", r"= \1 fusion(", text)
+    text = text.replace(" fusion-done(", " copy(")
     text = re.sub(r" fusion\((.*?)\), kind=k\w+,.*? calls=", r" call(\1), to_apply=", text)
     text = re.sub(r"(?<=[({ ])-0(?=[,)} ])", "-0.0", text)  # else read as the integer 0
     text = _without_tuples_of_one(_without_bitcasts(text))
