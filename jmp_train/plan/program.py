@@ -23,13 +23,9 @@ _FREE = frozenset(
         "while",
         "conditional",
         "call",
+        "async",
         "after-all",
         "iota",
-        "all-gather-done",
-        "all-reduce-done",
-        "reduce-scatter-done",
-        "copy-done",
-        "async-done",
     ]
 )
 _SLICES = ("dynamic-slice", "slice", "gather")
@@ -46,6 +42,20 @@ class Instruction(NamedTuple):
     shape: str
     operation: str
     rest: str  # operands and attributes
+
+    @property
+    def kind(self) -> str:
+        """The operation, which one that goes on beside others has between `-start` and `-done`."""
+        return self.operation.removesuffix("-start")
+
+    @property
+    def result(self) -> str:
+        """The shape of what it computes; that of a `-start` follows the shapes of its operands."""
+        parts = _parts(self.shape) if self.operation != self.kind else []
+        without_operands = self.kind == "all-reduce" and not self.shape.startswith("((")
+        if len(parts) < 2 or without_operands:  # as jaxlib 0.10 has it
+            return self.shape
+        return parts[0 if self.kind == "copy" else 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,7 @@ class Program:
         seen: set[str] = set()
         for name, items in self._computations.items():
             for item in items:
-                kind = item.operation.removesuffix("-start")
+                kind = item.kind
                 if kind not in _COLLECTIVES or not self._runs[name]:
                     continue
                 channel = re.search(r"channel_id=(\d+)", item.rest)
@@ -149,7 +159,7 @@ class Program:
                     continue
                 scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")
                 own = "reduce-scatter" if scattered else kind
-                arrays = _arrays(item, kind)
+                arrays = _arrays(item.result)
                 for dtype, size in arrays:
                     whole = size * devices if kind == "reduce-scatter" else size
                     sizes[own, dtype, devices, hosts] += whole * self._runs[name]
@@ -176,17 +186,17 @@ class Program:
 
     def _moved(self, item: Instruction, shapes: dict[str, str]) -> int:
         """Return the bytes that an instruction reads and writes."""
-        if item.operation in _FREE:
+        if item.kind in _FREE or item.operation.endswith("-done"):
             return 0
         operands = _operands(item)
         sizes = [_bytes(shapes.get(operand, "")) for operand in operands]
-        if item.operation == "dynamic-update-slice":
+        if item.kind == "dynamic-update-slice":
             return 2 * sizes[1]
-        if item.operation in _SLICES:
-            return 2 * _bytes(item.shape)
-        written = _bytes(item.shape)
+        written = _bytes(item.result)
+        if item.kind in _SLICES:
+            return 2 * written
         inside = [name for kind, name in _called(item) if kind == "calls"]
-        if item.operation == "fusion" and inside:
+        if item.kind == "fusion" and inside:
             sizes, written = self._moved_by_fusion(inside[0], sizes, written)
         read = dict(zip(operands, sizes, strict=False))  # one that is read twice is read once
         return sum(read.values()) + written
@@ -243,7 +253,7 @@ def _source(name: str, by_name: dict[str, Instruction]) -> str:
 def _called(item: Instruction) -> list[tuple[str, str]]:
     """Return the computations that an instruction runs, and as what."""
     found = re.findall(r"\b(body|condition|calls|to_apply)=%?([\w.$-]+)", item.rest)
-    if item.operation not in ("while", "fusion", "call", "async-start", "custom-call"):
+    if item.kind not in ("while", "fusion", "call", "async", "custom-call"):
         found = [(kind, name) for kind, name in found if kind == "calls"]
     branches = re.search(r"branch_computations=\{([^}]*)\}", item.rest)
     if branches:
@@ -253,14 +263,21 @@ def _called(item: Instruction) -> list[tuple[str, str]]:
     return found
 
 
-def _arrays(item: Instruction, kind: str) -> list[tuple[str, int]]:
-    """Return the dtype and the bytes of each result of a collective."""
-    shapes = [
-        (dtype, dims) for dtype, dims, _ in _SHAPE.findall(item.shape) if dtype != "u32" or dims
-    ]
-    if item.operation.endswith("-start") and kind != "all-reduce":
-        shapes = shapes[len(shapes) // 2 :]  # operands, then results
-    return [(dtype, _size(dtype, dims)) for dtype, dims in shapes]
+def _parts(shape: str) -> list[str]:
+    """Return the shapes that the shape of a tuple consists of."""
+    parts, depth = [""], 0
+    for char in shape[1:-1]:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts]
+
+
+def _arrays(shape: str) -> list[tuple[str, int]]:
+    """Return the dtype and the bytes of each array of a shape."""
+    return [(dtype, _size(dtype, dims)) for dtype, dims, _ in _SHAPE.findall(shape)]
 
 
 def _size(dtype: str, dims: str) -> int:

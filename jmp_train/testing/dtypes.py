@@ -51,7 +51,8 @@ _ACCUMULATING = frozenset({"add", "add_any", "mul", "multiply", "sub", "subtract
 _NOT_COMPUTED = frozenset(
     {
         "convert_element_type", "convert", "parameter", "constant", "tuple", "get-tuple-element",
-        "bitcast", "copy", "copy-start", "copy-done", "fusion", "call", "while", "conditional",
+        "bitcast", "copy", "copy-start", "copy-done", "fusion", "fusion-start", "fusion-done", "call",
+        "call-start", "call-done", "async-start", "async-update", "async-done", "while", "conditional",
     }
 )  # fmt: skip
 

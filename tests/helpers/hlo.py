@@ -1,7 +1,10 @@
 """Reads the text of compiled programs: custom calls and all-reduces."""
 
+import collections
 import math
 import re
+
+from jmp_train.plan.program import Program
 
 
 def custom_calls(text):
@@ -11,11 +14,10 @@ def custom_calls(text):
 
 def all_reduced(text):
     """Return how many numbers a program all-reduces, by dtype."""
-    counts = {}
-    for line in re.findall(r"= (.*?) all-reduce(?:-start)?\(", text):
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", line):
-            size = math.prod(int(n) for n in shape.split(",") if n)
-            counts[dtype] = counts.get(dtype, 0) + size
+    counts = collections.Counter()
+    for kind, dtype, dims, times in sent_arrays(Program(text)):
+        if kind == "all-reduce":
+            counts[dtype] += math.prod(dims) * times
     return counts
 
 
@@ -38,14 +40,13 @@ def sent_arrays(program):
     found = []
     for name, items in program._computations.items():
         for item in items:
-            kind = item.operation.removesuffix("-start")
             times = program._runs[name]
-            if kind not in COLLECTIVES or not times:
+            if item.kind not in COLLECTIVES or not times:
                 continue
-            arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", item.shape)
-            if item.operation.endswith("-start") and kind != "all-reduce":
-                arrays = arrays[len(arrays) // 2 :]  # operands, then results
-            found += [(kind, d, tuple(int(n) for n in s.split(",") if n), times) for d, s in arrays]
+            arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", item.result)
+            found += [
+                (item.kind, d, tuple(int(n) for n in s.split(",") if n), times) for d, s in arrays
+            ]
     return found
 
 

@@ -68,6 +68,59 @@ def test_collectives_are_counted_by_kind_dtype_and_runs():
     assert total.sent == 350  # twice 7 / 8
 
 
+STARTS = """\
+HloModule step, num_partitions=8
+
+%putting (c: f32[7,64], d: f32[1,64]) -> f32[7,64] {
+  %c = f32[7,64]{1,0} parameter(0)
+  %d = f32[1,64]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %put = f32[7,64]{1,0} dynamic-update-slice(%c, %d, %zero, %zero)
+}
+
+ENTRY %main (q: f32[7,64], r: f32[1,64]) -> f32[7,64] {
+  %q = f32[7,64]{1,0} parameter(0)
+  %r = f32[1,64]{1,0} parameter(1)
+LINES
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "shape,arrays",
+    [
+        ("f32[7,64]{1,0}", 1),
+        ("(f32[7,64]{1,0}, f32[7,64]{1,0})", 2),
+        ("((f32[7,64]{1,0}), f32[7,64]{1,0})", 1),  # from jaxlib 0.11 on
+        ("((f32[7,64]{1,0}, f32[7,64]{1,0}), (f32[7,64]{1,0}, f32[7,64]{1,0}))", 2),
+    ],
+)
+def test_a_sum_that_goes_on_beside_others_counts_once(shape, arrays):
+    line = f"  %sum = {shape} all-reduce-start(%q), replica_groups=[2,4]<=[8], to_apply=%add\n"
+    line += f"  %done = {shape} all-reduce-done(%sum)"
+    (found,) = Program(STARTS.replace("LINES", line)).collectives()
+    assert (found.kind, found.count, found.bytes) == ("all-reduce", 1, arrays * 7 * 64 * 4)
+
+
+def test_a_fusion_that_goes_on_beside_others_moves_what_it_does_alone():
+    beside = """\
+  %put-start = ((f32[7,64]{1,0}, f32[1,64]{1,0}), f32[7,64]{1,0}, u32[]) fusion-start(%q, %r), kind=kLoop, calls=%putting
+  ROOT %put-done = f32[7,64]{1,0} fusion-done(%put-start)"""
+    alone = "  ROOT %put.1 = f32[7,64]{1,0} fusion(%q, %r), kind=kLoop, calls=%putting"
+    moved = [Program(STARTS.replace("LINES", lines)).bytes_moved() for lines in (beside, alone)]
+    assert moved == [2 * 64 * 4] * 2  # reads a row, writes a row
+
+
+def test_what_is_copied_or_gathered_beside_others_is_read_once_and_written_once():
+    lines = """\
+  %copying = (f32[7,64]{1,0}, f32[7,64]{1,0}, u32[]) copy-start(%q)
+  %copied = f32[7,64]{1,0} copy-done(%copying)
+  %gathering = (f32[1,64]{1,0}, f32[8,64]{1,0}) all-gather-start(%r), replica_groups=[1,8]<=[8], dimensions={0}
+  %gathered = f32[8,64]{1,0} all-gather-done(%gathering)"""
+    moved = Program(STARTS.replace("LINES", lines)).bytes_moved()
+    assert moved == ((7 + 7) + (1 + 8)) * 64 * 4
+
+
 @pytest.mark.parametrize(
     "groups,devices,hosts",
     [

@@ -53,6 +53,21 @@ ENTRY %main.1 (p: bf16[8,128]) -> bf16[8,128] {
 }
 """
 
+# A fusion that XLA for an H100 starts beside another (jax 0.11.2), shortened: it reads float32.
+BESIDE = """
+%fused_add (param_0: f32[16,32]) -> bf16[16,32] {
+  %param_0 = f32[16,32]{1,0} parameter(0)
+  %convert.4 = bf16[16,32]{1,0} convert(%param_0)
+  ROOT %add.1 = bf16[16,32]{1,0} add(%convert.4, %convert.4)
+}
+
+ENTRY %main.2 (x: f32[16,32]) -> bf16[16,32] {
+  %x = f32[16,32]{1,0} parameter(0)
+  %fusion-start = ((f32[16,32]{1,0}), bf16[16,32]{1,0}, u32[]) fusion-start(%x), kind=kLoop, calls=%fused_add
+  ROOT %fusion-done = bf16[16,32]{1,0} fusion-done(%fusion-start)
+}
+"""
+
 
 def products(text):
     return [
@@ -70,6 +85,13 @@ def test_programs_are_read_as_xla_writes_them():
     ]
     assert custom_calls(PROGRAM) == {"__cublas$lt$matmul", "__cudnn$fmhaSoftmax"}
     assert all_reduced(PROGRAM) == {"f32": 2, "bf16": 410240}
+
+
+def test_a_fusion_beside_another_computes_what_is_inside_alone():
+    assert_no_dtype(Program(BESIDE), dtype="float32")
+    with pytest.raises(AssertionError, match="found 1 of 1 operations") as caught:
+        assert_no_dtype(Program(BESIDE), dtype="bfloat16")
+    assert "add  bfloat16[16,32]" in str(caught.value)
 
 
 def test_layouts_tuples_and_narrow_formats_are_read():
