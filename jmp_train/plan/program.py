@@ -186,7 +186,7 @@ class Program:
 
     def _moved(self, item: Instruction, shapes: dict[str, str]) -> int:
         """Return the bytes that an instruction reads and writes."""
-        if item.kind in _FREE or item.operation.endswith("-done"):
+        if item.kind in _FREE or item.operation.endswith(("-update", "-done")):
             return 0
         operands = _operands(item)
         sizes = [_bytes(shapes.get(operand, "")) for operand in operands]

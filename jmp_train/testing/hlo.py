@@ -41,7 +41,7 @@ def hlo_operations(text: str) -> list[Operation]:
     bodies: dict[str, list[re.Match[str]]] = {}
     for computation, line in lines:
         bodies.setdefault(computation, []).append(line)
-    applied = {name for _, line in lines if line["op"] != "call" for name in _applied(line)}
+    applied = {name for _, line in lines for name in _applied(line)}
     frames = _frames(text)
     return [
         _operation(line, types, bodies, frames)
@@ -61,7 +61,8 @@ def _instructions(text: str) -> Iterator[tuple[str, re.Match[str]]]:
 
 
 def _applied(line: re.Match[str]) -> list[str]:
-    return _APPLIED.findall(line["rest"])
+    """Return the computations that an instruction applies to two numbers."""
+    return [] if line["op"] in ("call", "call-start") else _APPLIED.findall(line["rest"])
 
 
 def _operation(
@@ -76,7 +77,7 @@ def _operation(
     *scopes, primitive = named.get("op_name", "").split("/")
     combiner = {
         (op["op"], t.dtype)
-        for name in (_applied(line) if line["op"] != "call" else ())
+        for name in _applied(line)
         for op in _body(name, bodies)
         for t in _types(op["type"])
         if t.is_floating

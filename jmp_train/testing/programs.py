@@ -201,13 +201,15 @@ _SHOW = (
     "flax.nnx.visualization",
     "logging",
     "loguru",
-    "numpy",
+    "numpy._core.arrayprint",
     "rich",
     "treescope",
     "wadler_lindig",
 )
-# Modules that call what they are given, such as `jax.tree.map(str, x)`.
+# Modules that call what they are given, as in `jax.tree.map(str, x)`, and the code in them that does.
+# What their other code makes a text of is that of an error.
 _CALL = ("jax._src.tree", "jax._src.tree_util")
+_CALLING = ("<genexpr>", "tree_reduce")
 
 
 def _users_frame(frame: FrameType | None) -> FrameType | None:
@@ -216,7 +218,7 @@ def _users_frame(frame: FrameType | None) -> FrameType | None:
     The standard library, generated code and what calls a given function are passed over. A package
     that makes a text for itself, such as that of an error, has no such frame.
     """
-    asked = True
+    asked, inside = True, ""
     while frame is not None:
         module = str(frame.f_globals.get("__name__"))
         if _is_in(module, _DEBUGGERS):
@@ -224,13 +226,15 @@ def _users_frame(frame: FrameType | None) -> FrameType | None:
         is_text = frame.f_code.co_name in _TEXTS
         file = _file_of(frame)
         is_generated = file.startswith("<") and is_library(file)
-        if is_generated or is_standard_library(file) or module in _CALL:
+        if is_generated or is_standard_library(file):
             asked |= _is_in(module, _SHOW)
+        elif module in _CALL:
+            asked &= frame.f_code.co_name in _CALLING or inside in _CALL
         elif is_library(file) or is_installed(file):
             asked = is_text or _is_in(module, _SHOW)
         elif not (asked and is_text):
             return frame if asked else None
-        frame = frame.f_back
+        frame, inside = frame.f_back, module
     return None
 
 

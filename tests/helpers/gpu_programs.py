@@ -25,6 +25,7 @@ from jaxlib._jax import guard_lib
 
 from jmp_train.plan.compiled import devices_of
 from jmp_train.plan.devices import DEVICES
+from jmp_train.plan.program import _parts
 
 COUNTS = collections.Counter()
 _PATCHES = pytest.StashKey()
@@ -111,8 +112,10 @@ def _for_cpu(text):
     text = re.sub(
         r", (?:backend_config=\{.*\}|metadata=\{[^{}]*\})(?=, |$)", "", text, flags=re.MULTILINE
     )
-    # A fusion on another stream, from jaxlib 0.11 on: its start has the result.
-    text = re.sub(r"= \(\([^()]*\), (.*), u32\[\]\) fusion-start\(", r"= \1 fusion(", text)
+    # A fusion on another stream, from jaxlib 0.11 on: its start has the shapes of operands and result.
+    text = re.sub(
+        r"= (\(.*\)) fusion-start\(", lambda found: f"= {_parts(found[1])[1]} fusion(", text
+    )
     text = text.replace(" fusion-done(", " copy(")
     text = re.sub(r" fusion\((.*?)\), kind=k\w+,.*? calls=", r" call(\1), to_apply=", text)
     text = re.sub(r"(?<=[({ ])-0(?=[,)} ])", "-0.0", text)  # else read as the integer 0

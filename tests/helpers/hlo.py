@@ -43,7 +43,7 @@ def sent_arrays(program):
             times = program._runs[name]
             if item.kind not in COLLECTIVES or not times:
                 continue
-            arrays = re.findall(r"\b([a-z]+\d+)\[([\d,]*)\]", item.result)
+            arrays = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", item.result)
             found += [
                 (item.kind, d, tuple(int(n) for n in s.split(",") if n), times) for d, s in arrays
             ]

@@ -85,6 +85,7 @@ def test_programs_are_read_as_xla_writes_them():
     ]
     assert custom_calls(PROGRAM) == {"__cublas$lt$matmul", "__cudnn$fmhaSoftmax"}
     assert all_reduced(PROGRAM) == {"f32": 2, "bf16": 410240}
+    assert all_reduced(PROGRAM.replace("f32[2]", "pred[2]")) == {"pred": 2, "bf16": 410240}
 
 
 def test_a_fusion_beside_another_computes_what_is_inside_alone():
@@ -92,6 +93,15 @@ def test_a_fusion_beside_another_computes_what_is_inside_alone():
     with pytest.raises(AssertionError, match="found 1 of 1 operations") as caught:
         assert_no_dtype(Program(BESIDE), dtype="bfloat16")
     assert "add  bfloat16[16,32]" in str(caught.value)
+
+
+def test_a_call_beside_another_is_entered():
+    call = PROGRAM.replace(
+        "fusion(%bitcast.61.0), kind=kLoop, calls=", "call(%bitcast.61.0), to_apply="
+    )
+    start = call.replace(" call(", " call-start(")
+    assert " call(" in call and " call-start(" in start
+    assert products(call) == products(start) == products(PROGRAM)
 
 
 def test_layouts_tuples_and_narrow_formats_are_read():

@@ -321,6 +321,31 @@ def test_a_text_that_a_package_makes_for_itself_is_not_found():
     assert_no_host_sync(fn, SHAPE)
 
 
+@pytest.mark.parametrize("held", [lambda x: x, Shown])
+def test_the_text_of_an_error_of_a_tree_is_not_found(held):
+    def has_structure_of(x):
+        try:
+            jax.tree.map(lambda *_: 0, {"w": (1, 2)}, {"w": held(x)})
+        except ValueError:
+            return x
+        raise AssertionError("no error")
+
+    assert_no_host_sync(has_structure_of, SHAPE)
+
+
+def test_a_package_that_numpy_calls_makes_texts_for_itself():
+    module = {"__name__": "optax", "np": np}
+    exec("@np.errstate(all='ignore')\ndef check(x):\n    return repr(x)", module)  # noqa: S102
+
+    def fn(x):
+        module["check"](x)
+        shown = Shown(x)
+        np.testing.assert_equal(shown, shown)  # makes its message before it compares
+        return x
+
+    assert_no_host_sync(fn, SHAPE)
+
+
 def test_a_record_that_a_handler_of_a_package_shows_is_found():
     module = {"__name__": "optax", "logging": logging}
     code = (
