@@ -74,18 +74,24 @@ class Address(NamedTuple):
             raise UsageError(
                 f"coordinator is {self.coordinator!r}; expected HOST:PORT, such as localhost:1234"
             )
-        if index == 0 and not _is_free(int(port)):
-            raise UsageError(f"port {port} of the coordinator is in use here; expected a free one")
+        if index == 0:
+            _check_port(int(port))
 
 
-def _is_free(port: int) -> bool:
+def _check_port(port: int) -> None:
+    """Raise UsageError for a port that this process cannot listen on."""
     with socket.socket() as server:
         server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             server.bind(("", port))
+        except PermissionError:
+            raise UsageError(
+                f"port {port} of the coordinator is not open to this user; expected 1024 to 65535"
+            ) from None
         except OSError:
-            return False
-        return True
+            raise UsageError(
+                f"port {port} of the coordinator is in use here; expected a free one"
+            ) from None
 
 
 def join(address: Address) -> None:

@@ -222,6 +222,17 @@ def test_a_port_in_use_is_one_line(capsys, tmp_path):
     assert status == 2 and f"port {port} of the coordinator is in use" in capsys.readouterr().err
 
 
+def test_a_port_that_is_not_open_to_the_user_is_one_line(capsys, tmp_path, monkeypatch):
+    def refuse(self, address):
+        raise PermissionError(13, "Permission denied")  # as for a port below 1024
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    options = ["--coordinator", "localhost:80", "--processes", "1", "--process", "0"]
+    status = main(["train", "mlp_fp16", "--run-dir", str(tmp_path / "run"), *options])
+    expected = "port 80 of the coordinator is not open to this user; expected 1024 to 65535"
+    assert status == 2 and expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum,status", [("SIGINT", 130), ("SIGUSR1", 138)])
 def test_a_signal_to_the_group_of_a_terminal_counts_once(tmp_path, signum, status):
     run_dir = tmp_path / "run"
@@ -284,4 +295,4 @@ def test_launchers_are_recognised(monkeypatch, variables, expected):
     assert not wants_attention(["eval", "runs/x"])
     assert wants_attention(["train", "mlp_fp16", "--process=1"])
     assert Address().given is expected
-    assert Address("localhost:1", 2, 0).given
+    assert Address("localhost:1", 2, 1).given
