@@ -25,7 +25,7 @@ from jaxlib._jax import guard_lib
 
 from jmp_train.plan.compiled import devices_of
 from jmp_train.plan.devices import DEVICES
-from jmp_train.plan.program import _parts
+from jmp_train.plan.program import Instruction
 
 COUNTS = collections.Counter()
 _PATCHES = pytest.StashKey()
@@ -114,7 +114,9 @@ def _for_cpu(text):
     )
     # A fusion on another stream, from jaxlib 0.11 on: its start has the shapes of operands and result.
     text = re.sub(
-        r"= (\(.*\)) fusion-start\(", lambda found: f"= {_parts(found[1])[1]} fusion(", text
+        r"= (\(.*\)) (fusion-start)\(",
+        lambda found: f"= {Instruction('', *found.groups(), '').result} fusion(",
+        text,
     )
     text = text.replace(" fusion-done(", " copy(")
     text = re.sub(r" fusion\((.*?)\), kind=k\w+,.*? calls=", r" call(\1), to_apply=", text)

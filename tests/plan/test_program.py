@@ -114,7 +114,8 @@ def test_a_fusion_that_goes_on_beside_others_moves_what_it_does_alone():
 def test_what_is_copied_or_gathered_beside_others_is_read_once_and_written_once():
     lines = """\
   %copying = (f32[7,64]{1,0}, f32[7,64]{1,0}, u32[]) copy-start(%q)
-  %copied = f32[7,64]{1,0} copy-done(%copying)
+  %going_on = (f32[7,64]{1,0}, f32[7,64]{1,0}, u32[]) copy-update(%copying)
+  %copied = f32[7,64]{1,0} copy-done(%going_on)
   %gathering = (f32[1,64]{1,0}, f32[8,64]{1,0}) all-gather-start(%r), replica_groups=[1,8]<=[8], dimensions={0}
   %gathered = f32[8,64]{1,0} all-gather-done(%gathering)"""
     moved = Program(STARTS.replace("LINES", lines)).bytes_moved()

@@ -223,6 +223,10 @@ def shows_every_leaf(x):
     return x if jax.tree.map(str, {"loss": x}) else -x  # shows every leaf
 
 
+def joins_every_leaf(x):
+    return x if jax.tree.reduce("{}{}".format, [x, x]) else -x  # joins every leaf
+
+
 def shows_objects(x):
     objects = np.empty(1, object)
     objects[0] = x
@@ -256,6 +260,7 @@ READS = {
     "displays a variable": displays_a_variable,
     "shows leaves": shows_leaves_of_a_module,
     "shows every leaf": shows_every_leaf,
+    "joins every leaf": joins_every_leaf,
     "shows objects": shows_objects,
     "shows as typed": shows_as_typed,
     "masks": masks,
