@@ -19,9 +19,6 @@ from typing import IO
 
 from jmp_train.runs.launched import MARK, is_attended, launched
 
-LOST = 5
-"""Exit status of a process whose run lost another one."""
-
 # Of what JAX writes when it ends a process: lines that begin a message, and those that continue one.
 _BEGINS = re.compile(
     r"[EFIW]\d{4} \d\d:\d\d:\d\d|\*\*\* |\[Gloo\] |:UNKNOWN:|WARNING: All log messages before absl"
@@ -69,16 +66,26 @@ def attend() -> int:
     copier.start()
     status = child.wait()
     copier.join()
-    if status not in (-signal.SIGABRT, LOST):
+    if status != -signal.SIGABRT:  # which is how JAX ends a process that lost another one
         if status < 0 and -status not in _HANDED_ON:  # a fault of a library, perhaps
             sys.stderr.writelines(held)
         return status if status >= 0 else 128 - status
-    print(
-        "jmp-train: another process of the run ended, or did not answer; the same commands resume the "
-        "run from its newest checkpoint",
-        file=sys.stderr,
-    )
-    return LOST
+    from jmp_train.cli.failures import failure
+    from jmp_train.runs.processes import Lost
+
+    lost = failure(Lost())
+    print(f"jmp-train: {lost.text}", file=sys.stderr)
+    return lost.status
+
+
+def own_output() -> None:
+    """Give descriptor 1 of this attended process to standard error, and Python the standard output.
+
+    Gloo writes to descriptor 1, from C++; its lines are then held with JAX's other messages.
+    """
+    shown = sys.stdout
+    sys.stdout = open(os.dup(1), "w", buffering=1, encoding=shown.encoding, errors=shown.errors)  # noqa: SIM115
+    os.dup2(2, 1)
 
 
 def leave(status: int) -> None:

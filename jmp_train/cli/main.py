@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jmp_train.cli.attend import LOST, attend, leave, wants_attention
+from jmp_train.cli.attend import attend, leave, own_output, wants_attention
 from jmp_train.errors import UsageError, nearest
 from jmp_train.runs.launched import is_attended
 
@@ -106,6 +106,8 @@ def console_script() -> None:
     """Run `main`, then exit with its status; 141 where the reader of the output has ended."""
     if wants_attention(sys.argv[1:]):
         sys.exit(attend())
+    if is_attended():
+        own_output()
     try:
         status = main()
         sys.stdout.flush()
@@ -132,51 +134,28 @@ def _usage_of(name: str) -> str:
 
 def _run(name: str, arguments: list[str]) -> int:
     """Run a command by name, and return the exit status."""
-    # Imported here, so that --help does without the libraries of training.
-    from jax.errors import JaxRuntimeError
-
-    from jmp_train.records.checkpoints import NotSaved, NoUsableCheckpoint
-    from jmp_train.runs.loop import Diverged
-    from jmp_train.runs.processes import Lost
-    from jmp_train.runs.signals import Stopped
-
     try:
         if name not in _COMMANDS:
             raise UsageError(f"unknown command {name!r}; {nearest(name, _COMMANDS)}")
         importlib.import_module(f"jmp_train.cli.{name}").command(arguments)
-    except UsageError as error:
-        return _fail(error, 2)
-    except Diverged as error:
-        return _fail(error, 3)
-    except (NoUsableCheckpoint, NotSaved) as error:
-        return _fail(error, 4)
-    except Lost:
-        return LOST  # the process that attends to this one says so, after what JAX prints
-    except Stopped as error:
-        status = _fail(error, 128 + error.signum)
-        _print_notes(error)
-        return status
-    except (MemoryError, JaxRuntimeError) as error:
-        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        what = str(error).partition("\n")[0]
-        cause = f"out of memory: {what}" if what else "out of memory"
-        hint = "expected a smaller model or batch, or more micro_batches"
-        return _fail(UsageError(f"{cause}; {hint}"), 2)
     except KeyboardInterrupt as error:
         _print_notes(error)
         return 130
+    except Exception as error:
+        # Imported here, so that --help does without the libraries of training.
+        from jmp_train.cli.failures import failure, one_line
+
+        status, text = failure(error)
+        if status == 1:
+            raise
+        keep = "\n" if status == 3 else ""  # the report of a run that diverged has several lines
+        print(f"jmp-train: {one_line(text, keep)}", file=sys.stderr)
+        if status > 128:
+            _print_notes(error)
+        return status
     return 0
 
 
 def _print_notes(error: BaseException) -> None:
     for note in getattr(error, "__notes__", ()):
         print(note, file=sys.stderr)
-
-
-def _fail(error: Exception, status: int) -> int:
-    # One line, whatever text it quotes; the report of a run that diverged has more.
-    breaks = "\n" if status == 3 else ""
-    text = "".join(c if c.isprintable() or c == breaks else ascii(c)[1:-1] for c in str(error))
-    print(f"jmp-train: {text}", file=sys.stderr)
-    return status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from jmp_train.cli.attend import leave
 from jmp_train.cli.compilation_cache import keep_compiled
+from jmp_train.cli.failures import failure, one_line
 from jmp_train.cli.options import parse
 from jmp_train.cli.positional import take_experiment
 from jmp_train.cli.resume_command import tell_how_to_resume
@@ -19,7 +22,7 @@ from jmp_train.config.find import experiment_files, find_experiment
 from jmp_train.reports.progress import display_name
 from jmp_train.runs.find import RUNS, find_resumable
 from jmp_train.runs.folders import results_folder
-from jmp_train.runs.processes import Address, is_first, join, noticing_lost
+from jmp_train.runs.processes import Address, is_first, join, noticing_lost, telling_errors
 from jmp_train.runs.train import train
 from jmp_train.types import Json
 
@@ -89,7 +92,11 @@ def command(arguments: list[str]) -> None:
         given = find_resumable(name, parsed.experiment, force=parsed.force)
     address = Address(parsed.coordinator, parsed.processes, parsed.process, parsed.heartbeat)
     join(address)
-    with noticing_lost(), results_folder(given, RUNS / name) as run_dir:
+    with (
+        telling_errors(failure, _end_as_another),
+        noticing_lost(),
+        results_folder(given, RUNS / name) as run_dir,
+    ):
         directory = ["--run-dir", str(run_dir)] if parsed.run_dir is None else []
         with tell_how_to_resume(["train", *arguments], directory):
             summary = train(
@@ -98,6 +105,12 @@ def command(arguments: list[str]) -> None:
     if is_first():
         print(_results(name, summary))
         print(run_dir)
+
+
+def _end_as_another(status: int, line: str) -> None:
+    """End this process as another one of its run ended."""
+    print(f"jmp-train: {one_line(line)}", file=sys.stderr)
+    leave(status)
 
 
 def _results(name: str, summary: Json) -> str:

@@ -14,6 +14,8 @@ from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.config.family import member, names_in
 from jmp_train.errors import UsageError, nearest
 
+_running: list[str] = []  # modules of experiments that are being imported: one may look for another
+
 
 def experiment_folders() -> list[Path]:
     """Return the existing folders `experiments/`: in the current folder, then the bundled one.
@@ -105,14 +107,22 @@ def _run(path: Path) -> types.ModuleType:
     package = types.ModuleType("experiments")
     folders = dict.fromkeys([path.parent, *experiment_folders()])
     package.__path__ = [str(folder) for folder in folders]
+    outer = sys.modules.get("experiments") if _running else None
     for name in [name for name in sys.modules if name.startswith("experiments.")]:
-        del sys.modules[name]  # it may be of another folder
+        if name not in _running:
+            del sys.modules[name]  # it may be of another folder
     sys.modules["experiments"] = package
+    module = f"experiments.{path.stem}"
+    _running.append(module)
     try:
-        return importlib.import_module(f"experiments.{path.stem}")
+        return importlib.import_module(module)
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         where = f" (line {lines[-1]})" if lines else ""
         raise UsageError(f"{path} cannot be run: {what}{where}") from error
+    finally:
+        _running.pop()
+        if outer is not None:
+            sys.modules["experiments"] = outer

@@ -16,7 +16,7 @@ from jmp_train.runs.context import RunContext
 from jmp_train.runs.directory import config_json
 from jmp_train.runs.early_stop import metric_of
 from jmp_train.runs.loop import Asked
-from jmp_train.runs.processes import total
+from jmp_train.runs.processes import Lost, total
 from jmp_train.runs.resume import Start
 from jmp_train.runs.window import Window
 from jmp_train.step.state import TrainState
@@ -180,18 +180,25 @@ class Events:
             print_line(self._context.console, line)
 
     def _on_record(self, step: int, split: str, values: Json, state: TrainState) -> Asked:
-        """Call the experiment's `on_record`; its exception is raised after the checkpoint."""
+        """Call the experiment's `on_record`; its exception is raised after the checkpoint.
+
+        The processes of a run stop together, if one of them asks for it or fails.
+        """
         on_record = self._context.experiment.on_record
         if on_record is None or self.error is not None:
             return None
+        answer = None
         try:
             answer = on_record({"step": step, "split": split, **values}, state)
             if answer not in (None, "stop"):
                 raise ValueError(f"on_record returned {answer!r}; expected None or 'stop'")
         except Exception as error:  # noqa: BLE001
             self.error = error
+        if total(int(self.error is not None)):
+            self.error = self.error or Lost()
             return "stop"
-        return self._end("on_record", step, "on_record returned 'stop'") if answer else None
+        stop = total(int(answer is not None))
+        return self._end("on_record", step, "on_record returned 'stop'") if stop else None
 
     def _end(self, by: str, step: int, reason: str) -> Asked:
         if step < self._context.experiment.steps:

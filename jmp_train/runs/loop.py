@@ -12,6 +12,7 @@ import numpy as np
 
 from jmp_train.errors import UsageError
 from jmp_train.loss_scales.states import DynamicLossScale
+from jmp_train.runs.processes import several
 from jmp_train.runs.window import Window
 from jmp_train.step.state import StepInfo, TrainState
 from jmp_train.tree import all_finite, path_names
@@ -115,7 +116,8 @@ def run_loop(
         has from its checkpoint. It is up to date when `checkpoint` is called.
 
     Raises:
-      UsageError: if a batch cannot be read, or `step_fn` refuses it; the state before it is saved.
+      UsageError: if a batch cannot be read, or `step_fn` refuses it; the state before it is saved, in a
+        run of one process.
       Diverged: at an event, before it saves: if the loss is not finite and such steps are not
         skipped, if too many in a row were skipped, if `SKIPS_AT_MINIMUM` were and the last of them
         at the dynamic loss scale's minimum, or if a parameter is not finite.
@@ -131,7 +133,8 @@ def run_loop(
             batch = next(batches)
             state, info = step_fn(state, batch)
         except UsageError:  # data that cannot be read, or that changed: keep the steps until here
-            if at > start and _all_finite(state.params):
+            # Several processes save together, and only this one knows.
+            if at > start and not several() and _all_finite(state.params):
                 checkpoint(at, state, seconds + time.perf_counter() - began)
             raise
         at += steps_per_call

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jmp_train.errors import UsageError
 from jmp_train.runs.launched import launched
+from jmp_train.runs.signals import Stopped
 
 _LETTERS = 4096  # bytes of a text that the first process sends
+_ENDED = "jmp_train/ended"  # the key of the process that ended, and of its error
+_EVERY = 1.0  # seconds between two looks for it
+_NOTICED = 3.0  # seconds in which a look sees it
+_HEARD = 10.0  # seconds in which the others have seen it, before the process ends
 
 
 # What Gloo and NCCL say of a process that does not answer, and what JAX says besides.
@@ -27,6 +33,12 @@ _BY_JAX = re.compile(
 
 class Lost(Exception):
     """Another process of the run ended, or does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "another process of the run ended, or did not answer; the same commands resume the run from "
+            "its newest checkpoint"
+        )
 
 
 class Address(NamedTuple):
@@ -133,8 +145,72 @@ def noticing_lost() -> Iterator[None]:
     ) as error:  # of JAX, or wrapped by Orbax
         pattern = _BY_JAX if isinstance(error, jax.errors.JaxRuntimeError) else _BY_ANYONE
         if several() and pattern.search(str(error)):
-            raise Lost("another process of the run was lost") from None
+            raise Lost from None
         raise
+
+
+@contextlib.contextmanager
+def telling_errors(
+    describe: Callable[[Exception], tuple[int, str]], end: Callable[[int, str], None]
+) -> Iterator[None]:
+    """Tell the other processes of a run of an error in this one, and end this one for an error of theirs.
+
+    Without it they would wait for this one, and learn no more than that it is gone.
+
+    Args:
+      describe: returns the exit status for an error, and its text.
+      end: ends this process, with an exit status and a line; called in a thread of its own.
+    """
+    client = _client() if several() else None
+    if client is None:
+        yield
+        return
+    over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(client, over, end), daemon=True)
+    listener.start()
+    try:
+        yield
+    except Lost:
+        listener.join(_NOTICED)  # the other one may have said why
+        raise
+    except Exception as error:
+        over.set()
+        if not isinstance(error, Stopped):  # which comes to every process
+            status, text = describe(error)
+            _tell(client, f"{status} process {jax.process_index()} of the run ended: {text}")
+        raise
+    finally:
+        over.set()
+        listener.join(_HEARD)  # does not return, if it ends this process
+
+
+def _client() -> Any:
+    """Return the client of JAX's key-value store, which has no public name; None without it."""
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    except (ImportError, AttributeError):
+        return None
+
+
+def _tell(client: Any, said: str) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first, or is lost
+        client.key_value_set(_ENDED, said.splitlines()[0][:_LETTERS])
+    _wait_until_heard(client)
+
+
+def _listen(client: Any, over: threading.Event, end: Callable[[int, str], None]) -> None:
+    while not over.wait(_EVERY):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is no such key
+            status, _, line = client.key_value_try_get(_ENDED).partition(" ")
+            _wait_until_heard(client)
+            end(int(status), line)
+
+
+def _wait_until_heard(client: Any) -> None:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is lost, or has ended
+        client.wait_at_barrier(_ENDED, int(_HEARD * 1000))
 
 
 def several() -> bool:

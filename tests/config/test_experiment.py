@@ -130,6 +130,20 @@ def test_a_single_experiment_precedes_a_family_member(tmp_path, monkeypatch):
     assert find_experiment("net_fp32").steps == 2000
 
 
+def test_an_experiment_finds_another_and_not_itself(tmp_path, monkeypatch):
+    own = "from jmp_train.config.find import find_experiment\nimport experiments.help as help\n"
+    own += "EXPERIMENT = find_experiment('NAME')\n"
+    more = "import experiments.mlp\nfrom experiments.help import N\n"
+    folder_of(
+        tmp_path, monkeypatch, help="N = 3\n",
+        outer=own.replace("NAME", "mlp_bf16") + more, itself=own.replace("NAME", "itself"),
+    )  # fmt: skip
+    assert find_experiment("outer") == find_experiment("mlp_bf16")
+    with pytest.raises(UsageError, match="sets EXPERIMENT to None; expected an Experiment"):
+        find_experiment("itself")
+    assert find_experiment("outer") == find_experiment("mlp_bf16")
+
+
 OF_OWN = """
 import jax.numpy as jnp
 import jmp_train as jt

@@ -46,8 +46,8 @@ def test_processes_train_as_one(tmp_path, alone, count, resident):
     assert statuses == [0] * count, errors
     assert_same_curve(run_dir, alone)
     assert "4 x cpu, mesh data=2,fsdp=2" in outs[0]
-    spoken = [line for line in "".join(outs[1:]).splitlines() if line and "Gloo" not in line]
-    assert spoken == []  # one process speaks for all
+    assert "".join(outs[1:]) == ""  # one process speaks for all
+    assert "[Gloo]" not in outs[0] + "".join(errors)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["device"]["count"] == 4 and summary["steps"] == 40
 
@@ -175,8 +175,9 @@ def test_bad_examples_are_counted_in_all_processes(tmp_path):
     assert counts[0] == counts[2] > counts[1] > 0  # the third one resumed the second
 
 
-def test_an_error_of_one_process_ends_the_others(tmp_path):
-    """The second one has another batch size, which four devices do not divide."""
+@pytest.mark.parametrize("odd", [0, 1])
+def test_an_error_of_one_process_ends_the_others(tmp_path, odd):
+    """One has another batch size, which four devices do not divide; launchers compare the statuses."""
     run_dir = tmp_path / "run"
     together = ["--coordinator", f"localhost:{free_port()}", "--processes", "2", "--process"]
     processes = [
@@ -184,12 +185,74 @@ def test_an_error_of_one_process_ends_the_others(tmp_path):
             [*command(run_dir, *options), *together, str(i)], env=environment(2),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for i, options in enumerate([(), ("--batch-size", "66")])
+        for i in (0, 1)
+        for options in [("--batch-size", "66") if i == odd else ()]
     ]  # fmt: skip
     statuses, _, errors = end(processes, timeout=120)
-    assert statuses == [5, 2], errors
-    assert errors[0].splitlines()[-1].startswith("jmp-train: another process of the run ended")
-    assert "66" in errors[1] and "Traceback" not in "".join(errors)
+    assert statuses == [2, 2], errors
+    line = errors[odd].splitlines()[-1].removeprefix("jmp-train: ")
+    assert "66" in line
+    assert errors[1 - odd].splitlines()[-1] == f"jmp-train: process {odd} of the run ended: {line}"
+    assert "Traceback" not in "".join(errors)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_an_example_that_one_process_cannot_read_ends_all(tmp_path, odd):
+    (tmp_path / "experiments").mkdir()
+    text = BROKEN.replace('on_bad="skip"', "workers=0").replace(
+        "if self.every and i % self.every == 4:",
+        f"import jax\n        if self.every and i == 120 and jax.process_index() == {odd}:",
+    )
+    (tmp_path / "experiments" / "broken.py").write_text(text)
+    processes = start(tmp_path / "run", 2, "--data-on-device", "False", name="broken_bf16")
+    statuses, _, errors = end(processes, timeout=120)
+    assert statuses == [2, 2], errors
+    line = errors[odd].splitlines()[-1].removeprefix("jmp-train: ")
+    assert "broken" in line
+    assert errors[1 - odd].splitlines()[-1] == f"jmp-train: process {odd} of the run ended: {line}"
+
+
+HOOK = """
+import dataclasses
+
+import jax
+
+from jmp_train.config.find import find_experiment
+
+
+def on_record(record, state):
+    if record["step"] == 20 and jax.process_index() == ODD:
+        THEN
+
+
+FAMILY = dataclasses.replace(find_experiment("mlp_fp16"), on_record=on_record)
+"""
+
+
+def write_hook(folder, odd, then):
+    (folder / "experiments").mkdir()
+    text = HOOK.replace("ODD", str(odd)).replace("THEN", then)
+    (folder / "experiments" / "hook.py").write_text(text)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_hook_that_fails_in_one_process_ends_all(tmp_path, odd):
+    write_hook(tmp_path, odd, "raise RuntimeError('no such service')")
+    processes = start(tmp_path / "run", 2, name="hook_bf16")
+    statuses, _, errors = end(processes, timeout=120)
+    assert statuses == [1, 1], errors
+    assert "Traceback" in errors[odd]
+    line = f"jmp-train: process {odd} of the run ended: RuntimeError: no such service"
+    assert errors[1 - odd].splitlines()[-1] == line
+    assert (tmp_path / "run" / "checkpoints" / "20").is_dir()
+
+
+def test_a_hook_that_stops_in_one_process_stops_all(tmp_path):
+    write_hook(tmp_path, 1, "return 'stop'")
+    statuses, _, errors = end(start(tmp_path / "run", 2, name="hook_bf16"))
+    assert statuses == [0, 0], errors
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 20 and summary["stopped_early"]["by"] == "on_record"
 
 
 @pytest.mark.parametrize(
