@@ -25,7 +25,8 @@ from jmp_train.types import DTypeLike, PyTree
 
 # Matrix products, convolutions and attention: primitives, HLO operations and libraries' calls.
 _CONTRACTION = re.compile(
-    r"(dot_general|ragged_dot_general|conv_general_dilated"
+    r"(dot_general|ragged_dot_general|conv_general_dilated|symmetric_product"
+    r"|(bcoo|bcsr)_(spdot_general|dot_general(_sampled)?)|(coo|csr)_mat(vec|mat)"
     r"|scaled_(dot|matmul)\w*|dot_product_attention_\w+"
     r"|dot|ragged-dot|scaled-dot|convolution"
     r"|__cublas\$(?!triangular).*|__cudnn\$(conv|fmha).*|__onednn\$(matmul|conv).*)"
@@ -71,6 +72,7 @@ def assert_contractions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "bfloa
     kernels of other custom calls cannot be read.
 
     A product runs in the dtypes of its two operands; the dtype that it accumulates in may be wider.
+    Products of `jax.experimental.sparse` are found in a traced program; lowered, they are sums.
     A `jax.lax.DotAlgorithmPreset` or `DotAlgorithm` replaces them.
 
     Args:
@@ -111,8 +113,8 @@ def assert_reductions_in(fn: Program, *args: PyTree, dtype: DTypeLike = "float32
     partial result is rounded. A maximum is exact in any dtype and is not checked. A sum over axes of
     length 1 may have any dtype. Sums between devices (`psum`) are not checked, because their dtype is
     often chosen to be narrow, and neither are products, which accumulate in float32 on most devices;
-    see `assert_contractions_in`. A loop that adds to its carry has no reduction;
-    `assert_close_to_float64` finds the errors of its sum.
+    see `assert_contractions_in`. A loop that adds to its carry has no reduction, and
+    neither has `jax.lax.associative_scan`; `assert_close_to_float64` finds the errors of their sums.
 
     Args:
       fn, *args: as for `assert_contractions_in`.

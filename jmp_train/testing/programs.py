@@ -46,7 +46,7 @@ def assert_no_host_sync(fn: Program, *args: PyTree) -> None:
     calls, of the arguments and of what is computed from them:
 
     - values that Python needs: `bool(x)`, `float(x)`, `x.item()`, `np.asarray(x)`, `if x > 0:`,
-      `range(x)`, `x[x > 0]`
+      `range(x)`, `x[x > 0]`; most of these also where `try` and `except` hide JAX's error
     - `jax.device_get`, `x.copy_to_host_async()`, `jax.block_until_ready` and `x.block_until_ready()`
     - texts: `print(x)`, `rich.print(x)`, `logging`, `str(x)`, `repr(x)`, `f"{x}"` and `f"{x:.2f}"`, also of what holds
       the array, such as `{"loss": x}` or an `nnx.Param`, in code outside JAX and other installed packages
@@ -110,10 +110,10 @@ _LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def _noted_reads() -> Iterator[list[_Read]]:
-    """Yield the reads of traced arrays for which JAX raises no error, in the scope and its thread.
+    """Yield the reads of traced arrays for which no error of JAX need come out, in the scope and its thread.
 
     `device_get` and `block_until_ready` call methods that a traced array does not have, and ignore
-    that; texts show the type of a traced array. The class of traced arrays is changed while any thread
+    that; texts show the type of a traced array; the function may catch the error of a read. The class of traced arrays is changed while any thread
     is in such a scope. In other threads its methods do what they did before.
     """
     found: list[_Read] = []
@@ -141,6 +141,7 @@ def _exchange() -> None:
         "block_until_ready": _noting_method("block_until_ready"),
     }
     methods |= {name: _noting_text(getattr(tracer, name), tracer.__repr__) for name in _TEXTS}
+    methods |= {name: _noting_error(getattr(tracer, name)) for name in _VALUES}
     _EXCHANGED.update((name, vars(tracer).get(name)) for name in methods)
     for name, method in methods.items():
         setattr(tracer, name, method)
@@ -189,7 +190,33 @@ def _noting_text(plain: Callable[..., str], shown: Callable[[Any], str]) -> Call
     return show
 
 
+def _noting_error(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that notes where a user's code asks for a value that JAX cannot give."""
+
+    def read(array: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain(array, *args, **kwargs)
+        except _READS as error:
+            reads, frame = _NOTING.get(threading.get_ident()), sys._getframe(1)
+            # NumPy reads what it is given; other packages try whether there is a value.
+            while frame.f_back is not None and _is_in(
+                str(frame.f_globals.get("__name__")), ("numpy",)
+            ):
+                frame = frame.f_back
+            file = _file_of(frame)
+            theirs = is_library(file) or is_installed(file) or is_standard_library(file)
+            if reads is not None and not theirs:
+                stack = traceback.StackSummary.extract(traceback.walk_stack(frame))
+                reads.append(_Read(type(error).__name__, list(stack)))
+            raise
+
+    return read
+
+
 _TEXTS = ("__format__", "__repr__", "__str__")
+_VALUES = (
+    "__array__", "__bool__", "__complex__", "__float__", "__index__", "__int__", "item", "tolist",
+)  # fmt: skip
 
 # Modules of pdb and VS Code that show values at a breakpoint, which is not part of the function.
 _DEBUGGERS = ("bdb", "_pydevd_bundle")

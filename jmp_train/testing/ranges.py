@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
@@ -20,7 +22,16 @@ from jmp_train.testing.wide import check_call, is_foreign, on_host, wide_dtype
 from jmp_train.testing.worst import describe, observe, wide_results
 from jmp_train.types import DTypeLike, Function
 
+V = TypeVar("V")
+
 _ARITHMETIC = frozenset({"add", "add_any", "sub", "mul", "div"})
+# Operations without poles: if their operands are finite and the result in float64 is not, it overflows.
+_ELEMENTWISE = frozenset(
+    {"add", "add_any", "cosh", "exp", "exp2", "expm1", "integer_pow", "mul", "pow", "sinh", "square", "sub"}
+)  # fmt: skip
+_OF_MANY = frozenset(
+    {"conv_general_dilated", "cumprod", "cumsum", "dot_general", "reduce_prod", "reduce_sum"}
+)
 
 
 def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "float16") -> None:
@@ -28,10 +39,11 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "floa
 
     The function runs operation by operation, each rounded as the program says, with every loop
     iteration and derivative rule that its arguments lead to. An operation overflows if a result in
-    `dtype` is infinite or NaN where the same operation in float64, on the same operands, is finite;
-    casts to `dtype` count. A complex number counts as two, its real and its imaginary part. An
-    infinity that the function was given or wrote, such as a mask, is passed over, and an overflow is
-    found even if nothing reads it.
+    `dtype`, or in a wider dtype that autocast keeps it in, is infinite or NaN where the same operation
+    on the same operands is finite in float64, or would be in a format of any range; casts to `dtype`
+    count. A complex number counts as two, its real and its imaginary part. An infinity that the
+    function was given or wrote, such as a mask or `1 / 0`, is passed over, and an overflow is found even
+    if nothing reads it.
 
     `shard_map`, `pmap`, the function of `x.at[i].apply`, and `reduce` and `reduce_window` with a
     computation count as one operation: an overflow within is found where it reaches the result.
@@ -83,12 +95,14 @@ def assert_no_overflow(fn: Function, *args: Any, dtype: DTypeLike | None = "floa
                 f"{expected}; found {int(bad.sum())} of {bad.size} values infinite or NaN, from finite "
                 f"operands, in {result.describe()}"
             )
-        lost = bad & np.isfinite(result.wide())
+        wide = result.wide()
+        lost = bad & (np.isfinite(wide) | _overflows_float64(result, wide))
         if lost.any():
-            largest = float(np.abs(result.wide()[lost]).max())
+            largest = float(np.abs(wide[lost]).max())
+            reached = f"{largest:.4g}" if np.isfinite(largest) else "more than 1.8e+308"
             raise AssertionError(
-                f"{expected}; found {largest:.4g} ({int(lost.sum())} of {bad.size} values overflow) "
-                f"in {result.describe()}"
+                f"{expected}; found {reached} ({int(lost.sum())} of {bad.size} values overflow) in "
+                f"{result.describe()}"
             )
 
     _check_each("assert_no_overflow", fn, args, dtype, check)
@@ -101,8 +115,9 @@ def assert_no_underflow(
 
     As in `assert_no_overflow`, each operation is compared with itself in float64 on the same
     operands. A value underflows if it is zero in `dtype` and not in float64; of float16 these are
-    magnitudes of at most 2^-25, about 3e-8. Subnormal numbers do not count, unless the device flushes
-    them to zero. To test gradients, multiply the loss by the loss scale first.
+    magnitudes of at most 2^-25, about 3e-8. One that falls to zero in float32 and is then cast to
+    `dtype` counts too. Subnormal numbers do not count, unless the device flushes them to zero. To test
+    gradients, multiply the loss by the loss scale first.
 
     Pallas kernels, callbacks, foreign functions and the samplers of `jax.random` have no float64 and
     are passed over. So are numbers in the code that are zero in `dtype`, such as the 1e-8 of
@@ -134,12 +149,23 @@ def assert_no_underflow(
     if not 0 <= share < 1:
         raise ValueError(f"share is {share}; expected a number from 0 to below 1, such as 0.001")
 
+    fell = _ByArray[np.ndarray]()  # magnitudes of what fell to zero in a wider dtype
+
     def check(result: Result) -> None:
         if result.low.all():
             return
         magnitudes = np.abs(result.wide())
+        smallest = float(jnp.finfo(result.out.dtype).smallest_normal)
+        lost = (magnitudes != 0) & (result.low == 0) & (magnitudes < smallest)
+        if result.is_wider:
+            if lost.any():
+                fell.put(result.out, np.where(lost, magnitudes, 0.0))
+            return
+        before = fell.of(result.operands[0]) if _is_cast(result.eqn) else None
+        if before is not None:
+            magnitudes = np.maximum(magnitudes, before)
+            lost |= before > 0
         nonzero = magnitudes != 0
-        lost = nonzero & (result.low == 0) & (magnitudes < float(jnp.finfo(dtype).smallest_normal))
         found = lost.sum() / max(nonzero.sum(), 1)
         if found > share:
             largest = float(magnitudes[lost].max())
@@ -153,16 +179,20 @@ def assert_no_underflow(
 
 
 class Result(NamedTuple):
-    """A result of an operation in the format to check.
+    """A result of an operation in the format to check, or in a wider one.
 
     Attributes:
-      low: the numbers of the result, exactly, in float64; the parts of complex ones.
+      out: the result.
+      is_wider: whether it is in a wider format.
+      low: its numbers, exactly, in float64; the parts of complex ones.
       wide: `wide()` is the result of the same operation in float64.
       eqn: the operation.
       operands: its operands.
       describe: `describe()` names the operation, its place and line.
     """
 
+    out: Operand
+    is_wider: bool
     low: np.ndarray
     wide: Callable[[], np.ndarray]
     eqn: Equation
@@ -170,23 +200,50 @@ class Result(NamedTuple):
     describe: Callable[[], str]
 
 
+class _ByArray(Generic[V]):
+    """Values by arrays, which have no hash, for as long as the arrays live."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Any], V]] = {}
+
+    def put(self, array: Operand, value: V) -> None:
+        key = id(array)
+        self._found[key] = (weakref.ref(array, lambda _: self._found.pop(key, None)), value)
+
+    def of(self, array: Operand) -> V | None:
+        return self._found[id(array)][1] if id(array) in self._found else None
+
+
+class _Source(NamedTuple):
+    """The operation that an array is from; for a cast, where what it casts is from too."""
+
+    eqn: Equation
+    place: Place
+    cast_from: _Source | None
+
+
 def _check_each(
     name: str, fn: Function, args: Any, dtype: np.dtype | None, check: Callable[[Result], None]
 ) -> None:
-    """Call `check` for each result in a format, None for all; fail if there is none."""
+    """Call `check` for each result in a format or a wider one, None for all; fail if the format has none."""
     check_call(name, fn, args)
-    sources: dict[Any, tuple[Equation, Place]] = {}  # the operation that each variable is from
+    sources = _ByArray[_Source]()
     found = False
 
     def hook(eqn: Equation, operands: list[Operand], outs: list[Operand], place: Place) -> None:
         nonlocal found
-        sources.update((v, (eqn, place)) for v in eqn.outvars)
+        source = _Source(eqn, place, sources.of(operands[0]) if _is_cast(eqn) else None)
         for n, out in enumerate(outs):
-            if out.size and _is_in(out, dtype):
-                found = True
+            if isinstance(out, jax.Array):
+                sources.put(out, source)
+            if out.size and wide_dtype(out.dtype) is not None:
+                is_wider = dtype is not None and _bits(out.dtype) > _bits(dtype)
+                if not (is_wider or _is_in(out, dtype)):
+                    continue
+                found |= not is_wider
                 low, wide = _parts(out), lambda n=n: _parts(wide_results(eqn, operands)[n])
-                describe_it = lambda out=out: _description(eqn, place, out.dtype.name, sources)
-                check(Result(low, wide, eqn, operands, describe_it))
+                describe_it = lambda out=out: _description(source, out.dtype.name)
+                check(Result(out, is_wider, low, wide, eqn, operands, describe_it))
 
     observe(TracedFunction(fn if dtype is None else autocast(fn, dtype), args, {}), hook)
     if not found and dtype is None:
@@ -198,19 +255,42 @@ def _check_each(
         )
 
 
-def _description(
-    eqn: Equation, place: Place, dtype: str, sources: Mapping[Any, tuple[Equation, Place]]
-) -> str:
+def _description(source: _Source, dtype: str) -> str:
     """Describe an operation; for a cast that autocast added to a result, the operation before it too."""
-    description, source = describe(eqn, place, dtype), eqn
-    while source.primitive.name == "convert_element_type" and not own_line(source):
-        atom = source.invars[0]
-        if isinstance(atom, Literal) or atom not in sources:
+    description, origin = describe(source.eqn, source.place, dtype), source
+    while _is_cast(origin.eqn) and not own_line(origin.eqn):
+        if origin.cast_from is None:
             return description
-        source, place = sources[atom]
-    if source is eqn:
+        origin = origin.cast_from
+    if origin is source:
         return description
-    return f"{description} of the result of {describe(source, place, source.outvars[0].aval.dtype.name)}"
+    dtype = origin.eqn.outvars[0].aval.dtype.name
+    return f"{description} of the result of {describe(origin.eqn, origin.place, dtype)}"
+
+
+def _overflows_float64(result: Result, wide: np.ndarray) -> np.ndarray:
+    """Return which numbers are infinite in float64 and would not be in a format of any range."""
+    name, operands = result.eqn.primitive.name, result.operands
+    infinite = np.isinf(wide)
+    if name not in _ELEMENTWISE | _OF_MANY or not infinite.any():
+        return np.zeros_like(infinite)
+    if name in _OF_MANY:
+        return infinite & all(map(_all_finite, operands))
+    values = [np.asarray(on_host(x)) for x in operands]
+    finite = np.ones((), bool)
+    for x in values:
+        finite = finite & np.isfinite(x)
+    if name in ("integer_pow", "pow"):  # zero has no negative powers
+        finite = finite & (values[0] != 0)
+    return infinite & (finite[..., None] if infinite.ndim > finite.ndim else finite)
+
+
+def _is_cast(eqn: Equation) -> bool:
+    return eqn.primitive.name == "convert_element_type"
+
+
+def _bits(dtype: Any) -> int:
+    return jnp.finfo(dtype).bits
 
 
 def _largest(dtype: np.dtype) -> float:

@@ -23,7 +23,7 @@ def equivalence(ours: Sequence[float], reference: Sequence[float], *, margin: fl
     """Test whether two means are within a margin: two one-sided paired t-tests at 5 %.
 
     Args:
-      ours: one value a seed.
+      ours: one value a seed, of any number type; they are compared in float64.
       reference: those of the same seeds.
       margin: the difference that does not matter; set it before the first run.
 
@@ -43,10 +43,9 @@ def equivalence(ours: Sequence[float], reference: Sequence[float], *, margin: fl
     if len(ours) != len(reference) or len(ours) < 2:
         raise ValueError(f"{len(ours)} and {len(reference)} values; expected at least two pairs")
     _check_margin(margin)
+    ours, reference = list(map(float, ours)), list(map(float, reference))
     if not (np.isfinite(ours).all() and np.isfinite(reference).all()):
-        raise ValueError(
-            f"the values are {list(ours)} and {list(reference)}; expected finite numbers"
-        )
+        raise ValueError(f"the values are {ours} and {reference}; expected finite numbers")
     difference = np.subtract(ours, reference)
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     reach = float(stdtrit(len(difference) - 1, 0.95)) * error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jmp_train.errors import UsageError
@@ -26,17 +27,21 @@ def policies(*names: str) -> Callable[[Function], Any]:
                 ...
 
     Marks of pytest may stand above or below it, below `chex.variants` in any case. `parametrize` does
-    not work in a `TestCase`, where pytest ignores it. Every other decorator of a method goes below.
+    not work in a `TestCase`, where pytest ignores it; there
+    `parameterized.product(policy=[...], n=[...])` in place of both makes a test for each pair. Every other
+    decorator of a method goes below.
 
     Args:
       *names: policy strings; see `get_policy`.
 
     Raises:
       ValueError: for an unknown policy, or one that occurs twice, when the test is defined.
-      TypeError: for no policy, or a test without an argument `policy`; when the class is made, in a
-        `unittest.TestCase` that is not absl's, in Python 3.11 as the cause of a RuntimeError.
+      TypeError: for no policy, a test without an argument `policy`, or one that absl has parametrized;
+        when the class is made, in a `unittest.TestCase` that is not absl's, in Python 3.11 as the cause
+        of a RuntimeError.
       UsageError: for `pytest.mark.parametrize` in a `TestCase`, when the class is made; for another
-        decorator above it, when the test runs.
+        decorator above it, and for a method that a `TestCase` inherits from a plain class, when the test
+        runs.
 
     >>> @policies("float32", "mixed_bfloat16")
     ... def test_casts(policy):
@@ -54,6 +59,11 @@ def policies(*names: str) -> Callable[[Function], Any]:
     def decorate(test: Function) -> Any:
         if isinstance(test, type) or not callable(test):
             raise TypeError(f"policies decorates {test!r}; expected a test function or method")
+        if isinstance(test, Iterable):
+            raise TypeError(
+                f"policies decorates {test!r}, of which absl has made several tests; expected "
+                f"parameterized.product(policy={list(names)}, ...) in place of both decorators"
+            )
         parameters = list(inspect.signature(test).parameters)
         if "policy" not in parameters:
             raise TypeError(
@@ -117,9 +127,24 @@ class _Method:
                 f"{owner.__name__}.{name} is in a unittest.TestCase, which cannot be parametrized; "
                 "expected chex.TestCase"
             )
-        method = _pytest(self._test, self._names)
+        method = _pytest(_of_plain_class(self._test, owner.__name__), self._names)
         method.pytestmark = [*method.pytestmark, *self.pytestmark]
         setattr(owner, name, method)
+
+
+def _of_plain_class(test: Function, owner: str) -> Function:
+    """Return a method that says why it gets no policy, which pytest gives to no `TestCase`."""
+
+    @functools.wraps(test)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and "policy" not in kwargs:
+            raise UsageError(
+                f"{type(self).__name__}.{test.__name__} is of {owner}, which is no TestCase, and gets no "
+                f"policy; expected {owner} to be a chex.TestCase"
+            )
+        return test(self, *args, **kwargs)
+
+    return method
 
 
 def _identifier(name: str) -> str:

@@ -26,6 +26,23 @@ def test_equivalence_is_two_one_sided_tests_of_scipy(count, shift):
     np.testing.assert_allclose(found[:3], (difference.mean(), *interval), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "ours, reference, margin",
+    [
+        (np.float16([1e-4, -1e-4, 1e-4]), np.float16([0, 0, 0]), 1.2e-4),  # squares below its range
+        (np.uint8([90, 92, 91]), np.uint8([91, 93, 92]), 3.0),  # differences below zero
+        (np.float16([3e4, 3e4, 3e4]), np.float16([1, 2, 3]), 4e4),  # sums above its range
+        (list(jnp.bfloat16([0.5, 0.25, 1])), [0.5, 0.25, 0.5], 1.0),
+    ],
+)
+def test_numbers_of_any_dtype_are_compared_in_float64(ours, reference, margin):
+    wide = [[float(x) for x in values] for values in (ours, reference)]
+    assert equivalence(ours, reference, margin=margin) == equivalence(*wide, margin=margin)
+    assert equivalence(*wide, margin=margin).difference == pytest.approx(
+        np.mean(wide[0]) - np.mean(wide[1])
+    )
+
+
 def run(noise, shift=0.0):
     values = np.random.default_rng(1).normal(scale=noise, size=(2, 8))
 

@@ -114,6 +114,56 @@ def test_infinities_that_were_written_pass():
     assert_no_overflow(of_product(lambda y: y / jnp.zeros_like(y)), EYE)  # not an overflow
 
 
+# Each is infinite in float32, before autocast can cast it, and the last two in float64 too.
+BEYOND = {
+    "exp": (jnp.exp, 90.0, "1.22e+39 (4 of 4 values overflow) in exp in float32"),
+    "integer_pow": (lambda x: x**20, 300.0, "3.487e+49 (4 of 4 values overflow) in integer_pow in"),
+    "cosh": (jnp.cosh, 300.0, "9.712e+129 (4 of 4 values overflow) in cosh in float32"),
+    "pow": (lambda x: jnp.power(x, x), 150.0, "more than 1.8e+308 (4 of 4 values overflow) in pow in"),
+    "exp of more": (jnp.exp, 800.0, "more than 1.8e+308 (4 of 4 values overflow) in exp in float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_an_overflow_beyond_wider_formats_is_found(name):
+    fn, value, found = BEYOND[name]
+    assert_no_overflow(fn, np.full(4, 1.5, np.float16))
+    assert f"found {found}" in overflow(fn, np.full(4, value, np.float16))
+    assert f"found {found}".partition(" in ")[0] in overflow(
+        fn, np.full(4, value, np.float16), dtype=None
+    )
+
+
+def test_poles_and_given_infinities_are_no_overflow():
+    x = np.float16([0.0, -np.inf, np.inf, 2.0])
+    with np.errstate(divide="ignore"):
+        for fn in (jnp.exp, jnp.log, jnp.cumsum, lambda x: x**-2, lambda x: x ** jnp.float16(-2.5)):
+            for dtype in ("float16", None):
+                assert_no_overflow(fn, x, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "name, fn", [("exp", lambda x: jnp.exp(-300 * x)), ("mul", lambda x: x**40)]
+)
+def test_an_underflow_beyond_wider_formats_is_found(name, fn):
+    x = np.full(4, 1e-3 if name == "mul" else 1.0, np.float16)
+    assert_no_underflow(fn, np.full(4, 1e-3 if name == "exp" else 1.0, np.float16))
+    message = underflow(fn, x)
+    assert (
+        "found 1 (4 of 4, up to " in message
+        and "in convert_element_type in float16 of the" in message
+    )
+    in_float32 = lambda x: fn(x.astype(jnp.float32)) + 0 * x.astype(jnp.float32)
+    assert_no_underflow(lambda x: (in_float32(x), x * 2), x)  # it is never cast
+
+
+def test_a_cast_of_what_a_jitted_function_returns_names_its_operation():
+    x = np.full(400, 300.0, np.float16)
+    assert "16 of the result of cumsum in float32 (jit:cumsum; " in overflow(
+        lambda x: jnp.cumsum(x), x
+    )
+
+
 def test_loops_and_backward_passes_are_entered():
     def grow(x):
         return jax.lax.fori_loop(0, 5, lambda i, c: c @ (8 * EYE), x)

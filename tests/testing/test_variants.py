@@ -159,6 +159,36 @@ def test_another_decorator_above_is_an_error_when_the_test_runs():
     assert all("has a decorator above @testing.policies" in text for _, text in result.errors)
 
 
+def test_a_method_of_a_plain_class_in_a_test_case_says_why_it_gets_no_policy():
+    class Mixin:
+        @testing.policies("float32")
+        def test_method(self, policy):
+            pytest.fail("must not run")
+
+    mixed = type(chex.TestCase)("Mixed", (Mixin, chex.TestCase), {})
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(mixed).run(result)
+    ((_, text),) = result.errors
+    assert "Mixed.test_method is of Mixin, which is no TestCase, and gets no policy" in text
+
+
+def test_a_test_that_absl_made_several_of_is_refused():
+    several = parameterized.parameters(1, 2)(lambda self, n, policy: None)
+    with pytest.raises(
+        TypeError, match=r"expected parameterized.product\(policy=\['float32'\], ...\)"
+    ):
+        testing.policies("float32")(several)
+
+    class Product(chex.TestCase):
+        @parameterized.product(policy=["float32", "mixed_float16"], n=[1, 2])
+        def test_method(self, policy, n):
+            testing.policies(policy)
+
+    result = unittest.TestResult()
+    unittest.defaultTestLoader.loadTestsFromTestCase(Product).run(result)
+    assert result.testsRun == 4 and result.wasSuccessful()
+
+
 def test_wrong_uses_are_errors_where_the_test_is_defined():
     with pytest.raises(ValueError, match="did you mean 'mixed_bfloat16'"):
         testing.policies("mixed_bfloat17")
