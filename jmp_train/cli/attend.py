@@ -22,6 +22,7 @@ from jmp_train.runs.launched import MARK, is_attended, launched
 # Of what JAX writes when it ends a process: lines that begin a message, and those that continue one.
 _BEGINS = re.compile(
     r"[EFIW]\d{4} \d\d:\d\d:\d\d|\*\*\* |\[Gloo\] |:UNKNOWN:|WARNING: All log messages before absl"
+    r"|.* Expected number of connected peer ranks is"  # Gloo's threads write within each other's lines
 )
 _CONTINUES = re.compile(
     r"\s*$|\s+@ +0x|\d+$|The tasks have|RPC: |Additional GRPC|Barrier|:UNKNOWN:|\*\*\* |\[Gloo\] "

@@ -323,6 +323,8 @@ def test_what_a_process_says_itself_is_shown(monkeypatch, capsys):
     jax_says = [
         "E1126 12:00:00.000000    77 coordination_service_agent.cc:400] Failed\n",
         "Additional GRPC error information from remote target\n", ":UNKNOWN:Error received\n", "\n",
+        "[Gloo] Rank [Gloo] Rank 1\n",
+        "0 is connected to 3 peer ranks. Expected number of connected peer ranks is : 3\n",
     ]  # fmt: skip
     held = collections.deque(maxlen=30)
     _copy(io.StringIO("".join([*lines, *jax_says, *lines[4:]])), held)
