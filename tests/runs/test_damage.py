@@ -139,19 +139,18 @@ def test_damaged_metrics_of_a_checkpoint_cost_no_state(run, caplog):
 
 
 def garble(file):
-    """Overwrite some bytes of a file, or all of a short one."""
     content = file.read_bytes()
-    file.write_bytes(content[:20] + b"garbage" + content[27:])
+    file.write_bytes(b"garbage" + content[7:20] + b"garbage" + content[27:])
 
 
 @pytest.mark.parametrize("finished", ["linear_bf16"], indirect=True)
 @pytest.mark.parametrize(
     "file,cause",
     [
-        ("state/manifest.ocdbt", 'manifest.ocdbt": Error decoding manifest: '),
+        ("state/manifest.ocdbt", "state/manifest.ocdbt"),
         slow("state/array_metadatas/process_0", "invalid JSON: "),
-        slow("state/d/*", "Error decoding b-tree node: "),
-        slow("state/ocdbt.process_0/d/*", "is damaged: its digest"),
+        slow("state/d/*", "state/d/"),
+        slow("state/ocdbt.process_0/d/*", "ZSTD_decompressStream() failed"),
         slow("state/_METADATA", "invalid JSON: "),
         slow("_CHECKPOINT_METADATA", "what was saved beside the state is damaged: "),
     ],
