@@ -289,6 +289,10 @@ OTHERS = [
     ),
     (["trian"], r"unknown command 'trian'; did you mean 'train'"),
     (["list", "--x"], r"unexpected '--x'; jmp-train list takes no argument"),
+    (
+        ["export", "done", "--dtype", "int8"],
+        r"--dtype is 'int8'; expected one of bfloat16, float16, float32, None$",
+    ),
 ]
 FILES = [
     (["goood.npz"], r"goood.npz does not exist; did you mean 'good.npz'"),
