@@ -154,6 +154,9 @@ def test_an_option_reaches_the_function_and_the_run_resumes(tmp_path, monkeypatc
     assert saved["window"] == 6 and saved["workers"] == 2 and saved["classes"] == 3
     status, out, err = call(capsys, "eval", "run")
     assert (status, err) == (0, "") and "window 6, workers 2, classes 3" in out
+    again = ("train", "series", "--run-dir", "run", "--data.window", "6", "--steps", "6")
+    status, out, err = call(capsys, *again)
+    assert (status, err) == (0, "") and "run is at step 4" in out
     status, _, err = call(capsys, "train", "series", "--run-dir", "run")
     assert status == 2 and "data.window" in err and "6" in err and "20" in err
 
