@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmp_train.errors import DataError
 from jmp_train.types import Batch, Json
 
 
@@ -33,7 +34,17 @@ class DataSpec(NamedTuple):
     def of(
         cls, batch: Batch, classes: int | None, class_names: tuple[str, ...] | None = None
     ) -> DataSpec:
-        """Return the spec of a batch, whose leading axis counts examples."""
+        """Return the spec of a batch, whose leading axis counts examples.
+
+        Raises:
+          DataError: for complex numbers: losses, metrics and policies are of real ones.
+        """
+        for name, array in batch.items():
+            if jnp.issubdtype(array.dtype, jnp.complexfloating):
+                raise DataError(
+                    f"{name!r} has complex numbers, {array.dtype}; expected real numbers, such as the "
+                    "real and the imaginary parts in an array each"
+                )
         example = {k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in batch.items()}
         return cls(example, classes, class_names)
 

@@ -171,6 +171,7 @@ NAMES = [
     *("function", "fixed", "settings", "about", "name", "load", "transform", "batch_transform"),
     *("self", "cls", "kind", "model", "obj", "config", "values", "what", "base", "transformed"),
     *("_identity", "_class_count", "__configured__", "__init__", "_hidden", "network", "arguments"),
+    *("window", "workers", "on_bad", "_common"),
 ]
 
 

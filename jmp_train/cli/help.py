@@ -21,7 +21,7 @@ from tyro.constructors import (
 
 from jmp_train.config.experiment import AnyExperiment, Experiment
 from jmp_train.config.settings import setting_fields
-from jmp_train.configurable import Configured, described
+from jmp_train.configurable import Configured, described, parameters_of
 
 #: The options that the help of an experiment shows first.
 COMMON = (
@@ -131,8 +131,10 @@ def help_texts(kind: type) -> dict[str, str]:
                     ast.Expr(value=ast.Constant(value=str(text))),
                 ):
                     texts[name] = " ".join(text.split())
-    if issubclass(kind, Configured):
-        texts |= _argument_texts(kind.__configured__.function)
+    if issubclass(kind, Configured):  # a text of the base is not about an argument of the same name
+        function = kind.__configured__.function
+        texts = {name: text for name, text in texts.items() if name not in parameters_of(function)}
+        texts |= _argument_texts(function)
     return texts
 
 

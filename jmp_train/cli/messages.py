@@ -53,6 +53,9 @@ def one_line(complaint: str) -> str:
     )
     if choice:
         given, option, valid = choice.groups()
-        hint = nearest(given, re.findall(r"'([^']*)'", valid))
+        names = re.findall(r"'([^']*)'", valid)
+        if "None" in names:  # tyro gives these in any order
+            names = [*sorted(name for name in names if name != "None"), "None"]
+        hint = nearest(given, names)
         return f"{option} is {given!r}; {hint}"
     return message

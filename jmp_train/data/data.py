@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -32,13 +33,14 @@ from jmp_train.data.examples import (
 )
 from jmp_train.data.shuffle_window import ShuffledWindows
 from jmp_train.data.streams import Stream, check_leading_axes
-from jmp_train.fields import check_fields
+from jmp_train.fields import check_fields, fits
 from jmp_train.sources.checks import check_example, expected_labels
 from jmp_train.sources.described import Described
 from jmp_train.spec import DataSpec
 from jmp_train.types import Batch, Function
 
 _SPLIT_SEED = 0  # constant, so that the held-out examples do not depend on the run's seed
+_NOT_GIVEN: Any = object()  # None is a value of `classes`
 _FORMS = (
     "a dict of arrays, something with len and [i] that returns a dict for each example, a Grain "
     "dataset, a function that returns an iterator of batches, a pair (train, held_out) of these, or a "
@@ -50,13 +52,13 @@ def Data(
     load: Any,
     /,
     *,
-    eval_share: float = 0.2,
+    eval_share: float = _NOT_GIVEN,
     transform: Function | None = None,
     batch_transform: Function | None = None,
-    classes: int | None = None,
-    workers: int = 0,
-    on_bad: OnBad = "stop",
-    window: int = 0,
+    classes: int | None = _NOT_GIVEN,
+    workers: int = _NOT_GIVEN,
+    on_bad: OnBad = _NOT_GIVEN,
+    window: int = _NOT_GIVEN,
     name: str | None = None,
     **fields: Any,
 ) -> Any:
@@ -70,23 +72,25 @@ def Data(
         `IterDataset` of such dicts; a function that returns an iterator of batches; a pair
         `(train, held_out)` of these; or a `Dataset`.
       eval_share: fraction of the examples to hold out, the same examples in every run, if the data are
-        no pair.
+        no pair; 0.2 by default.
       transform: `transform(example)` or `transform(example, rng)` returns a changed example. `rng`, a
         `numpy.random.Generator`, is a pure function of the seed and the position. It is given to an
         argument named `rng`, with a default or without, or else to a second required argument. A
         transform that takes it is left out of evaluation.
       batch_transform: the same for a batch.
-      classes: number of classes; None: found from an integer array `label` in memory.
-      workers: number of processes that read training examples; 0 reads them in a thread.
-      on_bad: "stop" ends a run with the first example that cannot be read or transformed, is unlike the
+      classes: number of classes; None, the default: found from an integer array `label` in memory.
+      workers: number of processes that read training examples; 0, the default, reads them in a thread.
+      on_bad: "stop", the default, ends a run with the first example that cannot be read or transformed, is unlike the
         first one, or has a label out of range. "skip" leaves such examples out and counts them; the
         next good one takes the place of one that is read at random. Not for a function of batches.
-      window: number of examples of a Grain `IterDataset` to shuffle together, anew in each pass; 0
-        keeps its order.
+      window: number of examples of a Grain `IterDataset` to shuffle together, anew in each pass; 0,
+        the default, keeps its order.
       name: name for summary.json; None: the name of the function.
-      **fields: values of the function's arguments. A function with a parameter `name`,
-        `transform` or `batch_transform` gets the argument of that name above, which then has no other
-        use; one with `eval_share`, `classes`, `workers`, `on_bad` or `window` gets it too.
+      **fields: values of the function's arguments; its own defaults hold for those not given. A
+        function with a parameter `name`, `transform`, `batch_transform`, `workers` or `window` gets
+        the argument of that name above, which then has no other use. One with `eval_share`, `classes`
+        or `on_bad` gets it too: the value, which may be the function's default, is also used as above
+        if it has the type above.
 
     Returns:
       A frozen dataclass whose fields are settings of an experiment.
@@ -102,13 +106,8 @@ def Data(
     >>> len(dataset.train), len(dataset.eval["x"]), dataset.spec.classes
     (40, 10, 2)
     """
-    given = {
-        "eval_share": eval_share,
-        "classes": classes,
-        "workers": workers,
-        "on_bad": on_bad,
-        "window": window,
-    }
+    common = _Common(eval_share, classes, workers, on_bad, window)._asdict()
+    given = {key: value for key, value in common.items() if value is not _NOT_GIVEN}
     function = load if _is_function(load) else (lambda: load)
     takes = parameters_of(function)
     about = {"transform": transform, "batch_transform": batch_transform}
@@ -118,7 +117,9 @@ def Data(
     about = {key: None if key in takes else value for key, value in about.items()}
     called = name if name and "name" not in takes else None
     called = called or (described(load) if _is_function(load) else "arrays")
-    own = {key: value for key, value in given.items() if key in takes}
+    required = [k for k in _SHARED if k in takes and takes[k].default is inspect.Parameter.empty]
+    own = {key: _DEFAULTS[key] for key in required}
+    own |= {key: value for key, value in given.items() if key in takes}
     config = configured(
         function,
         {**own, **fields},
@@ -127,7 +128,7 @@ def Data(
         what=f"Data({called})",
     )
     type(config).__name__ = called
-    return dataclasses.replace(config, **given)
+    return dataclasses.replace(config, **{k: v for k, v in given.items() if k not in takes})
 
 
 def own_of(config: Any) -> Any:
@@ -152,14 +153,15 @@ class _OwnData(Configured):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 < self.eval_share < 1:
-            raise ValueError(f"eval_share is {self.eval_share}; expected 0 < eval_share < 1")
-        if self.classes is not None and not 2 <= self.classes < 2**31:
-            raise ValueError(f"classes is {self.classes}; expected at least 2, or None")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; expected 0 or more")
-        if self.window < 0:
-            raise ValueError(f"window is {self.window}; expected 0 or more")
+        eval_share, classes, workers, _, window = _common(self)
+        if not 0 < eval_share < 1:
+            raise ValueError(f"eval_share is {eval_share}; expected 0 < eval_share < 1")
+        if classes is not None and not 2 <= classes < 2**31:
+            raise ValueError(f"classes is {classes}; expected at least 2, or None")
+        if workers < 0:
+            raise ValueError(f"workers is {workers}; expected 0 or more")
+        if window < 0:
+            raise ValueError(f"window is {window}; expected 0 or more")
 
     @property
     def name(self) -> str:
@@ -174,9 +176,8 @@ class _OwnData(Configured):
             accepted form, and for examples that differ in shape.
         """
         own, name = self.__configured__, own_of(self).name
-        takes = parameters_of(own.function)
-        common = {field.name for field in dataclasses.fields(_OwnData)}
-        settings = {k: v for k, v in settings_of(self).items() if k in takes or k not in common}
+        takes, common = parameters_of(own.function), _common(self)
+        settings = {k: v for k, v in settings_of(self).items() if _is_argument(self, k, v, takes)}
         try:
             made = call(own.function, {**settings, **own.fixed})
         except DataError:
@@ -185,17 +186,17 @@ class _OwnData(Configured):
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise DataError(f"{name} failed: {what}") from error
         if isinstance(made, Dataset):
-            ignored = [f.name for f in dataclasses.fields(_OwnData) if f.name not in takes]
-            ignored = [n for n in ignored if n != "workers" and getattr(self, n) != _DEFAULTS[n]]
+            ignored = [k for k in _DEFAULTS if k not in takes and k != "workers"]
+            ignored = [k for k in ignored if getattr(self, k) != _DEFAULTS[k]]
             ignored = ["transform"] * any(_transforms(self)) + ignored
             if ignored:
                 raise DataError(f"{name} returned a Dataset; expected no {ignored[0]} beside it")
-            return made._replace(workers=self.workers)
+            return made if "workers" in takes else made._replace(workers=common.workers)
         paired = isinstance(made, tuple) and len(made) == 2
         forms = [_Form.of(part, name) for part in (made if paired else (made,))]
-        parts = forms if paired else forms[0].split(self.eval_share)
+        parts = forms if paired else forms[0].split(common.eval_share)
         classes = own_of(self)._class_count(forms)
-        stated = self.classes or next(filter(None, (form.classes for form in forms)), None)
+        stated = common.classes or next(filter(None, (form.classes for form in forms)), None)
         train, held_out = (part.source(self, stated) for part in _with_purpose(parts))
         first = _first(train)
         if isinstance(train, Examples) and isinstance(held_out, Examples):
@@ -205,7 +206,7 @@ class _OwnData(Configured):
             train=train,
             eval=held_out,
             spec=DataSpec.of(first, count, forms[0].class_names(count)),
-            workers=self.workers,
+            workers=common.workers,
         )
 
     @property
@@ -247,25 +248,26 @@ class _OwnData(Configured):
         return apply
 
     def _class_count(self, parts: list[_Form]) -> int | None:
+        common = _common(self)
         labelled = [p for p in parts if isinstance(p.made, Mapping) and "label" in p.made]
         labels = [part.made["label"] for part in labelled]
         if _transforms(self)[0] is not None or not labels:
-            return self.classes
+            return common.classes
         label = np.concatenate([np.ravel(array) for array in labels])
         if label.dtype.kind not in "iu":
-            return self.classes
-        bad = _out_of_range(label, self.classes)
-        if bad.any() and self.on_bad == "stop":
+            return common.classes
+        bad = _out_of_range(label, common.classes)
+        if bad.any() and common.on_bad == "stop":
             first = int(bad.argmax())
             part = 0 if first < labels[0].size else 1
             of_part = first - part * labels[0].size
             where = labelled[part].place(of_part * len(labels[part]) // labels[part].size)
             raise DataError(
                 f"{int(bad.sum())} labels are out of range, the first {label[first]}{where}; "
-                f"{expected_labels(self.classes)}"
+                f"{expected_labels(common.classes)}"
             )
-        if self.classes is not None:
-            return self.classes
+        if common.classes is not None:
+            return common.classes
         found = np.unique(label[~bad])
         return (
             len(found) if len(found) > 1 and found[0] == 0 and found[-1] == len(found) - 1 else None
@@ -285,7 +287,38 @@ def _transforms(config: _OwnData) -> list[Function | None]:
     return [about["transform"], about["batch_transform"]]
 
 
+class _Common(NamedTuple):
+    """What `Data` itself does with the settings that all data have."""
+
+    eval_share: float
+    classes: int | None
+    workers: int
+    on_bad: OnBad
+    window: int
+
+
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(_OwnData)}
+_KINDS = typing.get_type_hints(_OwnData)
+_SHARED = ("eval_share", "classes", "on_bad")  # used also where the function takes them
+
+
+def _common(config: _OwnData) -> _Common:
+    """Return the settings that all data have; the defaults of those that are the function's alone."""
+    takes, values = parameters_of(config.__configured__.function), {}
+    for key, default in _DEFAULTS.items():
+        value = getattr(config, key)
+        alone = key in takes and not (key in _SHARED and fits(value, _KINDS[key]))
+        values[key] = default if alone else value
+    return _Common(**values)
+
+
+def _is_argument(config: _OwnData, key: str, value: Any, takes: Collection[str]) -> bool:
+    """Return whether a setting is passed to the function: all but the common ones it does not take.
+
+    One that it takes, with a default that is no setting, such as an array, is passed if it was set.
+    """
+    set_here = key in vars(type(config)) or value != _DEFAULTS.get(key)
+    return key not in _DEFAULTS or (key in takes and set_here)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +423,7 @@ class _Form:
 
     def source(self, config: _OwnData, classes: int | None) -> Any:
         """Return a source, a stream, or the arrays to evaluate on; labels are below `classes`."""
-        kept = _transforms(config)
+        kept, common = _transforms(config), _common(config)
         if self.held_out:
             kept = [_without_generator(f) for f in kept]
         transform, batch_transform = kept
@@ -399,27 +432,27 @@ class _Form:
                 raise DataError(
                     "transform is for examples, and the data are batches; expected batch_transform"
                 )
-            made, windowed = self.made, config.window > 1 and not self.held_out
+            made, windowed = self.made, common.window > 1 and not self.held_out
             if windowed and not isinstance(made, grain.IterDataset):
                 raise DataError(
-                    f"window is {config.window}, and the data are batches that a function makes; expected "
+                    f"window is {common.window}, and the data are batches that a function makes; expected "
                     "0, or a Grain IterDataset"
                 )
-            skips = config.on_bad == "skip"
-            made = ShuffledWindows(made, config.window, skips=skips) if windowed else made
-            options: dict[str, Any] = {"classes": classes, "on_bad": config.on_bad}
-            return Stream(made, transform, batch_transform, config.workers, **options)
-        if config.window > 1 and not self.held_out:
+            skips = common.on_bad == "skip"
+            made = ShuffledWindows(made, common.window, skips=skips) if windowed else made
+            options: dict[str, Any] = {"classes": classes, "on_bad": common.on_bad}
+            return Stream(made, transform, batch_transform, common.workers, **options)
+        if common.window > 1 and not self.held_out:
             raise DataError(
-                f"window is {config.window}, and the data are read at random; expected 0, or a stream"
+                f"window is {common.window}, and the data are read at random; expected 0, or a stream"
             )
         in_memory = isinstance(self.made, Mapping)
         one_by_one = transform is not None or (self.held_out and batch_transform is not None)
-        if in_memory and config.on_bad == "skip":
+        if in_memory and common.on_bad == "skip":
             one_by_one |= _out_of_range(self.made.get("label"), classes).any()
         if one_by_one or not in_memory:
             items = Rows(self.made, self.describe) if in_memory else self.made
-            options = {"numbers": self.numbers, "classes": classes, "on_bad": config.on_bad}
+            options = {"numbers": self.numbers, "classes": classes, "on_bad": common.on_bad}
             return Examples(items, transform, batch_transform, **options)
         if self.held_out:
             return self.made

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jmp_train.records.digest import array_digests, json_digest
+from jmp_train.records.orbax_messages import cause, quiet_orbax
 from jmp_train.types import Function, Json, PyTree
 
 T = TypeVar("T")
@@ -91,13 +92,15 @@ class Checkpoints:
                 log.warning("the metrics of checkpoint %s are damaged", metrics.parent.name)
                 self._set_aside(metrics, f"{metrics.parent.name}-metrics")
         try:
-            self._checkpointer: Any = self._open(cleanup_tmp_directories=clean)
+            with quiet_orbax():
+                self._checkpointer: Any = self._open(cleanup_tmp_directories=clean)
         except Exception as error:  # noqa: BLE001  # one that it cannot describe stops Orbax
             for path in [p for p in directory.iterdir() if p.name.isdigit()]:
                 try:
-                    ocp.checkpointables_metadata(str(path.resolve()))
+                    with quiet_orbax():
+                        ocp.checkpointables_metadata(str(path.resolve()))
                 except Exception:  # noqa: BLE001
-                    log.warning("checkpoint %s cannot be loaded: %s", path.name, _first_line(error))
+                    _pass_over(path.name, error)
                     self._set_aside(path, path.name)
             self._checkpointer = self._open(cleanup_tmp_directories=clean)
         self._saving: int | None = None  # the step of the save under way
@@ -225,9 +228,10 @@ class Checkpoints:
         for step in steps:
             # Orbax raises what the damage happens to cause: KeyError, ValueError, OSError and more.
             try:
-                metadata = self._metadata(step)
+                with quiet_orbax():
+                    metadata = self._metadata(step)
             except Exception as error:  # noqa: BLE001
-                log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
+                _pass_over(step, error)
                 continue
             if check is not None:
                 check(step, metadata["extra"])
@@ -237,12 +241,13 @@ class Checkpoints:
             saved = _with_saved_dtypes(arrays, like) if casts else like
             _check_same(step, arrays, saved)
             try:
-                state = self._load(step, arrays, saved, partial=parts is not None)
+                with quiet_orbax():
+                    state = self._load(step, arrays, saved, partial=parts is not None)
                 if casts:
                     state = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, like)
                 return Restored(step, state, metadata["extra"])
             except Exception as error:  # noqa: BLE001
-                log.warning("checkpoint %d cannot be loaded: %s", step, _first_line(error))
+                _pass_over(step, error)
         if steps:
             raise NoUsableCheckpoint(
                 f"none of the checkpoints at steps {', '.join(map(str, sorted(steps)))} in "
@@ -261,7 +266,8 @@ class Checkpoints:
                 from jax.experimental import multihost_utils
 
                 multihost_utils.sync_global_devices("set aside")
-            self._checkpointer.reload()
+            with quiet_orbax():
+                self._checkpointer.reload()
 
     def _set_aside(self, path: Path, name: str) -> None:
         if jax.process_index() > 0:  # the first process of a run does it
@@ -311,6 +317,11 @@ class Checkpoints:
         if saving and self._unsaved:
             log.warning("%s", self._unsaved)
         self._checkpointer.close()
+
+
+def _pass_over(step: int | str, error: Exception) -> None:
+    """Say that a checkpoint cannot be loaded."""
+    log.warning("checkpoint %s cannot be loaded and is passed over: %s", step, cause(error))
 
 
 def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:

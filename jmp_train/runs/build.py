@@ -55,7 +55,8 @@ def build(experiment: AnyExperiment, run_dir: Path | None = None) -> Parts:
     """
     dataset = load_dataset(experiment, run_dir)
     task = make_task_of(experiment, dataset.spec)
-    sharded = sharded_of(experiment, task)
+    with one_line_errors():  # traces the network's initialisation
+        sharded = sharded_of(experiment, task)
     metrics_fn = task.metrics_fn if sharded is None else sharded.gathering(task.metrics_fn)
     evaluate = make_evaluate(metrics_fn, task.precision, cast_batch=False)
     size = eval_batch_size(dataset.eval, experiment.batch_size)

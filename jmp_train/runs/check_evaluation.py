@@ -43,10 +43,10 @@ def check_evaluation(experiment: AnyExperiment, parts: Parts) -> None:
         name: jax.ShapeDtypeStruct((size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype))
         for name, x in first.items()
     }
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    extras = {} if model_state is None else {"model_state": model_state}
     sums = make_sums(task.metrics_fn, task.precision, cast_batch=False)
     with one_line_errors():
+        params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+        extras = {} if model_state is None else {"model_state": model_state}
         metrics = jax.eval_shape(sums, params, batch, **extras)
     if experiment.early_stop.metric is not None:
         metric_of(experiment.early_stop, dict.fromkeys(metrics, 0.0))

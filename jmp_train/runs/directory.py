@@ -33,6 +33,10 @@ def read_config(run_dir: Path) -> tuple[str, Json]:
     path = run_dir / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+            kind = kinds.get(type(values), "a number")
+            raise UsageError(f"{path} contains {kind}; expected an object, as a run writes it")
         name = values.pop("experiment")
         if not isinstance(name, str):
             raise UsageError(
@@ -47,8 +51,11 @@ def read_config(run_dir: Path) -> tuple[str, Json]:
         raise UsageError(f"{path} cannot be read: it names no experiment") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} is damaged: {error}; expected it as the run wrote it: restore it from a copy, or "
+            "train in another folder"
+        ) from None
 
 
 def config_json(name: str, experiment: AnyExperiment) -> Json:

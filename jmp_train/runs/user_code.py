@@ -32,7 +32,8 @@ _EVALUATION = str(_PACKAGE / "step" / "evaluation.py")  # its errors name the me
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an error of shapes or types, raised while the step is traced, into a UsageError.
+    """Turn an error of shapes, types or arithmetic, raised while the network is constructed or the step
+    is traced, into a UsageError.
 
     The message has the first line of the error and the last line of the user's own files that led to
     it. Errors of other kinds are mistakes in code, and keep their traceback, but those of a metric,
@@ -46,7 +47,7 @@ def one_line_errors() -> Iterator[None]:
         metric = next((n for n in getattr(error, "__notes__", ()) if n.startswith(NOTE)), "")
         flaxs = type(error).__module__.startswith("flax")
         fits = flaxs or isinstance(error, (TypeError, ValueError))
-        if not (metric or fits):
+        if not (metric or fits or isinstance(error, ArithmeticError)):
             raise
         frames, own = _frames(error)
         if not (metric or own or frames[-1].filename.startswith((_TASKS, _EVALUATION))):

@@ -142,7 +142,7 @@ def image_folder(
         neighbours alone, which is faster (needs `pip install 'jmp-train[fast-images]'`).
 
     Raises:
-      DataError: as `ImageFolder`, for a size or a number of channels that is not possible, and for
+      DataError: as `ImageFolder`, for a single class, for a size or a number of channels that is not possible, and for
         libraries that are not installed.
 
     >>> import tempfile
@@ -161,6 +161,11 @@ def image_folder(
         ImageFolder, size=size, channels=channels, resize=resize, follow_links=follow_links
     )
     train = make(named(path))
+    if train.classes < 2:
+        raise DataError(
+            f"{path} has 1 folder of images, {', '.join(map(repr, train.class_names))}; expected at least "
+            "2, one for each class, or ImageFolder for data without classes"
+        )
     if held_out is None:
         return train
     return train, make(named(held_out), class_names=train.class_names)

@@ -131,6 +131,7 @@ def make_data(folder):
 CONFIGS = {
     "not_json": "{",
     "list": "[1]",
+    "true": "true",
     "nothing": "",
     "deep": '{"a":' * 100_000,
     "binary": "\udcff\udcfe",

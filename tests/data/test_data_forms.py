@@ -412,3 +412,28 @@ def test_the_position_after_an_error_is_before_the_item_that_failed(form):
     resumed.set_state(state)
     for item in items_[1:]:
         np.testing.assert_array_equal(next(resumed)["id"], item["id"])
+
+
+COMPLEX = np.exp(1j * np.arange(COUNT * 3.0)).reshape(COUNT, 3)
+
+
+def waves():
+    return [{"id": i, "x": COMPLEX[i]} for i in range(COUNT)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"id": np.arange(COUNT), "x": COMPLEX.astype(np.complex64)},
+        waves(),
+        (grain.MapDataset.source(waves()).to_iter_dataset(), waves()),
+        (lambda batch_size: iter([{"x": COMPLEX[:batch_size]}]), waves()),
+    ],
+    ids=["arrays", "list", "iter dataset", "function"],
+)
+def test_complex_numbers_are_refused_unless_a_transform_makes_them_real(made):
+    with pytest.raises(DataError, match=r"^'x' has complex numbers, complex\d+; expected real nu"):
+        jt.Data(lambda: made).load()
+    parts = lambda batch: {"x": np.stack([batch["x"].real, batch["x"].imag], -1)}
+    spec = jt.Data(lambda: made, batch_transform=parts).load().spec
+    assert spec.example["x"].shape == (3, 2)

@@ -101,6 +101,9 @@ def test_folders_of_another_form_are_one_line(flowers, tmp_path):
     refused("flower does not exist; did you mean 'flowers'", tmp_path / "flower")
     refused("README is a file; expected a folder", flowers / "README")
     refused("deeper has no folders; expected one for each class", flowers / "rose" / "deeper")
+    save(tmp_path / "one" / "rose" / "1.png", BLUE)
+    refused(r"one has 1 folder of images, 'rose'; expected at least 2", tmp_path / "one", classes=2)
+    assert len(ImageFolder(tmp_path / "one", SIZE)) == 1  # for data without classes
     (flowers / "aster").mkdir()
     refused(r"aster has no images; expected files such as .*1\.png", flowers)
 

@@ -3,12 +3,14 @@
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.marks import first_quick
+from helpers.marks import first_quick, slow
 from helpers.saved_arrays import assert_same_arrays, final_arrays
 from rich.console import Console
 
@@ -18,6 +20,7 @@ from jmp_train.records.checkpoints import NoUsableCheckpoint
 from jmp_train.records.metrics import read_metrics
 from jmp_train.runs.train import train
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("quick_runs")
 #: Checkpoints at the steps 4, 8 and 12, the last.
 FIELDS = {"steps": 12, "log_every": 2, "eval_every": 6, "checkpoint_every": 4}
@@ -120,7 +123,7 @@ def test_run_resumes_from_the_newest_complete_checkpoint(run, finished, caplog, 
     newest = run / "checkpoints" / "12"
     damage(max((newest / "state" / "d").iterdir(), key=lambda file: file.stat().st_size))
     assert trained(run)["steps"] == 12
-    assert "checkpoint 12 cannot be loaded: " in caplog.text
+    assert "checkpoint 12 cannot be loaded and is passed over: " in caplog.text
     assert_same_arrays(final_arrays(run), final_arrays(finished))
     assert losses(run) == losses(finished)
     assert (run / "checkpoints" / "damaged-12").is_dir()
@@ -133,6 +136,42 @@ def test_damaged_metrics_of_a_checkpoint_cost_no_state(run, caplog):
     assert "the metrics of checkpoint 12 are damaged" in caplog.text
     assert f"{run.name} is at step 12\n" in console.export_text()
     assert (run / "checkpoints" / "damaged-12-metrics").is_dir()
+
+
+def garble(file):
+    content = file.read_bytes()
+    file.write_bytes(b"garbage" + content[7:20] + b"garbage" + content[27:])
+
+
+@pytest.mark.parametrize("finished", ["linear_bf16"], indirect=True)
+@pytest.mark.parametrize(
+    "file,cause",
+    [
+        ("state/manifest.ocdbt", "state/manifest.ocdbt"),
+        slow("state/array_metadatas/process_0", "invalid JSON: "),
+        slow("state/d/*", "state/d/"),
+        slow("state/ocdbt.process_0/d/*", "ZSTD_decompressStream() failed"),
+        slow("state/_METADATA", "invalid JSON: "),
+        slow("_CHECKPOINT_METADATA", "what was saved beside the state is damaged: "),
+    ],
+)
+def test_each_damaged_checkpoint_prints_one_line(run, file, cause):
+    damaged = lambda n: f"checkpoint {n} cannot be loaded and is passed over: "
+    expected = [damaged(12)], [damaged(12), damaged(8), "none of the checkpoints at steps 8, 12 in"]
+    for n, status, texts in zip((12, 8), (0, 4), expected, strict=True):
+        for path in (run / "checkpoints" / str(n)).glob(file):
+            garble(path)
+        done = subprocess.run(
+            [sys.executable, "-m", "jmp_train", "eval", str(run)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = done.stderr.splitlines()
+        assert (done.returncode, len(lines)) == (status, len(texts)), done.stderr
+        assert all(text in line for text, line in zip(texts, lines, strict=True)), done.stderr
+        assert cause in lines[0] and len(lines[0]) < 500
 
 
 def test_where_all_checkpoints_are_damaged_nothing_is_changed(run):

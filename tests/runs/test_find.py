@@ -103,7 +103,7 @@ def test_a_damaged_newest_run_is_reported_not_passed_over():
     bad = make(f"runs/{NAME}/b", 2)
     (bad / "config.json").write_text("{")
     for word in ("latest", f"runs/{NAME}"):
-        with pytest.raises(UsageError, match="b/config.json cannot be read"):
+        with pytest.raises(UsageError, match="b/config.json is damaged"):
             raise_for(word)
 
 
@@ -179,10 +179,10 @@ def test_resume_passes_over_damaged_runs_and_names_them_without_a_match(caplog):
     bad = make(f"runs/{NAME}/b", 2)
     (bad / "config.json").write_text("{")
     assert resumable() == wanted
-    assert f"runs/{NAME}/b/config.json cannot be read" in caplog.text
+    assert f"runs/{NAME}/b/config.json is damaged" in caplog.text
     (wanted / "config.json").write_text(json.dumps({"steps": 3}))
     os.utime(wanted / "config.json", (1, 1))
-    with pytest.raises(UsageError, match=f"runs/{NAME}/b/config.json cannot be read"):
+    with pytest.raises(UsageError, match=f"runs/{NAME}/b/config.json is damaged"):
         resumable()
 
 

@@ -310,9 +310,31 @@ class NegativeSize(nnx.Module):
         return self.layer(x.reshape(len(x), -1))
 
 
+class NoSize(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.layer = nnx.Linear(0, 10, rngs=rngs)  # the initializer divides by it
+
+    def __call__(self, x):
+        return self.layer(x.reshape(len(x), -1))
+
+
+class NoSizeInside(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(10)(linen.Dense(0)(x.reshape(len(x), -1)))
+
+
+class DividesByWidth(nnx.Module):
+    def __init__(self, width: int = 0, *, rngs: nnx.Rngs):
+        self.layer = nnx.Linear(64 // width, 10, rngs=rngs)
+
+
 @pytest.mark.parametrize(
     "model,message",
     [
+        (NoSize, r"do not fit: .*division by zero \(.*test_own_models.py, line \d+\)"),
+        (NoSizeInside, r"do not fit: .*division by zero \(.*test_own_models.py, line \d+\)"),
+        (DividesByWidth, r"do not fit: .* by zero \(.*test_own_models.py, line \d+\)"),
         (NegativeSize, r"do not fit: .*\(64, -1\).* \(.*test_own_models.py, line \d+\)"),
         (WrongSize, r"do not fit: .*64.*63.* \(.*test_own_models.py, line \d+\)"),
         (images, r"do not fit: the network returned \(\d+, 8, 10\); expected logits of shape"),

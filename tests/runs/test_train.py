@@ -268,8 +268,8 @@ def test_an_fp16_run_survives_a_scale_that_is_too_large(tmp_path):
     "content,words",
     [
         (None, "is not a run directory"),
-        ("", "cannot be read"),
-        ("[1]", "cannot be read"),
+        ("", "is damaged: .*; expected it as the run wrote it"),
+        ("[1]", "contains a list; expected an object"),
         ('{"steps": 3}', "cannot be read"),
     ],
 )
