@@ -1,5 +1,6 @@
 """`testing.policies` and the fixtures, in pytest, absl and chex."""
 
+import inspect
 import subprocess
 import sys
 import unittest
@@ -170,6 +171,15 @@ def test_a_method_of_a_plain_class_in_a_test_case_says_why_it_gets_no_policy():
     unittest.defaultTestLoader.loadTestsFromTestCase(mixed).run(result)
     ((_, text),) = result.errors
     assert "Mixed.test_method is of Mixin, which is no TestCase, and gets no policy" in text
+
+
+def test_a_coroutine_stays_one():
+    class Plain:
+        @testing.policies("float32")
+        async def test_method(self, policy):
+            pass
+
+    assert inspect.iscoroutinefunction(Plain.test_method)
 
 
 def test_a_test_that_absl_made_several_of_is_refused():
