@@ -40,7 +40,8 @@ from jmp_train.spec import DataSpec
 from jmp_train.types import Batch, Function
 
 _SPLIT_SEED = 0  # constant, so that the held-out examples do not depend on the run's seed
-_NOT_GIVEN: Any = object()  # None is a value of `classes`
+# None is a value of `classes`.
+_NOT_GIVEN: Any = type("NotGiven", (), {"__repr__": lambda _: "not given"})()
 _FORMS = (
     "a dict of arrays, something with len and [i] that returns a dict for each example, a Grain "
     "dataset, a function that returns an iterator of batches, a pair (train, held_out) of these, or a "
