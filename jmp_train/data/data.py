@@ -316,7 +316,7 @@ def _common(config: _OwnData) -> _Common:
 def _is_argument(config: _OwnData, key: str, value: Any, takes: Collection[str]) -> bool:
     """Return whether a setting is passed to the function: all but the common ones it does not take.
 
-    One that it takes, with a default that is no setting, such as an array, is passed if it was set.
+    One that it takes, with a default that cannot be a setting, such as an array, is passed if it was set.
     """
     set_here = key in vars(type(config)) or value != _DEFAULTS.get(key)
     return key not in _DEFAULTS or (key in takes and set_here)

@@ -141,7 +141,7 @@ def _of_plain_class(test: Function, owner: str) -> Function:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and "policy" not in kwargs:
             raise UsageError(
-                f"{type(self).__name__}.{test.__name__} is of {owner}, which is no TestCase, and gets no "
+                f"{type(self).__name__}.{test.__name__} is of {owner}, which is not a TestCase, and gets no "
                 f"policy; expected {owner} to be a chex.TestCase"
             )
         return test(self, *args, **kwargs)

@@ -170,7 +170,7 @@ def test_a_method_of_a_plain_class_in_a_test_case_says_why_it_gets_no_policy():
     result = unittest.TestResult()
     unittest.defaultTestLoader.loadTestsFromTestCase(mixed).run(result)
     ((_, text),) = result.errors
-    assert "Mixed.test_method is of Mixin, which is no TestCase, and gets no policy" in text
+    assert "Mixed.test_method is of Mixin, which is not a TestCase, and gets no policy" in text
 
 
 def test_a_coroutine_stays_one():
