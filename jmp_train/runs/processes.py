@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ _ENDED = "jmp_train/ended"  # the key of the process that ended, and of its erro
 _EVERY = 1.0  # seconds between two looks for it
 _NOTICED = 3.0  # seconds in which a look sees it
 _HEARD = 10.0  # seconds in which the others have seen it, before the process ends
+_LEFT = 2.0  # seconds in which they have left
 
 
 # What Gloo and NCCL say of a process that does not answer, and what JAX says besides.
@@ -211,6 +213,8 @@ def _listen(client: Any, over: threading.Event, end: Callable[[int, str], None])
 def _wait_until_heard(client: Any) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # a process is lost, or has ended
         client.wait_at_barrier(_ENDED, int(_HEARD * 1000))
+    if is_first():  # JAX ends at once those that miss it, from C++
+        time.sleep(_LEFT)
 
 
 def several() -> bool:
